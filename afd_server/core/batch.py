@@ -1,0 +1,60 @@
+"""What one step of one lane must do, and what came of it."""
+
+from dataclasses import dataclass
+
+from afd_server.core.request import FinishReason, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSequence:
+    """A run of tokens of one sequence within a step.
+
+    The tokens sit at positions `start … start + len(token_ids) − 1` and their keys and
+    values go to the blocks of `block_ids` (the whole table, block i holding positions
+    i · block_size onwards). `samples` says that the last token's logits give a new token.
+    """
+
+    key: int
+    attempt: int
+    token_ids: tuple[int, ...]
+    start: int
+    block_ids: tuple[int, ...]
+    samples: bool
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """All that a lane must do in one step. `step` numbers the plans of one worker."""
+
+    step: int
+    lane: int
+    sequences: tuple[PlannedSequence, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the rows of the micro-batch."""
+        return sum(len(planned.token_ids) for planned in self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The sampled tokens of a step: one for each planned sequence with `samples`, in order."""
+
+    plan: StepPlan
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """A token to be sent to the gateway.
+
+    `index` counts the generated tokens of the request from 0. `token_id` is None when the
+    request ends without a further token.
+    """
+
+    key: int
+    attempt: int
+    index: int
+    token_id: int | None
+    finish: FinishReason | None

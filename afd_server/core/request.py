@@ -1,0 +1,67 @@
+"""What a client asked for, in tokens."""
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+
+class FinishReason(IntEnum):
+    """Why a request ended. The numbers travel on the wire."""
+
+    STOP = 1  # an end-of-sequence or stop token
+    LENGTH = 2  # max_tokens or the context is used up
+    CANCELLED = 3  # the client went away
+    ERROR = 4  # this request alone failed
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose the next token.
+
+    `temperature` 0 means greedy. `top_k` 0, `top_p` 1 and `min_p` 0 mean "off". `seed` is
+    always given: the gateway draws one where the client did not.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    choice: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.max_tokens >= 1, f"max_tokens is {self.max_tokens}, must be at least 1"
+        assert self.temperature >= 0, f"temperature is {self.temperature}, must not be negative"
+        assert 0 < self.top_p <= 1, f"top_p is {self.top_p}, must be in (0, 1]"
+        assert self.top_k >= 0, f"top_k is {self.top_k}, must not be negative"
+        assert 0 <= self.min_p <= 1, f"min_p is {self.min_p}, must be in [0, 1]"
+        assert 0 <= self.seed < 2**63, f"seed is {self.seed}, must be in [0, 2^63)"
+
+
+@dataclass(frozen=True, slots=True)
+class SLO:
+    """Targets of one request, in seconds; None where there is no target."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One choice of one client request; immutable.
+
+    `key` is minted by the gateway and unique in its life; `attempt` counts the assignments
+    of this request to attention workers (invariant I4 of docs/protocol.md).
+    """
+
+    key: int
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    attempt: int = 1
+    emitted_ids: tuple[int, ...] = ()
+    slo: SLO = field(default_factory=SLO)
+
+    def __post_init__(self) -> None:
+        assert self.prompt_ids, "a request needs at least one prompt token"
+        assert len(self.emitted_ids) < self.sampling.max_tokens, "nothing is left to generate"

@@ -1,0 +1,115 @@
+"""What a model half offers and what it asks for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from afd_server.core.model_spec import ModelSpec
+from afd_server.kernels.table import Kernels, KVLayer, PagedRows
+
+
+class FFNCall(NamedTuple):
+    """What crosses A→F: the normed rows of one layer, [tokens, hidden], in the compute dtype."""
+
+    layer: int
+    hidden: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one lane computes in one step.
+
+    Attributes:
+        token_ids: [tokens] int64.
+        positions: [tokens] int64, each row's place in its sequence.
+        slots: [tokens] int64, where each row's keys and values go: block · block_size + offset.
+        rows: which keys each row sees.
+        logit_rows: [rows] int64, the rows whose logits are wanted.
+        kv: the blocks of every layer; written in place.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    rows: PagedRows
+    logit_rows: Tensor
+    kv: tuple[KVLayer, ...]
+
+
+class ColumnShard(NamedTuple):
+    """The intermediate columns start … stop − 1 of every FFN."""
+
+    start: int
+    stop: int
+
+
+class TensorReader(Protocol):
+    """Gives checkpoint tensors one at a time, as copies in the compute dtype.
+
+    Each method raises `ModelError` if the tensor is missing or its shape differs.
+    """
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return the whole tensor."""
+        ...
+
+    def read_rows(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+        """Return rows start … stop − 1 of a tensor of this whole shape."""
+        ...
+
+    def read_columns(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+        """Return columns start … stop − 1 of a tensor of this whole shape."""
+        ...
+
+
+class AttentionHalf(Protocol):
+    """Embeddings, norms, attention and the head: all that touches a request."""
+
+    num_layers: int
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Return [tokens, hidden] for [tokens]."""
+        ...
+
+    def attend(self, layer: int, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, FFNCall]:
+        """Return the residual after attention, [tokens, hidden], and the layer's FFN call."""
+        ...
+
+    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Return [rows, vocab] float32."""
+        ...
+
+
+class FFNHalf(Protocol):
+    """The feed-forward weights of a worker's part, and nothing else."""
+
+    def partial_sum(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return this part's share of the layer's FFN output, [rows, hidden] float32."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """How to build the halves of one model_type."""
+
+    attention: Callable[[ModelSpec, TensorReader, Kernels, int], AttentionHalf]
+    ffn: Callable[[ModelSpec, TensorReader, Kernels, ColumnShard], FFNHalf]
+
+
+# Shards start at multiples of this many columns: whole vectors for every kernel, no ragged ends.
+SHARD_ALIGNMENT = 32
+
+
+def column_shard(intermediate_size: int, part: int, num_parts: int) -> ColumnShard:
+    """Return the columns of one tensor-parallel part; together the parts cover each column once.
+
+    Boundaries are aligned to `SHARD_ALIGNMENT` columns where there are enough of them.
+    """
+    assert 0 <= part < num_parts, f"part {part} of {num_parts}"
+    aligned = intermediate_size >= num_parts * SHARD_ALIGNMENT
+    unit = SHARD_ALIGNMENT if aligned else 1
+    units = -(-intermediate_size // unit)
+    start, stop = (min(intermediate_size, units * p // num_parts * unit) for p in (part, part + 1))
+    return ColumnShard(start, stop)

@@ -1,0 +1,121 @@
+"""Llama and its kin (SmolLM2): grouped-query attention, SwiGLU, RMSNorm before each.
+
+Weight names are those of `LlamaForCausalLM` on the hub.
+"""
+
+import torch
+from torch import Tensor
+
+from afd_server.core.model_spec import ModelSpec
+from afd_server.kernels.reference import rope_table
+from afd_server.kernels.table import Kernels
+from afd_server.models.base import Architecture, ColumnShard, FFNCall, MicroBatch, TensorReader
+
+
+class LlamaAttention:
+    """The attention half: embeddings, norms, attention and the head.
+
+    Memory after loading: its own tensors in the compute dtype, plus a rotary table of
+    max_model_len · 2 · head_dim fp32. While loading, the largest single tensor in the
+    checkpoint's dtype comes on top.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, reader: TensorReader, kernels: Kernels, max_model_len: int
+    ) -> None:
+        self.num_layers = spec.num_layers
+        self._spec = spec
+        self._kernels = kernels
+        self._rope_table = rope_table(spec.head_dim, spec.rope_theta, max_model_len)
+        vocabulary = (spec.vocab_size, spec.hidden_size)
+        self._embeddings = reader.read("model.embed_tokens.weight", vocabulary)
+        self._layers = [_AttentionLayer(spec, reader, layer) for layer in range(spec.num_layers)]
+        self._norm = reader.read("model.norm.weight", (spec.hidden_size,))
+        tied = spec.tie_embeddings
+        self._head = self._embeddings if tied else reader.read("lm_head.weight", vocabulary)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        return self._embeddings[token_ids]
+
+    def attend(self, layer: int, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, FFNCall]:
+        kernels, spec, weights = self._kernels, self._spec, self._layers[layer]
+        normed = kernels.rms_norm(hidden, weights.input_norm, spec.rms_norm_eps)
+        qkv = kernels.linear(normed, weights.qkv).unflatten(-1, (-1, spec.head_dim))
+        query, keys, values = qkv.split(
+            (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1
+        )
+        query = kernels.rope(query, self._rope_table, batch.positions)
+        keys = kernels.rope(keys, self._rope_table, batch.positions)
+        kernels.write_kv(batch.kv[layer], batch.slots, keys, values)
+        attended = kernels.paged_attention(query, batch.kv[layer], batch.rows)
+        hidden = hidden + kernels.linear(attended, weights.output)
+        return hidden, FFNCall(
+            layer, kernels.rms_norm(hidden, weights.post_attention_norm, spec.rms_norm_eps)
+        )
+
+    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        normed = self._kernels.rms_norm(hidden[rows], self._norm, self._spec.rms_norm_eps)
+        return self._kernels.linear(normed, self._head).float()
+
+
+class _AttentionLayer:
+    """The weights of one layer; query, key and value projections stacked, [out, hidden]."""
+
+    def __init__(self, spec: ModelSpec, reader: TensorReader, layer: int) -> None:
+        prefix = f"model.layers.{layer}"
+        hidden, query = spec.hidden_size, spec.num_heads * spec.head_dim
+        key_value = (spec.num_kv_heads * spec.head_dim, hidden)
+        attention = f"{prefix}.self_attn"
+        self.input_norm = reader.read(f"{prefix}.input_layernorm.weight", (hidden,))
+        self.post_attention_norm = reader.read(
+            f"{prefix}.post_attention_layernorm.weight", (hidden,)
+        )
+        self.qkv = torch.cat(
+            (
+                reader.read(f"{attention}.q_proj.weight", (query, hidden)),
+                reader.read(f"{attention}.k_proj.weight", key_value),
+                reader.read(f"{attention}.v_proj.weight", key_value),
+            )
+        )
+        self.output = reader.read(f"{attention}.o_proj.weight", (hidden, query))
+
+
+class LlamaFFN:
+    """The FFN half: gate, up and down projections of a column shard, for every layer.
+
+    Memory after loading: its own part of the tensors in the compute dtype. While loading, one
+    layer's part of the largest tensor comes on top.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, reader: TensorReader, kernels: Kernels, shard: ColumnShard
+    ) -> None:
+        self._kernels = kernels
+        self._layers = [_FFNLayer(spec, reader, layer, shard) for layer in range(spec.num_layers)]
+
+    def partial_sum(self, layer: int, hidden: Tensor) -> Tensor:
+        weights = self._layers[layer]
+        inner = self._kernels.silu_mul(self._kernels.linear(hidden, weights.gate_up))
+        return self._kernels.linear(inner, weights.down).float()
+
+
+class _FFNLayer:
+    """One layer's shard: gate over up [2 · columns, hidden], down [hidden, columns]."""
+
+    def __init__(
+        self, spec: ModelSpec, reader: TensorReader, layer: int, shard: ColumnShard
+    ) -> None:
+        prefix = f"model.layers.{layer}.mlp"
+        up = (spec.intermediate_size, spec.hidden_size)
+        self.gate_up = torch.cat(
+            (
+                reader.read_rows(f"{prefix}.gate_proj.weight", up, *shard),
+                reader.read_rows(f"{prefix}.up_proj.weight", up, *shard),
+            )
+        )
+        self.down = reader.read_columns(
+            f"{prefix}.down_proj.weight", (spec.hidden_size, spec.intermediate_size), *shard
+        )
+
+
+LLAMA = Architecture(attention=LlamaAttention, ffn=LlamaFFN)

@@ -1,0 +1,31 @@
+"""The oracle: the same `forward`, with the FFN half beside it in one process."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from afd_server.models.base import AttentionHalf, FFNHalf, MicroBatch
+from afd_server.models.forward import forward
+
+
+def add_in_part_order(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Add partial sums [tokens, hidden] float32 by part index, then cast to `like`'s dtype.
+
+    The order is fixed so that the result does not depend on which reply came first.
+    """
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total.to(like.dtype)
+
+
+def run_monolith(attention: AttentionHalf, ffn: Sequence[FFNHalf], batch: MicroBatch) -> Tensor:
+    """Run a micro-batch to its logits, [rows, vocab] float32, calling the FFN parts in order."""
+    step = forward(attention, batch)
+    try:
+        call = next(step)
+        while True:
+            parts = [half.partial_sum(call.layer, call.hidden) for half in ffn]
+            call = step.send(add_in_part_order(parts, like=call.hidden))
+    except StopIteration as stop:
+        return stop.value

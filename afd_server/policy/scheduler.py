@@ -1,0 +1,231 @@
+"""Decides what runs in the next step of a lane.
+
+Knows nothing of tensors, wires or time: it sees sequences, blocks and lanes.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from afd_server.core.batch import Emitted, PlannedSequence, StepPlan, StepResult
+from afd_server.core.errors import ConfigError
+from afd_server.core.request import FinishReason, Request
+from afd_server.core.sequence import Sequence, SequenceState
+from afd_server.policy.blocks import BlockPool
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of one attention worker.
+
+    Attributes:
+        max_model_len: longest sequence, prompt and output together, in tokens.
+        max_num_seqs: most sequences holding blocks at once.
+        max_batch_tokens: most rows of one micro-batch; what decoding leaves of it is prefill.
+        num_lanes: micro-batches in flight at once.
+        num_blocks: KV blocks of the worker.
+        block_size: token positions in a block.
+    """
+
+    max_model_len: int
+    max_num_seqs: int
+    max_batch_tokens: int
+    num_lanes: int
+    num_blocks: int
+    block_size: int
+
+    def __post_init__(self) -> None:
+        if self.max_batch_tokens <= self.max_num_seqs:
+            raise ConfigError(
+                f"max_batch_tokens {self.max_batch_tokens} leaves no room for prefill beside "
+                f"max_num_seqs {self.max_num_seqs} decoding sequences; make it larger"
+            )
+        if self.num_blocks * self.block_size < self.max_model_len:
+            raise ConfigError(
+                f"the KV cache holds {self.num_blocks * self.block_size} tokens, less than one "
+                f"sequence of max_model_len {self.max_model_len}; give it more memory or shorten "
+                "max_model_len"
+            )
+
+
+class Scheduler:
+    """Continuous batching over lanes with paged blocks, chunked prefill and preemption.
+
+    Older sequences go first, everywhere; when blocks run out the youngest gives up its own and
+    prefills again later. So the oldest always advances, and nobody starves.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+        self.blocks = BlockPool(config.num_blocks, config.block_size)
+        self._waiting: deque[Sequence] = deque()  # oldest first
+        self._running: list[Sequence] = []  # own blocks, oldest first
+        self._in_lane: dict[int, list[Sequence]] = {}
+        self._by_key: dict[tuple[int, int], Sequence] = {}
+        self._num_arrivals = 0
+        self._num_steps = 0
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Return the sequences that own no blocks yet, or none any more."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Return the sequences that own blocks."""
+        return len(self._running)
+
+    @property
+    def num_steps(self) -> int:
+        """Return the steps planned so far: a sign of progress."""
+        return self._num_steps
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. A second `Submit` of the same attempt changes nothing."""
+        if (request.key, request.attempt) in self._by_key:
+            return
+        sequence = Sequence(request, self._num_arrivals)
+        assert len(sequence.token_ids) < self._config.max_model_len, "the gateway refuses these"
+        self._num_arrivals += 1
+        self._by_key[request.key, request.attempt] = sequence
+        self._waiting.append(sequence)
+
+    def cancel(self, key: int, attempt: int) -> bool:
+        """End a request without further tokens; its blocks are free once no lane uses them.
+
+        Returns:
+            False if there is no such attempt (it ended, or never came).
+        """
+        sequence = self._by_key.get((key, attempt))
+        if sequence is None:
+            return False
+        if sequence.state is SequenceState.IN_FLIGHT:
+            sequence.cancelled = True  # `commit` ends it: the lane still writes to its blocks
+        else:
+            self._end(sequence, FinishReason.CANCELLED)
+        return True
+
+    def plan(self, lane: int) -> StepPlan | None:
+        """Choose the next micro-batch of a free lane, or None if there is nothing to do.
+
+        Each lane takes at most its share of the running sequences, so that lanes stay evenly
+        filled as sequences come and go.
+        """
+        assert lane not in self._in_lane, f"lane {lane} is still in flight"
+        self._admit()
+        share = -(-len(self._running) // self._config.num_lanes)
+        budget = self._config.max_batch_tokens
+        chosen: list[tuple[Sequence, int]] = []
+        for sequence in self._by_urgency():
+            if len(chosen) == share or budget == 0:
+                break
+            if sequence.state is not SequenceState.RUNNING:
+                continue  # in flight, or preempted for an older one a moment ago
+            num_tokens = min(sequence.num_pending, budget)
+            if not self._reserve(sequence, sequence.num_computed + num_tokens):
+                continue
+            sequence.state = SequenceState.IN_FLIGHT
+            chosen.append((sequence, num_tokens))
+            budget -= num_tokens
+        if not chosen:
+            return None
+        self._in_lane[lane] = [sequence for sequence, _ in chosen]
+        self._num_steps += 1
+        planned = tuple(_planned(sequence, num_tokens) for sequence, num_tokens in chosen)
+        return StepPlan(self._num_steps, lane, planned)
+
+    def commit(self, result: StepResult) -> list[Emitted]:
+        """Take in a finished step: advance, extend or end its sequences.
+
+        Returns:
+            What the gateway must hear, in the order of the plan.
+        """
+        sequences = self._in_lane.pop(result.plan.lane)
+        sampled = iter(result.token_ids)
+        emitted = []
+        for sequence, planned in zip(sequences, result.plan.sequences, strict=True):
+            sequence.state = SequenceState.RUNNING
+            sequence.num_computed += len(planned.token_ids)
+            token_id = next(sampled) if planned.samples else None
+            if sequence.cancelled:
+                self._end(sequence, FinishReason.CANCELLED)
+            elif token_id is not None:
+                emitted.append(self._extend(sequence, token_id))
+        assert next(sampled, None) is None, "more tokens were sampled than planned"
+        return emitted
+
+    def _admit(self) -> None:
+        """Give waiting sequences their place while there are blocks for all they know already."""
+        while self._waiting and len(self._running) < self._config.max_num_seqs:
+            sequence = self._waiting[0]
+            if self.blocks.blocks_for(len(sequence.token_ids)) > self.blocks.num_free:
+                return
+            self.blocks.grow(sequence.block_ids, len(sequence.token_ids))
+            self._waiting.popleft()
+            sequence.state = SequenceState.RUNNING
+            self._running.append(sequence)
+            self._running.sort(key=lambda s: s.arrival)
+
+    def _by_urgency(self) -> list[Sequence]:
+        """Decoding sequences before prefilling ones, older before younger."""
+        return sorted(self._running, key=lambda s: (s.num_pending > 1, s.arrival))
+
+    def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Find blocks for the first `num_tokens` of a sequence, preempting younger ones."""
+        while not self.blocks.grow(sequence.block_ids, num_tokens):
+            idle = [s for s in self._running if s.state is SequenceState.RUNNING]
+            youngest = idle[-1]  # `sequence` is one of them
+            if youngest is sequence and len(idle) < len(self._running):
+                return False  # those in flight come back and may leave their blocks
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self.blocks.free(sequence.forget_computed())
+        older = sum(waiting.arrival < sequence.arrival for waiting in self._waiting)
+        self._waiting.insert(older, sequence)
+        self.num_preemptions += 1
+
+    def _extend(self, sequence: Sequence, token_id: int) -> Emitted:
+        index = sequence.num_emitted
+        sequence.append(token_id)
+        sampling = sequence.request.sampling
+        finish = None
+        if token_id in sampling.stop_token_ids:
+            finish = FinishReason.STOP
+        elif sequence.num_emitted >= sampling.max_tokens:
+            finish = FinishReason.LENGTH
+        elif len(sequence.token_ids) >= self._config.max_model_len:
+            finish = FinishReason.LENGTH
+        if finish is not None:
+            self._end(sequence, finish)
+        request = sequence.request
+        return Emitted(request.key, request.attempt, index, token_id, finish)
+
+    def _end(self, sequence: Sequence, finish: FinishReason) -> None:
+        if sequence.state is SequenceState.WAITING:
+            self._waiting.remove(sequence)
+        else:
+            self._running.remove(sequence)
+        self.blocks.free(sequence.block_ids)
+        sequence.block_ids = []
+        sequence.state = SequenceState.FINISHED
+        sequence.finish = finish
+        del self._by_key[sequence.request.key, sequence.request.attempt]
+
+
+def _planned(sequence: Sequence, num_tokens: int) -> PlannedSequence:
+    start = sequence.num_computed
+    stop = start + num_tokens
+    return PlannedSequence(
+        key=sequence.request.key,
+        attempt=sequence.request.attempt,
+        token_ids=tuple(sequence.token_ids[start:stop]),
+        start=start,
+        block_ids=tuple(sequence.block_ids),
+        samples=stop == len(sequence.token_ids),
+        sampling=sequence.request.sampling,
+    )
