@@ -1,0 +1,176 @@
+"""The eight messages. A ninth needs a page in docs/decisions.
+
+Fields are ints, floats, short strings and enums; a message ends in at most one `Payload`.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from math import prod
+
+from afd_server.core.topology import Role, Topology
+
+Buffer = bytes | bytearray | memoryview
+
+
+class DType(IntEnum):
+    """Element types of a payload. The numbers travel on the wire."""
+
+    NONE = 0
+    UINT8 = 1
+    INT32 = 2
+    INT64 = 3
+    FLOAT32 = 4
+    BFLOAT16 = 5
+
+    @property
+    def itemsize(self) -> int:
+        """Return the bytes of one element."""
+        return _ITEM_BYTES[self]
+
+
+_ITEM_BYTES = {
+    DType.NONE: 0,
+    DType.UINT8: 1,
+    DType.INT32: 4,
+    DType.INT64: 8,
+    DType.FLOAT32: 4,
+    DType.BFLOAT16: 2,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """A tensor as raw little-endian bytes in row-major order; at most three dimensions."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    data: Buffer
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size that dtype and shape promise."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+EMPTY = Payload(DType.NONE, (), b"")
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Gateway → attention: generate. Repeating it is harmless and asks for a sign of life.
+
+    `tokens` is int32: prompt, then already emitted, then stop token ids. A time of 0 is "no
+    target".
+    """
+
+    key: int
+    attempt: int
+    num_prompt: int
+    num_emitted: int
+    max_tokens: int
+    top_k: int
+    seed: int
+    choice: int
+    temperature: float
+    top_p: float
+    min_p: float
+    ttft_s: float
+    tpot_s: float
+    tokens: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Gateway → attention: nobody waits for this attempt any more."""
+
+    key: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """Attention → gateway: what one step gave.
+
+    `rows` is int64 [n, 6]: key, attempt, index, number of tokens (0 or 1), token id, finish
+    reason (0: goes on). A row without token and finish only says that the attempt is alive.
+    """
+
+    rows: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """Worker → gateway, in answer to its heartbeat. `steps` grows while there is progress."""
+
+    steps: int
+    running: int
+    waiting: int
+    free_blocks: int
+    num_blocks: int
+    preemptions: int
+    rows: int
+    bad_frames: int
+    resends: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Attention → FFN: activations [rows, hidden] of one layer for one part."""
+
+    step: int
+    lane: int
+    layer: int
+    part: int
+    activations: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Combine:
+    """FFN → attention: the partial sum [rows, hidden] float32 of a dispatch, or why not.
+
+    `call_epoch` is the epoch under which the dispatch was sent. `refusal` is empty unless the
+    dispatch was refused.
+    """
+
+    step: int
+    lane: int
+    layer: int
+    part: int
+    call_epoch: int
+    refusal: str
+    partial: Payload
+
+
+class ProcessState(IntEnum):
+    """Where a process is in its life. The numbers travel on the wire."""
+
+    STARTING = 1
+    READY = 2
+    FAILED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Any process → supervisor, and gateway → workers: I live, and this far I have come.
+
+    `detail` says what went wrong when the state is FAILED.
+    """
+
+    role: Role
+    slot: int
+    state: ProcessState
+    steps: int
+    address: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class TopologyUpdate:
+    """Supervisor → everybody: who is alive now."""
+
+    topology: Topology
+
+
+Message = (
+    Submit | Cancel | TokenChunk | LoadReport | Dispatch | Combine | Heartbeat | TopologyUpdate
+)

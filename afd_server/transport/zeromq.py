@@ -1,0 +1,137 @@
+"""Frames over ZeroMQ: `ipc` on one host, `tcp` between hosts.
+
+A process binds one ROUTER and opens one DEALER for each peer it connects to; answers travel
+back on the way the question came. Waits block and never spin: a spinning wait takes the core
+that ZeroMQ's own I/O thread needs.
+"""
+
+import zmq
+
+from afd_server.core.errors import AddressInUse, ConfigError, TransportError
+from afd_server.transport.codec import MAX_PAYLOAD_BYTES
+from afd_server.transport.messages import Buffer
+
+CREDITS = 64  # frames queued for one peer before it counts as not keeping up
+MAX_PER_RECEIVE = 256  # so that a busy link cannot keep its owner from its work
+
+# ZeroMQ's defaults are unbounded queues, silent drops and no heartbeats.
+_OPTIONS = {
+    zmq.MAXMSGSIZE: MAX_PAYLOAD_BYTES,
+    zmq.SNDHWM: CREDITS,
+    zmq.RCVHWM: CREDITS,
+    zmq.LINGER: 0,
+    zmq.HEARTBEAT_IVL: 100,
+    zmq.HEARTBEAT_TIMEOUT: 300,
+    zmq.HEARTBEAT_TTL: 300,
+    zmq.HANDSHAKE_IVL: 2000,
+    zmq.RECONNECT_IVL: 50,
+    zmq.RECONNECT_IVL_MAX: 2000,
+    zmq.IMMEDIATE: 1,
+    zmq.BACKLOG: 100,
+}
+
+
+class ZeroMQLink:
+    """A bound ROUTER and a DEALER for each connected peer.
+
+    Args:
+        name: this process's incarnation; the routing id its peers see.
+        bind: `ipc:///path` in a directory that only its owner may enter, or `tcp://host:port`
+            with port `*` for a free one; None for a process that only connects.
+
+    Raises:
+        AddressInUse: somebody else is bound there.
+        ConfigError: the address is none that ZeroMQ can bind.
+    """
+
+    def __init__(self, name: str, bind: str | None) -> None:
+        self._name = name
+        self._context = zmq.Context(io_threads=1)
+        self._poller = zmq.Poller()
+        self._dealers: dict[str, zmq.Socket[bytes]] = {}
+        self._addresses: dict[str, str] = {}
+        self._router: zmq.Socket[bytes] | None = None
+        if bind is not None:
+            self._router = self._bind(bind)
+
+    @property
+    def address(self) -> str:
+        if self._router is None:
+            return ""
+        return self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def filenos(self) -> list[int]:
+        """Return descriptors that become readable when something may have arrived (edges only)."""
+        return [int(socket.getsockopt(zmq.FD)) for socket in self._sockets()]
+
+    def connect(self, peer: str, address: str) -> None:
+        if self._addresses.get(peer) == address:
+            return
+        self.disconnect(peer)
+        dealer = self._socket(zmq.DEALER)
+        dealer.setsockopt_string(zmq.IDENTITY, self._name)
+        dealer.connect(address)
+        self._dealers[peer], self._addresses[peer] = dealer, address
+        self._poller.register(dealer, zmq.POLLIN)
+
+    def disconnect(self, peer: str) -> None:
+        dealer = self._dealers.pop(peer, None)
+        if dealer is not None:
+            del self._addresses[peer]
+            self._poller.unregister(dealer)
+            dealer.close()
+
+    def send(self, peer: str, frames: list[Buffer]) -> None:
+        dealer = self._dealers.get(peer)
+        try:
+            if dealer is not None:
+                dealer.send_multipart(frames, zmq.NOBLOCK)
+            elif self._router is not None:
+                self._router.send_multipart([peer.encode(), *frames], zmq.NOBLOCK)
+            else:
+                raise TransportError(f"{peer} was never connected")
+        except zmq.Again as error:
+            raise TransportError(f"{peer} is not connected or does not keep up") from error
+        except zmq.ZMQError as error:
+            raise TransportError(f"{peer} cannot be reached: {error}") from error
+
+    def receive(self, timeout_s: float) -> list[tuple[str, list[Buffer]]]:
+        received: list[tuple[str, list[Buffer]]] = []
+        for socket, _ in self._poller.poll(timeout_s * 1000):
+            peer = next((p for p, dealer in self._dealers.items() if dealer is socket), None)
+            while len(received) < MAX_PER_RECEIVE:
+                try:
+                    frames: list[Buffer] = list(socket.recv_multipart(zmq.NOBLOCK))
+                except zmq.Again:
+                    break
+                if peer is not None:
+                    received.append((peer, frames))
+                else:
+                    route = bytes(frames[0]).decode("ascii", "replace")
+                    received.append((route, frames[1:]))
+        return received
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+    def _sockets(self) -> list["zmq.Socket[bytes]"]:
+        return [*([self._router] if self._router else []), *self._dealers.values()]
+
+    def _bind(self, bind: str) -> "zmq.Socket[bytes]":
+        router = self._socket(zmq.ROUTER)
+        router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        try:
+            router.bind(bind)
+        except zmq.ZMQError as error:
+            self.close()
+            if error.errno == zmq.EADDRINUSE:
+                raise AddressInUse(f"{bind} is in use by another process") from error
+            raise ConfigError(f"cannot listen on {bind}: {error}") from error
+        self._poller.register(router, zmq.POLLIN)
+        return router
+
+    def _socket(self, kind: int) -> "zmq.Socket[bytes]":
+        socket = self._context.socket(kind)
+        for option, value in _OPTIONS.items():
+            socket.setsockopt(option, value)
+        return socket

@@ -1,0 +1,85 @@
+"""Reads safetensors checkpoints one tensor at a time.
+
+Knows nothing of what a tensor is for; models say which names and shapes they want.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from afd_server.core.errors import ModelError
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """A model directory's tensors, as copies in one dtype.
+
+    A file is mapped only while one of its tensors is read, so the memory in use never holds
+    more of the checkpoint than that tensor (or its asked-for part).
+
+    Args:
+        directory: holds one or more *.safetensors files.
+        dtype: of the tensors returned.
+
+    Raises:
+        ModelError: no file, an unreadable one, or an index that names a missing file.
+    """
+
+    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
+        self._directory = directory
+        self._dtype = dtype
+        self._files = _find_tensors(directory)
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return the whole tensor; `ModelError` if it is missing or of another shape."""
+        return self._slice(name, shape, (slice(None),))
+
+    def read_rows(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+        """Return rows start … stop − 1; errors as for `read`."""
+        return self._slice(name, shape, (slice(start, stop),))
+
+    def read_columns(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+        """Return columns start … stop − 1; errors as for `read`."""
+        return self._slice(name, shape, (slice(None), slice(start, stop)))
+
+    def _slice(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> Tensor:
+        path = self._files.get(name)
+        if path is None:
+            raise ModelError(f"{self._directory} has no tensor {name}, expected shape {list(shape)}")
+        with safe_open(path, framework="pt") as file:
+            view = file.get_slice(name)
+            found = tuple(view.get_shape())
+            if found != shape:
+                raise ModelError(
+                    f"{path.name}: tensor {name} has shape {list(found)}, "
+                    f"config.json says {list(shape)}"
+                )
+            tensor: Tensor = view[part]
+            if not tensor.is_floating_point():
+                raise ModelError(f"{path.name}: tensor {name} is {tensor.dtype}, expected floats")
+            # clone: a tensor of the right dtype would else keep the file's mapping alive
+            return tensor.to(self._dtype).clone(memory_format=torch.contiguous_format)
+
+
+def _find_tensors(directory: Path) -> dict[str, Path]:
+    index = directory / INDEX_NAME
+    paths = sorted(directory.glob("*.safetensors"))
+    if index.is_file():
+        named = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        paths = [directory / name for name in named]
+    if not paths:
+        raise ModelError(f"{directory} holds no *.safetensors file")
+    found: dict[str, Path] = {}
+    for path in paths:
+        if not path.is_file():
+            raise ModelError(f"{directory} lacks {path.name}, which {INDEX_NAME} names")
+        try:
+            with safe_open(path, framework="pt") as file:
+                found.update(dict.fromkeys(file.keys(), path))
+        except SafetensorError as error:
+            raise ModelError(f"{path} is damaged or no safetensors file: {error}") from error
+    return found
