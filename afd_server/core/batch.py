@@ -47,14 +47,10 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class Emitted:
-    """A token to be sent to the gateway.
-
-    `index` counts the generated tokens of the request from 0. `token_id` is None when the
-    request ends without a further token.
-    """
+    """A token to be sent to the gateway; `index` counts the request's tokens from 0."""
 
     key: int
     attempt: int
     index: int
-    token_id: int | None
+    token_id: int
     finish: FinishReason | None

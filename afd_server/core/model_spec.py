@@ -112,7 +112,8 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     for field, supported in wanted.items():
         if config.get(field, supported[0]) not in supported:
             raise ModelError(
-                f"config.json: {field} {config[field]!r} is not supported; expected {supported[-1]!r}"
+                f"config.json: {field} {config[field]!r} is not supported; "
+                f"expected {supported[-1]!r}"
             )
     if config.get("quantization_config"):
         raise ModelError(

@@ -48,7 +48,9 @@ def rope_table(head_dim: int, theta: float, num_positions: int) -> Tensor:
 
     Dimension i and i + head_dim/2 form a pair (NeoX order), as in the Llama checkpoints.
     """
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    frequencies = 1.0 / theta ** (
+        torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    )
     angles = torch.outer(torch.arange(num_positions).float(), frequencies)
     both = torch.cat((angles, angles), dim=-1)
     return torch.stack((both.cos(), both.sin()), dim=1)
@@ -121,7 +123,9 @@ def paged_attention(query: Tensor, layer: KVLayer, rows: PagedRows) -> Tensor:
     total = torch.zeros_like(highest)
     weighted = torch.zeros_like(grouped)
     for tile, num_active in enumerate(rows.active):
-        tables = rows.block_tables[:num_active, tile * blocks_per_tile : (tile + 1) * blocks_per_tile]
+        tables = rows.block_tables[
+            :num_active, tile * blocks_per_tile : (tile + 1) * blocks_per_tile
+        ]
         end = num_active * num_kv_heads
         scores = torch.bmm(grouped[:end], _key_tile(layer.keys, tables).mT)  # [rows, group, 64]
         scores.masked_fill_(_hidden_keys(rows.num_keys[:num_active], tile, num_kv_heads), -math.inf)

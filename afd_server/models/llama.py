@@ -40,10 +40,9 @@ class LlamaAttention:
     def attend(self, layer: int, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, FFNCall]:
         kernels, spec, weights = self._kernels, self._spec, self._layers[layer]
         normed = kernels.rms_norm(hidden, weights.input_norm, spec.rms_norm_eps)
-        qkv = kernels.linear(normed, weights.qkv).unflatten(-1, (-1, spec.head_dim))
-        query, keys, values = qkv.split(
-            (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1
-        )
+        qkv = kernels.linear(normed, weights.qkv).view(hidden.shape[0], -1, spec.head_dim)
+        heads = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
+        query, keys, values = torch.split(qkv, heads, dim=1)
         query = kernels.rope(query, self._rope_table, batch.positions)
         keys = kernels.rope(keys, self._rope_table, batch.positions)
         kernels.write_kv(batch.kv[layer], batch.slots, keys, values)

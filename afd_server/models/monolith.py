@@ -28,4 +28,5 @@ def run_monolith(attention: AttentionHalf, ffn: Sequence[FFNHalf], batch: MicroB
             parts = [half.partial_sum(call.layer, call.hidden) for half in ffn]
             call = step.send(add_in_part_order(parts, like=call.hidden))
     except StopIteration as stop:
-        return stop.value
+        logits: Tensor = stop.value
+        return logits

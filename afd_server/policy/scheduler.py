@@ -196,9 +196,10 @@ class Scheduler:
         finish = None
         if token_id in sampling.stop_token_ids:
             finish = FinishReason.STOP
-        elif sequence.num_emitted >= sampling.max_tokens:
-            finish = FinishReason.LENGTH
-        elif len(sequence.token_ids) >= self._config.max_model_len:
+        elif (
+            sequence.num_emitted >= sampling.max_tokens
+            or len(sequence.token_ids) >= self._config.max_model_len
+        ):
             finish = FinishReason.LENGTH
         if finish is not None:
             self._end(sequence, finish)

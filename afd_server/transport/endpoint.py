@@ -190,7 +190,9 @@ class Endpoint:
                 self._quarantined.add(route)
                 self.link.disconnect(route)
         if header is not None and header.kind is Dispatch:
-            refusal = Combine(*header.values, header.envelope.epoch, error.reason, EMPTY)
+            step, lane, layer, part = header.values
+            epoch = header.envelope.epoch
+            refusal = Combine(step, lane, layer, part, epoch, error.reason, EMPTY)
             self.try_send(route, refusal)
 
     @property

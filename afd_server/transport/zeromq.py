@@ -5,6 +5,8 @@ back on the way the question came. Waits block and never spin: a spinning wait t
 that ZeroMQ's own I/O thread needs.
 """
 
+from math import ceil
+
 import zmq
 
 from afd_server.core.errors import AddressInUse, ConfigError, TransportError
@@ -97,7 +99,7 @@ class ZeroMQLink:
 
     def receive(self, timeout_s: float) -> list[tuple[str, list[Buffer]]]:
         received: list[tuple[str, list[Buffer]]] = []
-        for socket, _ in self._poller.poll(timeout_s * 1000):
+        for socket, _ in self._poller.poll(ceil(timeout_s * 1000)):
             peer = next((p for p, dealer in self._dealers.items() if dealer is socket), None)
             while len(received) < MAX_PER_RECEIVE:
                 try:

@@ -49,7 +49,9 @@ class Checkpoint:
     def _slice(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> Tensor:
         path = self._files.get(name)
         if path is None:
-            raise ModelError(f"{self._directory} has no tensor {name}, expected shape {list(shape)}")
+            raise ModelError(
+                f"{self._directory} has no tensor {name}, expected shape {list(shape)}"
+            )
         with safe_open(path, framework="pt") as file:
             view = file.get_slice(name)
             found = tuple(view.get_shape())

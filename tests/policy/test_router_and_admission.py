@@ -29,7 +29,9 @@ def test_max_tokens_defaults_to_what_the_context_leaves():
     assert fit_max_tokens(LIMITS, 30, 70) == 70
 
 
-@pytest.mark.parametrize(("prompt", "wanted", "param"), [(100, 1, "prompt"), (30, 71, "max_tokens")])
+@pytest.mark.parametrize(
+    ("prompt", "wanted", "param"), [(100, 1, "prompt"), (30, 71, "max_tokens")]
+)
 def test_what_does_not_fit_the_context_is_refused_by_name(prompt, wanted, param):
     with pytest.raises(InvalidRequest) as refusal:
         fit_max_tokens(LIMITS, prompt, wanted)

@@ -59,7 +59,11 @@ def test_the_last_of_max_tokens_ends_a_request_with_length():
     scheduler = Scheduler(config())
     scheduler.submit(request(1, max_tokens=3))
     emitted = run_alone(scheduler)
-    assert [(e.index, e.finish) for e in emitted] == [(0, None), (1, None), (2, FinishReason.LENGTH)]
+    assert [(e.index, e.finish) for e in emitted] == [
+        (0, None),
+        (1, None),
+        (2, FinishReason.LENGTH),
+    ]
     assert scheduler.blocks.num_free == 16
 
 
@@ -159,7 +163,9 @@ class Harness:
         owners: dict[int, int] = {}
         for planned in flying:
             for block in planned.block_ids:
-                assert owners.setdefault(block, planned.key) == planned.key, "a block has two owners"
+                assert owners.setdefault(block, planned.key) == planned.key, (
+                    "a block has two owners"
+                )
         keys = [planned.key for planned in flying]
         assert len(keys) == len(set(keys)), "a sequence is in two lanes"
         for planned in plan.sequences:
@@ -175,9 +181,7 @@ class Harness:
             lane = self.rng.choice(sorted(self.in_flight))
             plan = self.in_flight.pop(lane)
             # the token is a function of the position, as a model's would be
-            tokens = tuple(
-                1000 + s.start + len(s.token_ids) for s in plan.sequences if s.samples
-            )
+            tokens = tuple(1000 + s.start + len(s.token_ids) for s in plan.sequences if s.samples)
             for emitted in self.scheduler.commit(StepResult(plan, tokens)):
                 known = self.tokens.setdefault(emitted.key, [])
                 assert emitted.index == len(known), "a token was lost or repeated"
@@ -216,7 +220,11 @@ def test_under_any_workload_budgets_hold_blocks_are_conserved_and_nobody_starves
             if harness.scheduler.cancel(key, 1):
                 cancelled.add(key)
         harness.step()
-        if not todo and not harness.in_flight and not harness.scheduler.num_waiting + harness.scheduler.num_running:
+        if (
+            not todo
+            and not harness.in_flight
+            and not harness.scheduler.num_waiting + harness.scheduler.num_running
+        ):
             break
     assert harness.scheduler.blocks.num_free == cfg.num_blocks
     assert harness.scheduler.num_running == harness.scheduler.num_waiting == 0

@@ -1,0 +1,144 @@
+"""The attention side of A→F→A: dispatches calls, keeps them until complete, adds them up."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from afd_server.core.clock import Clock
+from afd_server.core.errors import ProtocolError
+from afd_server.core.stage import StageId
+from afd_server.core.topology import FFNParallel, Role
+from afd_server.models.base import FFNCall
+from afd_server.models.monolith import add_in_part_order
+from afd_server.transport.endpoint import Endpoint, Received
+from afd_server.transport.messages import Combine, Dispatch, Payload
+from afd_server.workers.config import FFNConfig
+from afd_server.workers.tensors import to_payload, to_tensor
+
+RETRY_REFUSED_S = 0.05  # a refusal is mostly a topology that has not arrived yet
+
+
+@dataclass(slots=True)
+class _PendingCall:
+    """One lane's call in flight. The input is kept so that any part can be sent again."""
+
+    stage: StageId
+    hidden: Tensor
+    payload: Payload
+    epoch: int = 0
+    targets: dict[int, str] = field(default_factory=dict)  # part → incarnation
+    partials: dict[int, Tensor] = field(default_factory=dict)
+    resend_at: float = 0.0
+
+
+class FFNClient:
+    """Sends FFN calls to the workers that hold their parts and sums the answers.
+
+    A call is keyed by (own incarnation, epoch, step, lane, layer, part), so it may be sent any
+    number of times: the first valid answer to each part counts (invariant I5).
+    """
+
+    def __init__(
+        self, config: FFNConfig, slot: int, endpoint: Endpoint, clock: Clock, resend_s: float
+    ) -> None:
+        self._config = config
+        self._slot = slot
+        self._endpoint = endpoint
+        self._clock = clock
+        self._resend_s = resend_s
+        self._pending: dict[int, _PendingCall] = {}  # by lane
+        self.counters: Counter[str] = Counter()
+
+    def dispatch(self, stage: StageId, call: FFNCall) -> None:
+        """Send a lane's call on its way; the lane has no other one."""
+        assert stage.lane not in self._pending, f"lane {stage.lane} already waits"
+        pending = _PendingCall(stage, call.hidden, to_payload(call.hidden))
+        self._pending[stage.lane] = pending
+        self._assign(pending)
+
+    def accept(self, received: Received, combine: Combine) -> int | None:
+        """Take in an answer.
+
+        Returns:
+            The lane whose call is complete now, or None.
+        """
+        pending = self._pending.get(combine.lane)
+        if (
+            pending is None
+            or pending.stage != StageId(combine.step, combine.lane, combine.layer)
+            or pending.epoch != combine.call_epoch
+            or pending.targets.get(combine.part) != received.envelope.source
+            or combine.part in pending.partials
+        ):
+            self.counters["stale"] += 1  # late, repeated, or meant for an earlier epoch
+            return None
+        if combine.refusal:
+            self.counters[f"refused_{combine.refusal}"] += 1
+            pending.resend_at = self._clock.now() + RETRY_REFUSED_S
+            return None
+        try:
+            partial = to_tensor(combine.partial, torch.float32)
+        except ProtocolError:
+            partial = None
+        if partial is None or partial.shape != pending.hidden.shape:
+            self.counters["bad_partial"] += 1  # the resend timer asks again
+            return None
+        pending.partials[combine.part] = partial
+        complete = len(pending.partials) == self._config.num_parts
+        return pending.stage.lane if complete else None
+
+    def take(self, lane: int) -> Tensor:
+        """Return the sum of a complete call, [tokens, hidden] in its dtype, and forget the call."""
+        pending = self._pending.pop(lane)
+        partials = [pending.partials[part] for part in range(self._config.num_parts)]
+        return add_in_part_order(partials, like=pending.hidden)
+
+    def reassign(self) -> None:
+        """Follow a new topology: calls that waited for a lost worker start over."""
+        for pending in self._pending.values():
+            alive = all(self._endpoint.topology.find(i) for i in pending.targets.values())
+            if not pending.targets or not alive:
+                self._assign(pending)
+
+    def resend_due(self) -> None:
+        """Send again what has gone unanswered for too long."""
+        now = self._clock.now()
+        for pending in self._pending.values():
+            if pending.targets and pending.resend_at <= now:
+                self.counters["resends"] += 1
+                self._send(pending)
+
+    def next_resend_s(self) -> float | None:
+        """Return the seconds until `resend_due` has something to do; None if nothing waits."""
+        due = [pending.resend_at for pending in self._pending.values() if pending.targets]
+        return max(0.0, min(due) - self._clock.now()) if due else None
+
+    def _assign(self, pending: _PendingCall) -> None:
+        """Choose the workers of a call under the present topology and send all parts.
+
+        While the topology lacks a part the call simply waits for the next one.
+        """
+        topology = self._endpoint.topology
+        pool = {member.slot: member.incarnation for member in topology.pool(Role.FFN)}
+        pending.epoch = topology.epoch
+        pending.partials = {}
+        if self._config.parallel is FFNParallel.REPLICATE:
+            slots = sorted(pool)
+            chosen = slots[(self._slot + pending.stage.lane) % len(slots)] if slots else None
+            pending.targets = {} if chosen is None else {0: pool[chosen]}
+        else:
+            parts = range(self._config.num_parts)
+            complete = all(part in pool for part in parts)
+            pending.targets = {part: pool[part] for part in parts} if complete else {}
+        self._send(pending)
+
+    def _send(self, pending: _PendingCall) -> None:
+        pending.resend_at = self._clock.now() + self._resend_s
+        step, lane, layer = pending.stage
+        for part, incarnation in pending.targets.items():
+            if part not in pending.partials:
+                message = Dispatch(step, lane, layer, part, pending.payload)
+                if not self._endpoint.try_send(incarnation, message):
+                    pending.resend_at = self._clock.now() + RETRY_REFUSED_S

@@ -1,0 +1,56 @@
+"""The slots of an attention worker, each with one micro-batch in flight."""
+
+from torch import Tensor
+
+from afd_server.core.batch import StepPlan, StepResult
+from afd_server.core.stage import StageId
+from afd_server.kernels.table import KVLayer
+from afd_server.models.base import AttentionHalf, FFNCall
+from afd_server.models.forward import Forward, forward
+from afd_server.workers.attention.sampler import sample
+from afd_server.workers.tensors import micro_batch
+
+
+class Lane:
+    """Carries one micro-batch through all layers; never waits for another lane."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self._plan: StepPlan | None = None
+        self._forward: Forward | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Tell whether the lane may take a plan."""
+        return self._plan is None
+
+    def start(
+        self, plan: StepPlan, model: AttentionHalf, kv: tuple[KVLayer, ...], block_size: int
+    ) -> tuple[StageId, FFNCall]:
+        """Begin a step and run it to its first FFN call."""
+        assert self._plan is None, f"lane {self.index} is busy"
+        self._plan = plan
+        self._forward = forward(model, micro_batch(plan, kv, block_size))
+        return self._staged(next(self._forward))
+
+    def resume(self, ffn_output: Tensor) -> tuple[StageId, FFNCall] | StepResult:
+        """Go on with a layer's FFN output, [tokens, hidden], to the next call or the end."""
+        assert self._plan is not None and self._forward is not None, f"lane {self.index} is idle"
+        try:
+            return self._staged(self._forward.send(ffn_output))
+        except StopIteration as stop:
+            plan, self._plan, self._forward = self._plan, None, None
+            return StepResult(plan, _sample_all(plan, stop.value))
+
+    def _staged(self, call: FFNCall) -> tuple[StageId, FFNCall]:
+        assert self._plan is not None
+        return StageId(self._plan.step, self.index, call.layer), call
+
+
+def _sample_all(plan: StepPlan, logits: Tensor) -> tuple[int, ...]:
+    """Sample each row of [rows, vocab] for the sequence that asked for it, in plan order."""
+    sampling = [planned for planned in plan.sequences if planned.samples]
+    return tuple(
+        sample(row, planned.sampling, planned.start + len(planned.token_ids))
+        for row, planned in zip(logits, sampling, strict=True)
+    )

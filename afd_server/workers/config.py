@@ -1,0 +1,92 @@
+"""All that a worker process is told at its start."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from afd_server.core.topology import FFNParallel, Role
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    """Settings of an attention worker; token counts unless the name says otherwise.
+
+    `resend_s` is how long an FFN call may go unanswered before it is sent again.
+    """
+
+    num_lanes: int
+    max_model_len: int
+    max_num_seqs: int
+    max_batch_tokens: int
+    block_size: int
+    kv_cache_bytes: int
+    resend_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class FFNConfig:
+    """Settings of an FFN worker, and what attention workers must know of the pool.
+
+    `num_parts` is the number of column shards: 1 when workers are replicas. `max_gather_rows`
+    limits the rows computed together.
+    """
+
+    parallel: FFNParallel
+    num_parts: int
+    max_gather_rows: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """One worker process.
+
+    Attributes:
+        supervisor, supervisor_address: whom to report to.
+        bind: where to listen: `ipc://…` or `tcp://host:*`.
+        model_digest: what the checkpoint at `model_path` must turn out to be.
+        dtype: `float32` or `bfloat16`, of weights, activations and KV.
+        compute_threads: of tensor operations; more threads than owned cores slow everything.
+        with_crc: whether frames carry checksums.
+    """
+
+    role: Role
+    slot: int
+    incarnation: str
+    supervisor: str
+    supervisor_address: str
+    bind: str
+    model_path: str
+    model_digest: str
+    dtype: str
+    compute_threads: int
+    with_crc: bool
+    attention: AttentionConfig
+    ffn: FFNConfig
+
+    @property
+    def name(self) -> str:
+        """Return the short form used in logs, such as `attention/0`."""
+        return f"{self.role.name.lower()}/{self.slot}"
+
+    @property
+    def model_directory(self) -> Path:
+        """Return `model_path` as a path."""
+        return Path(self.model_path)
+
+    @property
+    def part(self) -> int:
+        """Return which FFN part this worker holds: its slot, or 0 if workers are replicas."""
+        return self.slot if self.ffn.parallel is FFNParallel.TENSOR else 0
+
+    def to_json(self) -> str:
+        """Return the spec as text for another process."""
+        return _ADAPTER.dump_json(self).decode()
+
+
+def parse_worker_spec(text: str) -> WorkerSpec:
+    """Read what `to_json` wrote."""
+    return _ADAPTER.validate_json(text)
+
+
+_ADAPTER = TypeAdapter(WorkerSpec)

@@ -1,0 +1,134 @@
+"""The FFN worker: gathers dispatches of a layer, computes once, answers each peer.
+
+It keeps no state between calls, so any call may be repeated anywhere (invariant I5).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from afd_server.core.errors import ProtocolError
+from afd_server.core.model_spec import ModelSpec
+from afd_server.models.base import FFNHalf
+from afd_server.policy.gather import gather
+from afd_server.transport.endpoint import Endpoint, Received
+from afd_server.transport.messages import EMPTY, Combine, Dispatch, LoadReport
+from afd_server.workers.tensors import to_payload, to_tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _WaitingCall:
+    """A checked dispatch. `key` names it uniquely: peer, epoch, step, lane, layer, part."""
+
+    key: tuple[str, int, int, int, int, int]
+    layer: int
+    activations: Tensor
+
+    @property
+    def rows(self) -> int:
+        return self.activations.shape[0]
+
+
+class FFNWorker:
+    """One part of the FFN half behind an endpoint.
+
+    Args:
+        model: the part's weights.
+        spec: of the model, to check calls against.
+        part: which part this is; calls for another are refused.
+        dtype: of the activations.
+        endpoint: towards the attention pool.
+        max_gather_rows: most rows computed together.
+    """
+
+    def __init__(
+        self,
+        model: FFNHalf,
+        spec: ModelSpec,
+        part: int,
+        dtype: torch.dtype,
+        endpoint: Endpoint,
+        max_gather_rows: int,
+    ) -> None:
+        self._model = model
+        self._spec = spec
+        self._part = part
+        self._dtype = dtype
+        self._endpoint = endpoint
+        self._max_gather_rows = max_gather_rows
+        self._waiting: dict[tuple[str, int, int, int, int, int], _WaitingCall] = {}
+        self._num_calls = 0
+        self._num_rows = 0
+
+    def handle(self, received: Received) -> None:
+        """Queue a dispatch, or refuse it with the reason; a repetition in the queue is dropped."""
+        message = received.message
+        if not isinstance(message, Dispatch):
+            return
+        envelope = received.envelope
+        try:
+            activations = self._checked(message)
+        except ProtocolError as error:
+            self._endpoint.counters[f"refused_{error.reason}"] += 1
+            key = (message.step, message.lane, message.layer, message.part, envelope.epoch)
+            self._endpoint.try_send(envelope.source, Combine(*key, error.reason, EMPTY))
+            return
+        call = (message.step, message.lane, message.layer, message.part)
+        waiting = _WaitingCall((envelope.source, envelope.epoch, *call), message.layer, activations)
+        self._waiting.setdefault(waiting.key, waiting)
+
+    def advance(self) -> bool:
+        """Compute the oldest group of calls and answer them.
+
+        Returns:
+            Whether more calls wait.
+        """
+        if not self._waiting:
+            return False
+        group = gather(self._waiting.values(), self._max_gather_rows)[0]
+        rows = torch.cat([call.activations for call in group])
+        partials = self._model.partial_sum(group[0].layer, rows)
+        by_call = torch.split(partials, [call.rows for call in group])
+        for call, partial in zip(group, by_call, strict=True):
+            source, epoch, step, lane, layer, part = call.key
+            answer = Combine(step, lane, layer, part, epoch, "", to_payload(partial))
+            self._endpoint.try_send(source, answer)  # lost answers are asked for again
+            del self._waiting[call.key]
+        self._num_calls += len(group)
+        self._num_rows += rows.shape[0]
+        return bool(self._waiting)
+
+    def wait_s(self) -> float | None:
+        """Return None: an FFN worker only answers."""
+        return None
+
+    def follow_topology(self) -> None:
+        """Drop the calls of peers that are gone."""
+        topology = self._endpoint.topology
+        for key in [key for key in self._waiting if topology.find(key[0]) is None]:
+            del self._waiting[key]
+
+    def load(self, num_bad_frames: int) -> LoadReport:
+        """Return the present load: `running` counts the calls that wait."""
+        return LoadReport(
+            steps=self._num_calls,
+            running=len(self._waiting),
+            waiting=0,
+            free_blocks=0,
+            num_blocks=0,
+            preemptions=0,
+            rows=self._num_rows,
+            bad_frames=num_bad_frames,
+            resends=0,
+        )
+
+    def _checked(self, dispatch: Dispatch) -> Tensor:
+        if dispatch.part != self._part:
+            raise ProtocolError(f"part {dispatch.part}, this is {self._part}", "part")
+        if dispatch.layer >= self._spec.num_layers:
+            raise ProtocolError(f"layer {dispatch.layer} of {self._spec.num_layers}", "range")
+        shape = dispatch.activations.shape
+        if len(shape) != 2 or shape[0] == 0 or shape[1] != self._spec.hidden_size:
+            raise ProtocolError(f"shape {shape}, hidden is {self._spec.hidden_size}", "shape")
+        return to_tensor(dispatch.activations, self._dtype)

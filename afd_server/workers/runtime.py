@@ -1,0 +1,230 @@
+"""What every worker process does, whichever half it holds.
+
+Reports to the supervisor, follows the topology, answers the gateway, and gives the worker its
+messages and its turns. One loop, one thread; every wait has a limit.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from afd_server.core.clock import Clock, MonotonicClock
+from afd_server.core.errors import AFDError, ConfigError, ModelError
+from afd_server.core.model_spec import ModelSpec, read_model_spec
+from afd_server.core.topology import Member, Role
+from afd_server.kernels.fingerprint import kernel_fingerprint
+from afd_server.kernels.reference import REFERENCE
+from afd_server.kernels.table import Kernels
+from afd_server.models.base import ColumnShard, column_shard
+from afd_server.models.catalogue import ARCHITECTURES
+from afd_server.policy.scheduler import Scheduler, SchedulerConfig
+from afd_server.transport.endpoint import Endpoint, Identity, Received
+from afd_server.transport.messages import (
+    Heartbeat,
+    LoadReport,
+    ProcessState,
+    TopologyUpdate,
+)
+from afd_server.transport.zeromq import ZeroMQLink
+from afd_server.weights.checkpoint import Checkpoint
+from afd_server.weights.manifest import model_digest
+from afd_server.workers.attention.ffn_client import FFNClient
+from afd_server.workers.attention.kv_store import KVStore, num_kv_blocks
+from afd_server.workers.attention.worker import AttentionWorker
+from afd_server.workers.config import WorkerSpec
+from afd_server.workers.ffn.worker import FFNWorker
+from afd_server.workers.tensors import TORCH_DTYPES
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 0.25
+FAREWELL_S = 2.0  # how long a failing worker tries to say why
+
+
+class Worker(Protocol):
+    """Either half's worker, as its loop sees it."""
+
+    def handle(self, received: Received) -> None:
+        """Take in a message."""
+        ...
+
+    def advance(self) -> bool:
+        """Do one piece of work; tell whether there is more."""
+        ...
+
+    def wait_s(self) -> float | None:
+        """Return how long the worker may sleep; None: until a message comes."""
+        ...
+
+    def follow_topology(self) -> None:
+        """React to the endpoint's new topology."""
+        ...
+
+    def load(self, num_bad_frames: int) -> LoadReport:
+        """Return the present load."""
+        ...
+
+
+class WorkerLoop:
+    """Drives one worker: its messages, its turns, its heartbeat."""
+
+    def __init__(self, spec: WorkerSpec, worker: Worker, endpoint: Endpoint, clock: Clock) -> None:
+        self._spec = spec
+        self._worker = worker
+        self._endpoint = endpoint
+        self._clock = clock
+        self._next_beat_s = clock.now()
+        self._has_work = False
+
+    def turn(self, longest_wait_s: float) -> None:
+        """Wait for messages unless there is work, take them in, do one piece of work."""
+        for received in self._endpoint.receive(self._wait_s(longest_wait_s)):
+            message = received.message
+            if isinstance(message, TopologyUpdate):
+                self._follow(message)
+            elif isinstance(message, Heartbeat):
+                report = self._worker.load(self._endpoint.num_bad_frames)
+                self._endpoint.try_send(received.envelope.source, report)
+            else:
+                self._worker.handle(received)
+        self._has_work = self._worker.advance()
+        if self._clock.now() >= self._next_beat_s:
+            self._beat()
+
+    def _wait_s(self, longest_s: float) -> float:
+        if self._has_work:
+            return 0.0
+        until_beat = max(0.0, self._next_beat_s - self._clock.now())
+        own = self._worker.wait_s()
+        return min(longest_s, until_beat, own if own is not None else longest_s)
+
+    def _follow(self, update: TopologyUpdate) -> None:
+        if update.topology.epoch > self._endpoint.topology.epoch:
+            self._endpoint.topology = update.topology
+            self._worker.follow_topology()
+            self._has_work = True
+            log.info("epoch %d: %s", update.topology.epoch, update.topology.notation)
+
+    def _beat(self) -> None:
+        self._next_beat_s = self._clock.now() + HEARTBEAT_S
+        steps = self._worker.load(0).steps
+        beat = _heartbeat(self._spec, ProcessState.READY, self._endpoint.link.address, steps)
+        self._endpoint.try_send(self._spec.supervisor, beat)
+
+
+def run_worker(spec: WorkerSpec, should_stop: Callable[[], bool]) -> None:
+    """Be a worker until told to stop.
+
+    Raises:
+        AFDError: it cannot start; the supervisor was told why.
+    """
+    torch.set_num_threads(spec.compute_threads)
+    torch.set_grad_enabled(False)
+    clock = MonotonicClock()
+    link = ZeroMQLink(spec.incarnation, spec.bind)
+    supervisor = Member(Role.SUPERVISOR, 0, spec.supervisor, spec.supervisor_address, "")
+    identity = Identity(spec.incarnation, spec.model_digest)
+    endpoint = Endpoint(link, identity, clock, (supervisor,), spec.with_crc)
+    try:
+        link.connect(spec.supervisor, spec.supervisor_address)
+        worker = _load(spec, endpoint, clock)
+        loop = WorkerLoop(spec, worker, endpoint, clock)
+        log.info("%s is ready", spec.name)
+        while not should_stop():
+            loop.turn(longest_wait_s=HEARTBEAT_S)
+    except Exception as error:
+        log.exception("%s failed", spec.name)
+        _say_farewell(spec, endpoint, clock, error)
+        raise
+    finally:
+        link.close()
+
+
+def _say_farewell(spec: WorkerSpec, endpoint: Endpoint, clock: Clock, error: Exception) -> None:
+    """Tell the supervisor why this process ends, if it can still be reached."""
+    text = str(error) if isinstance(error, AFDError) else f"{type(error).__name__}: {error}"
+    beat = _heartbeat(spec, ProcessState.FAILED, "", 0, text[:500])
+    give_up_s = clock.now() + FAREWELL_S
+    while not endpoint.try_send(spec.supervisor, beat) and clock.now() < give_up_s:
+        endpoint.receive(0.05)
+    endpoint.receive(0.1)  # lets the I/O thread hand it over before the link closes
+
+
+def _heartbeat(
+    spec: WorkerSpec, state: ProcessState, address: str, steps: int, detail: str = ""
+) -> Heartbeat:
+    return Heartbeat(spec.role, spec.slot, state, steps, address, detail)
+
+
+def _load(spec: WorkerSpec, endpoint: Endpoint, clock: Clock) -> Worker:
+    found = model_digest(spec.model_directory)
+    if found != spec.model_digest:
+        raise ModelError(
+            f"{spec.model_path} holds model {found}, the server serves {spec.model_digest}; "
+            "give every host the same files"
+        )
+    model_spec = read_model_spec(spec.model_directory)
+    build = build_attention_worker if spec.role is Role.ATTENTION else build_ffn_worker
+    worker = build(spec, model_spec, REFERENCE, endpoint, clock)
+    endpoint.identify(numerics_fingerprint(spec, REFERENCE))
+    return worker
+
+
+def numerics_fingerprint(spec: WorkerSpec, kernels: Kernels) -> str:
+    """Return the fingerprint of a worker: kernels, weights, and how the FFN is cut."""
+    parts = (
+        kernel_fingerprint(kernels, TORCH_DTYPES[spec.dtype]),
+        spec.model_digest,
+        spec.compute_threads,
+        spec.ffn.num_parts,
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def build_attention_worker(
+    spec: WorkerSpec, model_spec: ModelSpec, kernels: Kernels, endpoint: Endpoint, clock: Clock
+) -> Worker:
+    """Load the attention half and set up its scheduler and blocks.
+
+    Raises:
+        ModelError: the checkpoint does not hold what the model needs.
+        ConfigError: the KV cache cannot hold one sequence.
+    """
+    config, dtype = spec.attention, TORCH_DTYPES[spec.dtype]
+    num_blocks = num_kv_blocks(model_spec, config.block_size, dtype, config.kv_cache_bytes)
+    if num_blocks < 1:
+        raise ConfigError(f"kv_cache_bytes {config.kv_cache_bytes} is less than one block")
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_batch_tokens=config.max_batch_tokens,
+            num_lanes=config.num_lanes,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+        )
+    )
+    reader = Checkpoint(spec.model_directory, dtype)
+    architecture = ARCHITECTURES[model_spec.model_type]
+    model = architecture.attention(model_spec, reader, kernels, config.max_model_len)
+    kv = KVStore(model_spec, num_blocks, config.block_size, dtype)
+    ffn = FFNClient(spec.ffn, spec.slot, endpoint, clock, config.resend_s)
+    return AttentionWorker(model, kv, scheduler, config.num_lanes, ffn, endpoint, clock)
+
+
+def build_ffn_worker(
+    spec: WorkerSpec, model_spec: ModelSpec, kernels: Kernels, endpoint: Endpoint, _clock: Clock
+) -> Worker:
+    """Load this worker's part of the FFN half.
+
+    Raises:
+        ModelError: the checkpoint does not hold what the model needs.
+    """
+    dtype = TORCH_DTYPES[spec.dtype]
+    shard: ColumnShard = column_shard(model_spec.intermediate_size, spec.part, spec.ffn.num_parts)
+    reader = Checkpoint(spec.model_directory, dtype)
+    model = ARCHITECTURES[model_spec.model_type].ffn(model_spec, reader, kernels, shard)
+    return FFNWorker(model, model_spec, spec.part, dtype, endpoint, spec.ffn.max_gather_rows)

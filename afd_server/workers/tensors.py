@@ -1,0 +1,62 @@
+"""Between plans, payloads and tensors."""
+
+import torch
+from torch import Tensor
+
+from afd_server.core.batch import StepPlan
+from afd_server.core.errors import ProtocolError
+from afd_server.kernels.reference import plan_paged_rows
+from afd_server.kernels.table import KVLayer
+from afd_server.models.base import MicroBatch
+from afd_server.transport.messages import DType, Payload
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_WIRE = {
+    torch.float32: DType.FLOAT32,
+    torch.bfloat16: DType.BFLOAT16,
+    torch.int32: DType.INT32,
+    torch.int64: DType.INT64,
+}
+_TORCH = {wire: dtype for dtype, wire in _WIRE.items()}
+
+
+def to_payload(tensor: Tensor) -> Payload:
+    """Lay a contiguous CPU tensor open as bytes; the payload shares its memory."""
+    tensor = tensor.contiguous()
+    data = tensor.view(torch.uint8).numpy().data.cast("B")
+    return Payload(_WIRE[tensor.dtype], tuple(tensor.shape), data)
+
+
+def to_tensor(payload: Payload, dtype: torch.dtype) -> Tensor:
+    """Copy a payload into a tensor of its shape.
+
+    Raises:
+        ProtocolError: the payload is of another dtype.
+    """
+    if _TORCH.get(payload.dtype) is not dtype:
+        raise ProtocolError(f"payload of {payload.dtype.name}, expected {dtype}", "dtype")
+    return torch.frombuffer(bytearray(payload.data), dtype=dtype).view(payload.shape)
+
+
+def micro_batch(plan: StepPlan, kv: tuple[KVLayer, ...], block_size: int) -> MicroBatch:
+    """Lay a plan out as tensors; rows come sequence by sequence, tokens in order."""
+    positions, slots, num_keys, tables, logit_rows = [], [], [], [], []
+    for planned in plan.sequences:
+        for position in range(planned.start, planned.start + len(planned.token_ids)):
+            block = planned.block_ids[position // block_size]
+            positions.append(position)
+            slots.append(block * block_size + position % block_size)
+            num_keys.append(position + 1)
+            tables.append(planned.block_ids)
+        if planned.samples:
+            logit_rows.append(len(positions) - 1)
+    token_ids = [token for planned in plan.sequences for token in planned.token_ids]
+    return MicroBatch(
+        token_ids=torch.tensor(token_ids, dtype=torch.int64),
+        positions=torch.tensor(positions, dtype=torch.int64),
+        slots=torch.tensor(slots, dtype=torch.int64),
+        rows=plan_paged_rows(num_keys, tables, block_size),
+        logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+        kv=kv,
+    )
