@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -50,9 +49,3 @@ class Kernels:
     write_kv: Callable[[KVLayer, Tensor, Tensor, Tensor], None]
     paged_attention: Callable[[Tensor, KVLayer, PagedRows], Tensor]
     silu_mul: Callable[[Tensor], Tensor]
-
-
-def supports_native_bfloat16() -> bool:
-    """Tell whether this CPU multiplies bfloat16 in hardware; emulation is slower than fp32."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -3,6 +3,11 @@
 from collections.abc import Iterable
 
 
+def num_kv_blocks(bytes_per_token: int, block_size: int, memory_bytes: int) -> int:
+    """Return how many blocks of `block_size` tokens fit into this much memory."""
+    return memory_bytes // (block_size * bytes_per_token)
+
+
 class BlockPool:
     """Hands out block ids and takes them back; a block has at most one owner.
 

@@ -20,6 +20,7 @@ from afd_server.kernels.reference import REFERENCE
 from afd_server.kernels.table import Kernels
 from afd_server.models.base import ColumnShard, column_shard
 from afd_server.models.catalogue import ARCHITECTURES
+from afd_server.policy.blocks import num_kv_blocks
 from afd_server.policy.scheduler import Scheduler, SchedulerConfig
 from afd_server.transport.endpoint import Endpoint, Identity, Received
 from afd_server.transport.messages import (
@@ -32,7 +33,7 @@ from afd_server.transport.zeromq import ZeroMQLink
 from afd_server.weights.checkpoint import Checkpoint
 from afd_server.weights.manifest import model_digest
 from afd_server.workers.attention.ffn_client import FFNClient
-from afd_server.workers.attention.kv_store import KVStore, num_kv_blocks
+from afd_server.workers.attention.kv_store import KVStore
 from afd_server.workers.attention.worker import AttentionWorker
 from afd_server.workers.config import WorkerSpec
 from afd_server.workers.ffn.worker import FFNWorker
@@ -194,7 +195,8 @@ def build_attention_worker(
         ConfigError: the KV cache cannot hold one sequence.
     """
     config, dtype = spec.attention, TORCH_DTYPES[spec.dtype]
-    num_blocks = num_kv_blocks(model_spec, config.block_size, dtype, config.kv_cache_bytes)
+    token_bytes = model_spec.kv_elements_per_token * dtype.itemsize
+    num_blocks = num_kv_blocks(token_bytes, config.block_size, config.kv_cache_bytes)
     if num_blocks < 1:
         raise ConfigError(f"kv_cache_bytes {config.kv_cache_bytes} is less than one block")
     scheduler = Scheduler(

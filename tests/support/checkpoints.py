@@ -63,7 +63,9 @@ def write_tiny_llama(
 
 
 @functools.cache
-def tiny_llama(heads: int = 6, kv_heads: int = 2, tied: bool = False) -> tuple[Path, LlamaForCausalLM]:
+def tiny_llama(
+    heads: int = 6, kv_heads: int = 2, tied: bool = False
+) -> tuple[Path, LlamaForCausalLM]:
     """Return one shared tiny checkpoint; nobody may change it."""
     directory = Path(tempfile.mkdtemp(prefix="tiny-llama-"))
     return directory, write_tiny_llama(directory, heads=heads, kv_heads=kv_heads, tied=tied)

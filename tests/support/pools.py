@@ -91,7 +91,12 @@ class Pools:
             "compute_threads": 1,
             "with_crc": True,
             "attention": AttentionConfig(
-                num_lanes, max_model_len, max_num_seqs, max_batch_tokens, 16, kv_cache_bytes,
+                num_lanes,
+                max_model_len,
+                max_num_seqs,
+                max_batch_tokens,
+                16,
+                kv_cache_bytes,
                 resend_s,
             ),  # fmt: skip
             "ffn": FFNConfig(parallel, num_parts),
@@ -108,7 +113,9 @@ class Pools:
         self.alive_rows = 0
         self.lost_rows = 0
         supervisor = Member(Role.SUPERVISOR, 0, SUPERVISOR, "", "")
-        self.supervisor = Endpoint(self._open(SUPERVISOR), Identity(SUPERVISOR, "digest"), self.clock)
+        self.supervisor = Endpoint(
+            self._open(SUPERVISOR), Identity(SUPERVISOR, "digest"), self.clock
+        )
         self._introduced = (supervisor,)
         self.gateway = Endpoint(
             self._open(GATEWAY), Identity(GATEWAY, "digest"), self.clock, self._introduced

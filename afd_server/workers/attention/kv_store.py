@@ -6,12 +6,6 @@ from afd_server.core.model_spec import ModelSpec
 from afd_server.kernels.table import KVLayer
 
 
-def num_kv_blocks(spec: ModelSpec, block_size: int, dtype: torch.dtype, memory_bytes: int) -> int:
-    """Return how many blocks fit into this much memory."""
-    block_bytes = block_size * spec.kv_elements_per_token * dtype.itemsize
-    return memory_bytes // block_bytes
-
-
 class KVStore:
     """Keys and values of every layer, zeroed: a masked key must be finite.
 

@@ -1,0 +1,235 @@
+"""Composes a server's settings: defaults, then a YAML file, then AFD_* variables, then flags.
+
+The only place that reads the environment.
+"""
+
+import argparse
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import (
+    Any,
+    Literal,
+    get_args,
+    get_origin,
+    get_type_hints,
+)  # Any: settings not yet checked
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from afd_server.core.errors import ConfigError
+
+ENV_PREFIX = "AFD_"
+
+
+def _setting(default: Any, text: str) -> Any:  # Any: a dataclass default of any type
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Everything that `afd-server serve` can be told."""
+
+    model: str = _setting(
+        "smollm2-135m-instruct", "a Hugging Face model directory, or a name that `pull` knows"
+    )
+    attention_workers: int = _setting(1, "workers with the attention half")
+    ffn_workers: int = _setting(1, "workers with the FFN half")
+    ffn_parallel: Literal["tensor", "replicate"] = _setting(
+        "tensor", "each FFN worker holds a column shard of every FFN, or a full replica"
+    )
+    host: str = _setting("127.0.0.1", "address to serve HTTP on")
+    port: int = _setting(8000, "port to serve HTTP on; 0 takes a free one")
+    served_model_name: str | None = _setting(None, "what clients call the model")
+    max_model_len: int | None = _setting(
+        None, "longest sequence in tokens, prompt and output; default: what the model was made for"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = _setting(
+        "auto", "of weights and activations; auto: bfloat16 for bfloat16 checkpoints on CPUs that "
+        "multiply it natively, else float32"
+    )  # fmt: skip
+    launcher: Literal["ray", "local"] = _setting(
+        "ray", "start workers as Ray actors or as plain subprocesses"
+    )
+    ray_address: str | None = _setting(
+        None, "of a running Ray cluster; default: start Ray on this machine for this server"
+    )
+    attention_resources: str = _setting("CPU=1", "Ray resources of one attention worker")
+    ffn_resources: str = _setting("CPU=1", "Ray resources of one FFN worker")
+    data_transport: Literal["ipc", "tcp"] = _setting(
+        "ipc", "between processes: ipc on one host, tcp between hosts"
+    )
+    data_host: str = _setting("127.0.0.1", "address to bind tcp on; with Ray, of the head only")
+    trusted_network: bool = _setting(
+        False, "allow tcp beyond loopback: you say that the network itself is protected"
+    )
+    frame_checksums: Literal["auto", "on", "off"] = _setting(
+        "auto", "CRC-32 of every frame; auto: with tcp"
+    )
+    lanes: int = _setting(2, "micro-batches of an attention worker in flight")
+    max_num_seqs: int = _setting(32, "most sequences of an attention worker in its KV cache")
+    max_batch_tokens: int = _setting(256, "most tokens of one micro-batch")
+    block_size: Literal[1, 2, 4, 8, 16, 32, 64] = _setting(16, "tokens of a KV block")
+    kv_cache_mb: int = _setting(1024, "memory of an attention worker's KV cache, in MiB")
+    max_live_requests: int = _setting(128, "refuse requests above this")
+    compute_threads: int = _setting(1, "threads of a worker's tensor operations")
+    cache_dir: str | None = _setting(
+        None, "where pulled models are kept; default: ~/.cache/afd-server/models"
+    )
+    start_timeout_s: float = _setting(300.0, "longest wait for all workers to be ready")
+    shutdown_timeout_s: float = _setting(5.0, "how long running requests may go on after Ctrl-C")
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        "warning", "of all processes"
+    )
+
+    def __post_init__(self) -> None:
+        at_least_one = (
+            "attention_workers", "ffn_workers", "lanes", "max_num_seqs", "max_batch_tokens",
+            "kv_cache_mb", "max_live_requests", "compute_threads",
+        )  # fmt: skip
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in at_least_one:
+            if values[name] < 1:
+                raise ConfigError(f"{name} is {values[name]}, must be at least 1")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError(f"max_model_len is {self.max_model_len}, must be at least 2")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}, must be in 0 … 65535")
+        for name in ("start_timeout_s", "shutdown_timeout_s"):
+            if not 0 <= values[name] < 86400:
+                raise ConfigError(f"{name} is {values[name]}, must be in 0 … 86400")
+
+    @property
+    def cache_directory(self) -> Path:
+        """Return where pulled models are kept."""
+        if self.cache_dir is not None:
+            return Path(self.cache_dir)
+        base = os.environ.get("XDG_CACHE_HOME")
+        return (Path(base) if base else Path.home() / ".cache") / "afd-server" / "models"
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:
+    """Add a flag for every setting (the model is positional), or for those named."""
+    hints = get_type_hints(ServeConfig)
+    for setting in fields(ServeConfig):
+        if setting.name == "model" or (names is not None and setting.name not in names):
+            continue
+        text = f"{setting.metadata['help']}{_default_text(setting)}"
+        flag = f"--{setting.name.replace('_', '-')}"
+        if hints[setting.name] is bool:
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+            )
+            continue
+        choices = get_args(hints[setting.name]) if _is_literal(hints[setting.name]) else None
+        metavar = "{" + ",".join(map(str, choices)) + "}" if choices else "X"
+        parser.add_argument(flag, default=argparse.SUPPRESS, metavar=metavar, help=text)
+
+
+def load_config(flags: Mapping[str, Any], environment: Mapping[str, str]) -> ServeConfig:
+    """Merge the sources and check every value.
+
+    Args:
+        flags: by setting's name; `config` may name the YAML file.
+        environment: of the process.
+
+    Raises:
+        ConfigError: a key is unknown or a value wrong; the text names it and its source.
+    """
+    flags = dict(flags)
+    env = {
+        name.removeprefix(ENV_PREFIX).lower(): value
+        for name, value in environment.items()
+        if name.startswith(ENV_PREFIX)
+    }
+    path = flags.pop("config", None) or env.pop("config", None)
+    env.pop("config", None)
+    sources: list[tuple[str, Mapping[str, Any]]] = []
+    if path is not None:
+        sources.append((str(path), _read_yaml(Path(path))))
+    sources += [("environment", env), ("command line", flags)]
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for source, values in sources:
+        _refuse_unknown(source, values)
+        merged |= values
+        origin |= dict.fromkeys(values, source)
+    try:
+        return _ADAPTER.validate_python(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise ConfigError(
+            f"{name} is {merged.get(name)!r} ({origin.get(name)}): {first['msg']}"
+        ) from error
+
+
+def process_environment() -> Mapping[str, str]:
+    """Return the environment of this process."""
+    return os.environ
+
+
+def prepare_ray_environment() -> None:
+    """Keep a Ray that we start quiet: no usage reports, no duplicated log lines held back."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def parse_resources(text: str, setting: str) -> dict[str, float]:
+    """Read `CPU=1,accelerator=0.5`.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    resources: dict[str, float] = {}
+    for part in filter(None, text.split(",")):
+        name, equals, amount = part.partition("=")
+        try:
+            resources[name.strip()] = float(amount)
+        except ValueError:
+            equals = ""
+        if not equals or not name.strip() or resources[name.strip()] <= 0:
+            raise ConfigError(f"{setting} is {text!r}; write it as in CPU=1,accelerator=0.5")
+    if not resources:
+        raise ConfigError(f"{setting} is empty; write it as in CPU=1")
+    return resources
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"config file {path} holds no mapping of settings to values")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def _refuse_unknown(source: str, values: Mapping[str, Any]) -> None:
+    known = [setting.name for setting in fields(ServeConfig)]
+    for name in values:
+        if name not in known:
+            shown = f"{ENV_PREFIX}{name.upper()}" if source == "environment" else name
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"unknown setting {shown} ({source}){hint}")
+
+
+def _default_text(setting: "Field[Any]") -> str:
+    assert setting.default is not MISSING
+    return "" if setting.default is None else f" (default: {setting.default})"
+
+
+def _is_literal(hint: object) -> bool:
+    return get_origin(hint) is Literal
+
+
+_ADAPTER = TypeAdapter(ServeConfig)

@@ -1,0 +1,140 @@
+"""The choices of one HTTP request: token events in, text and endings out."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from afd_server.api.openai import FinishName, StopReason
+from afd_server.core.request import SLO, FinishReason, SamplingParams
+from afd_server.gateway.generation import EventQueue, FailureEvent, Generations
+from afd_server.gateway.text import TextCodec, TextStream
+
+_NAMES: dict[FinishReason, FinishName] = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ChoicePlan:
+    """What to generate for one choice of one of the request's prompts."""
+
+    prompt_index: int
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one token added to a choice."""
+
+    choice: int
+    text: str
+    token_id: int
+    finish: FinishName | None
+    stop_reason: StopReason
+
+
+@dataclass(slots=True)
+class ChoiceState:
+    """A choice so far."""
+
+    plan: ChoicePlan
+    stream: TextStream
+    key: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish: FinishName | None = None
+    stop_reason: StopReason = None
+
+
+class Choices:
+    """Runs the choices of one HTTP request side by side.
+
+    Use it as a context manager: whatever is still being generated at the end is cancelled, and
+    its KV blocks are freed.
+
+    Args:
+        generations: runs the requests.
+        codec: for their text.
+        plans: one for each choice.
+        slo: targets of all of them.
+        silent_stops: stop tokens that are no `stop_reason`: the model's end of sequence.
+    """
+
+    def __init__(
+        self,
+        generations: Generations,
+        codec: TextCodec,
+        plans: list[ChoicePlan],
+        slo: SLO,
+        silent_stops: tuple[int, ...],
+    ) -> None:
+        self._generations = generations
+        self._silent_stops = silent_stops
+        self._events: EventQueue = EventQueue()
+        self.states = [
+            ChoiceState(
+                plan,
+                TextStream(codec, plan.stop),
+                generations.start(index, plan.prompt_ids, plan.sampling, slo, self._events),
+            )
+            for index, plan in enumerate(plans)
+        ]
+
+    def __enter__(self) -> "Choices":
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for state in self.states:
+            self._generations.abandon(state.key, "abort")
+
+    async def pieces(self, quiet_s: float | None = None) -> AsyncIterator[Piece | None]:
+        """Yield what each token adds, at once, until every choice has ended.
+
+        None is yielded whenever nothing has come for `quiet_s`.
+
+        Raises:
+            AFDError: one of them failed.
+        """
+        num_open = len(self.states)
+        while num_open:
+            try:
+                async with asyncio.timeout(quiet_s):
+                    event = await self._events.get()
+            except TimeoutError:
+                yield None
+                continue
+            if isinstance(event, FailureEvent):
+                raise event.error
+            state = self.states[event.choice]
+            if state.finish is not None:
+                continue  # tokens that were under way when a stop string ended the choice
+            piece = self._take(state, event.choice, event.token_id, event.finish)
+            num_open -= piece.finish is not None
+            yield piece
+
+    def _take(
+        self, state: ChoiceState, choice: int, token_id: int, finish: FinishReason | None
+    ) -> Piece:
+        text = state.stream.push(token_id)
+        if finish is not None and state.stream.stopped_by is None:
+            text += state.stream.finish()
+        state.text += text
+        state.token_ids.append(token_id)
+        if state.stream.stopped_by is not None:
+            state.finish, state.stop_reason = "stop", state.stream.stopped_by
+            self._generations.abandon(state.key, "stop")
+        elif finish is not None:
+            state.finish = _NAMES[finish]
+            if finish is FinishReason.STOP and token_id not in self._silent_stops:
+                state.stop_reason = token_id
+        return Piece(choice, text, token_id, state.finish, state.stop_reason)
+
+
+async def run_to_end(choices: Choices) -> list[ChoiceState]:
+    """Wait for every choice to end; raises what `pieces` raises."""
+    async for _piece in choices.pieces():
+        pass
+    return choices.states

@@ -1,0 +1,58 @@
+"""All that a gateway process is told at its start."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySpec:
+    """One gateway process.
+
+    Attributes:
+        listen_fd: an inherited socket, bound to the address that clients use.
+        url: that address, for logs and heartbeats.
+        supervisor, supervisor_address: whom to report to.
+        served_model_name: what clients call the model.
+        max_model_len: context in tokens.
+        max_live_requests: refuse above this.
+        num_attention, num_ffn: workers of a complete topology; `num_ffn_parts` of the FFN
+            workers suffice.
+        shutdown_timeout_s: how long running requests may go on after a stop signal.
+        log_level: of the logging module.
+    """
+
+    incarnation: str
+    listen_fd: int
+    url: str
+    supervisor: str
+    supervisor_address: str
+    model_path: str
+    model_digest: str
+    served_model_name: str
+    max_model_len: int
+    max_live_requests: int
+    num_attention: int
+    num_ffn: int
+    num_ffn_parts: int
+    with_crc: bool
+    shutdown_timeout_s: float
+    log_level: str
+
+    @property
+    def model_directory(self) -> Path:
+        """Return `model_path` as a path."""
+        return Path(self.model_path)
+
+    def to_json(self) -> str:
+        """Return the spec as text for another process."""
+        return _ADAPTER.dump_json(self).decode()
+
+
+def parse_gateway_spec(text: str) -> GatewaySpec:
+    """Read what `to_json` wrote."""
+    return _ADAPTER.validate_json(text)
+
+
+_ADAPTER = TypeAdapter(GatewaySpec)

@@ -1,0 +1,257 @@
+"""Live requests: the journal, and what keeps them going until their last token.
+
+Knows token ids only. A token is in the journal before anybody hears of it (invariant I2), and
+counts only if it is the next one of the current attempt (I4).
+"""
+
+import array
+import asyncio
+import logging
+import secrets
+from dataclasses import dataclass, field
+
+from afd_server.core.clock import Clock
+from afd_server.core.errors import AFDError, ProtocolError, WorkerFailed
+from afd_server.core.request import SLO, FinishReason, SamplingParams
+from afd_server.core.topology import Role, Topology
+from afd_server.policy.router import choose_worker
+from afd_server.telemetry.metrics import GatewayMetrics
+from afd_server.transport.endpoint import Endpoint
+from afd_server.transport.messages import Cancel, DType, Payload, Submit, TokenChunk
+
+log = logging.getLogger(__name__)
+
+ASK_AGAIN_AFTER_S = 2.0  # of silence: repeat the submit, which is harmless and gets an answer
+GIVE_UP_AFTER_S = 30.0  # without any attention worker to send a request to
+MAX_ATTEMPTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """A journalled token of a choice, and whether it was the last."""
+
+    choice: int
+    token_id: int
+    finish: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class FailureEvent:
+    """A choice ended without its last token."""
+
+    choice: int
+    error: AFDError
+
+
+Event = TokenEvent | FailureEvent
+EventQueue = asyncio.Queue[Event]
+
+
+@dataclass(slots=True)
+class JournalEntry:
+    """All that is needed to go on with a request anywhere: its parameters and tokens so far."""
+
+    key: int
+    choice: int
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    slo: SLO
+    events: EventQueue
+    arrived_s: float
+    heard_s: float
+    emitted_ids: list[int] = field(default_factory=list)
+    attempt: int = 0
+    worker: str | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+
+    @property
+    def num_live_tokens(self) -> int:
+        """Return the tokens this request may come to hold."""
+        return len(self.prompt_ids) + self.sampling.max_tokens
+
+
+class Generations:
+    """The journal of live requests and the way to the attention pool.
+
+    Args:
+        endpoint: towards the attention workers.
+        clock: for silence and latencies.
+        metrics: told of every token.
+    """
+
+    def __init__(self, endpoint: Endpoint, clock: Clock, metrics: GatewayMetrics) -> None:
+        self._endpoint = endpoint
+        self._clock = clock
+        self._metrics = metrics
+        self._live: dict[int, JournalEntry] = {}
+        self._next_key = secrets.randbits(62)  # unlike those of a gateway before this one
+
+    @property
+    def num_live(self) -> int:
+        """Return the requests that have not ended."""
+        return len(self._live)
+
+    def start(
+        self,
+        choice: int,
+        prompt_ids: tuple[int, ...],
+        sampling: SamplingParams,
+        slo: SLO,
+        events: EventQueue,
+    ) -> int:
+        """Journal a request and send it to an attention worker.
+
+        Returns:
+            Its key, for `abandon`.
+        """
+        now = self._clock.now()
+        entry = JournalEntry(self._next_key, choice, prompt_ids, sampling, slo, events, now, now)
+        self._next_key += 1
+        self._live[entry.key] = entry
+        self._metrics.started(len(prompt_ids))
+        self._assign(entry)
+        return entry.key
+
+    def abandon(self, key: int, reason: str) -> None:
+        """End a request that nobody waits for; does nothing if it has ended."""
+        entry = self._live.get(key)
+        if entry is not None:
+            self._cancel_attempt(entry)
+            self._end(entry, reason)
+
+    def fail_all(self, error: AFDError) -> None:
+        """End every live request with an error."""
+        for entry in list(self._live.values()):
+            self._cancel_attempt(entry)
+            self._fail(entry, error)
+
+    def take(self, source: str, chunk: TokenChunk) -> None:
+        """Journal the tokens of a chunk and pass them on."""
+        if chunk.rows.dtype is not DType.INT64 or chunk.rows.shape[1:] != (6,):
+            raise ProtocolError(f"token rows of shape {chunk.rows.shape}", "shape")
+        values = memoryview(chunk.rows.data).cast("q")
+        for start in range(0, len(values), 6):
+            key, attempt, index, count, token_id, finish = values[start : start + 6]
+            entry = self._live.get(key)
+            if entry is None or (entry.attempt, entry.worker) != (attempt, source):
+                self._metrics.fenced()
+                continue
+            entry.heard_s = self._clock.now()
+            if count == 1:
+                self._take_token(entry, index, token_id, FinishReason(finish) if finish else None)
+
+    def follow(self, topology: Topology) -> None:
+        """Give requests of lost workers to others, and waiting ones to new workers."""
+        for entry in list(self._live.values()):
+            if entry.worker is None or topology.find(entry.worker) is None:
+                self._assign(entry)
+
+    def ask_again(self) -> None:
+        """Repeat the submit of silent requests: one of the messages may have been lost.
+
+        A worker that still has the attempt says so; one that does not takes it up from the
+        journalled tokens.
+        """
+        now = self._clock.now()
+        for entry in list(self._live.values()):
+            silence_s = now - entry.heard_s
+            if entry.worker is None:
+                if silence_s > GIVE_UP_AFTER_S:
+                    self._fail(entry, WorkerFailed("no attention worker is there"))
+            elif silence_s > ASK_AGAIN_AFTER_S:
+                self._submit(entry)
+
+    def _take_token(
+        self, entry: JournalEntry, index: int, token_id: int, finish: FinishReason | None
+    ) -> None:
+        expected = len(entry.emitted_ids)
+        if index < expected:
+            self._metrics.fenced()
+            return
+        if index > expected:  # a chunk was lost; what follows it cannot be used
+            log.warning("request %d misses token %d, got %d", entry.key, expected, index)
+            self._cancel_attempt(entry)
+            self._assign(entry)
+            return
+        entry.emitted_ids.append(token_id)
+        self._time_token(entry)
+        if finish is not None:
+            self._end(entry, finish.name.lower())
+        entry.events.put_nowait(TokenEvent(entry.choice, token_id, finish))
+
+    def _time_token(self, entry: JournalEntry) -> None:
+        now = self._clock.now()
+        if entry.last_token_s is None:
+            entry.first_token_s = now
+            self._metrics.first_token(now - entry.arrived_s)
+        else:
+            self._metrics.next_token(now - entry.last_token_s)
+        entry.last_token_s = now
+
+    def _assign(self, entry: JournalEntry) -> None:
+        """Begin a new attempt with the best worker, or wait for one to appear."""
+        if entry.attempt == MAX_ATTEMPTS:
+            self._fail(entry, WorkerFailed(f"gave up after {MAX_ATTEMPTS} attempts"))
+            return
+        workers = self._endpoint.topology.pool(Role.ATTENTION)
+        load: dict[str, int] = {}
+        for other in self._live.values():
+            if other.worker is not None and other is not entry:
+                load[other.worker] = load.get(other.worker, 0) + other.num_live_tokens
+        worker = choose_worker(workers, load)
+        entry.worker = worker.incarnation if worker else None
+        if worker is None:
+            return
+        entry.attempt += 1
+        if entry.attempt > 1:
+            self._metrics.resubmitted()
+        self._submit(entry)
+
+    def _submit(self, entry: JournalEntry) -> None:
+        assert entry.worker is not None
+        entry.heard_s = self._clock.now()
+        self._endpoint.try_send(entry.worker, _submit_message(entry))
+
+    def _cancel_attempt(self, entry: JournalEntry) -> None:
+        if entry.worker is not None:
+            self._endpoint.try_send(entry.worker, Cancel(entry.key, entry.attempt))
+
+    def _fail(self, entry: JournalEntry, error: AFDError) -> None:
+        self._end(entry, "error")
+        entry.events.put_nowait(FailureEvent(entry.choice, error))
+
+    def _end(self, entry: JournalEntry, reason: str) -> None:
+        del self._live[entry.key]
+        self._metrics.finished(reason, _tpot_s(entry))
+
+
+def _tpot_s(entry: JournalEntry) -> float | None:
+    """Return the mean gap between tokens, or None for fewer than two."""
+    gaps = len(entry.emitted_ids) - 1
+    if entry.first_token_s is None or entry.last_token_s is None or gaps < 1:
+        return None
+    return (entry.last_token_s - entry.first_token_s) / gaps
+
+
+def _submit_message(entry: JournalEntry) -> Submit:
+    sampling = entry.sampling
+    ids = array.array("i", entry.prompt_ids)
+    ids.extend(entry.emitted_ids)
+    ids.extend(sampling.stop_token_ids)
+    return Submit(
+        key=entry.key,
+        attempt=entry.attempt,
+        num_prompt=len(entry.prompt_ids),
+        num_emitted=len(entry.emitted_ids),
+        max_tokens=sampling.max_tokens,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        choice=sampling.choice,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        ttft_s=entry.slo.ttft_s or 0.0,
+        tpot_s=entry.slo.tpot_s or 0.0,
+        tokens=Payload(DType.INT32, (len(ids),), ids.tobytes()),
+    )

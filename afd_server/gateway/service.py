@@ -1,0 +1,177 @@
+"""The gateway's one state object, and its ear on the wire."""
+
+import asyncio
+import hashlib
+import logging
+import time
+
+from afd_server.core.clock import Clock, MonotonicClock
+from afd_server.core.errors import ProtocolError, WorkerFailed
+from afd_server.core.model_spec import read_model_spec
+from afd_server.core.topology import Member, Role
+from afd_server.gateway.config import GatewaySpec
+from afd_server.gateway.generation import Generations
+from afd_server.gateway.pool_view import PoolView
+from afd_server.gateway.text import TextCodec
+from afd_server.policy.admission import AdmissionConfig
+from afd_server.telemetry.metrics import GatewayMetrics
+from afd_server.transport.endpoint import Endpoint, Identity, Received
+from afd_server.transport.messages import (
+    Heartbeat,
+    LoadReport,
+    ProcessState,
+    TokenChunk,
+    TopologyUpdate,
+)
+from afd_server.transport.zeromq import ZeroMQLink
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 0.25
+
+
+class Service:
+    """What the routes work with: text, requests, pools, limits.
+
+    Args:
+        spec: of this process.
+        link: to supervisor and workers; made here unless a test brings its own.
+
+    Raises:
+        ModelError: config.json or the tokenizer cannot be used.
+    """
+
+    def __init__(self, spec: GatewaySpec, clock: Clock | None = None) -> None:
+        self._spec = spec
+        clock = clock or MonotonicClock()
+        model = read_model_spec(spec.model_directory)
+        self.codec = TextCodec.load(spec.model_directory)
+        self.model_name = spec.served_model_name
+        self.eos_token_ids = model.eos_token_ids
+        self.vocab_size = model.vocab_size
+        self.created = int(time.time())
+        self.admission = AdmissionConfig(spec.max_live_requests, spec.max_model_len)
+        self.metrics = GatewayMetrics(spec.served_model_name)
+        self.pools = PoolView(clock)
+        self.is_draining = False
+        self._link = ZeroMQLink(spec.incarnation, bind=None)
+        supervisor = Member(Role.SUPERVISOR, 0, spec.supervisor, spec.supervisor_address, "")
+        identity = Identity(spec.incarnation, spec.model_digest)
+        self._endpoint = Endpoint(self._link, identity, clock, (supervisor,), spec.with_crc)
+        self.generations = Generations(self._endpoint, clock, self.metrics)
+        self._watched: set[int] = set()
+
+    @property
+    def is_ready(self) -> bool:
+        """Tell whether requests can be served: an attention worker and every FFN part."""
+        return not self.pools.missing(1, self._spec.num_ffn_parts)
+
+    @property
+    def spec(self) -> GatewaySpec:
+        """Return what this gateway was told at its start."""
+        return self._spec
+
+    @property
+    def system_fingerprint(self) -> str:
+        """Return a name for the numerics of the whole: equal ones give equal tokens."""
+        prints = sorted({member.fingerprint for member in self.pools.workers()})
+        return "fp_" + hashlib.sha256(" ".join(prints).encode()).hexdigest()[:12]
+
+    async def run(self) -> None:
+        """Listen and report until cancelled; then let go of the wire."""
+        self._link.connect(self._spec.supervisor, self._spec.supervisor_address)
+        try:
+            while True:
+                self._watch()
+                self._beat()
+                self.generations.ask_again()
+                self._drain()
+                await asyncio.sleep(HEARTBEAT_S)
+        finally:
+            loop = asyncio.get_running_loop()
+            for fileno in self._watched:
+                loop.remove_reader(fileno)
+            self._link.close()
+
+    def stop_taking(self) -> None:
+        """Refuse new requests from now on; running ones go on."""
+        self.is_draining = True
+
+    def end_all(self) -> None:
+        """End what still runs, with an error that says why."""
+        self.generations.fail_all(WorkerFailed("the server was stopped"))
+
+    def _watch(self) -> None:
+        """Wake up for every socket of the link; its descriptors change with the topology."""
+        loop = asyncio.get_running_loop()
+        current = set(self._link.filenos())
+        for fileno in self._watched - current:
+            loop.remove_reader(fileno)
+        for fileno in current - self._watched:
+            loop.add_reader(fileno, self._drain)
+        self._watched = current
+
+    def _beat(self) -> None:
+        beat = Heartbeat(Role.GATEWAY, 0, ProcessState.READY, 0, self._spec.url, "")
+        self._endpoint.try_send(self._spec.supervisor, beat)
+        for member in self.pools.workers():
+            self._endpoint.try_send(member.incarnation, beat)
+        self.metrics.topology(
+            self.pools.topology.epoch,
+            len(self.pools.topology.pool(Role.ATTENTION)),
+            len(self.pools.topology.pool(Role.FFN)),
+        )
+
+    def _drain(self) -> None:
+        """Take in all that has arrived.
+
+        ZeroMQ's descriptors signal edges, also consumed by sends, so one reads until nothing is
+        left; an edge that is missed all the same costs at most one heartbeat.
+        """
+        while received := self._endpoint.receive(0):
+            for message in received:
+                try:
+                    self._take(message)
+                except ProtocolError as error:
+                    log.warning("dropped a message of %s: %s", message.sender.name, error)
+
+    def _take(self, received: Received) -> None:
+        message, source = received.message, received.envelope.source
+        if isinstance(message, TokenChunk):
+            self.generations.take(source, message)
+        elif isinstance(message, LoadReport):
+            self.pools.take_report(source, message)
+            self._show_load(received.sender, message)
+        elif isinstance(message, TopologyUpdate):
+            self._follow(message)
+
+    def _follow(self, update: TopologyUpdate) -> None:
+        topology = update.topology
+        if topology.epoch <= self._endpoint.topology.epoch:
+            return
+        log.info("epoch %d: %s", topology.epoch, topology.notation)
+        for gone in self.pools.workers():
+            if topology.find(gone.incarnation) is None:
+                self._link.disconnect(gone.incarnation)
+        self._endpoint.topology = topology
+        self.pools.follow(topology)
+        for member in self.pools.workers():
+            self._link.connect(member.incarnation, member.address)
+        self._watch()
+        self.generations.follow(topology)
+
+    def _show_load(self, sender: Member, report: LoadReport) -> None:
+        self.metrics.worker(sender.name, report.rows, report.resends, report.bad_frames)
+        reports = [
+            found
+            for member in self.pools.topology.pool(Role.ATTENTION)
+            if (found := self.pools.report(member.incarnation)) is not None
+        ]
+        blocks = sum(r.num_blocks for r in reports)
+        free = sum(r.free_blocks for r in reports)
+        self.metrics.load(
+            running=sum(r.running for r in reports),
+            waiting=sum(r.waiting for r in reports),
+            kv_usage=1 - free / blocks if blocks else 0.0,
+            preemptions=sum(r.preemptions for r in reports),
+        )

@@ -1,0 +1,342 @@
+"""From settings to a running server, and back to nothing.
+
+The process that the user starts: it composes what each room must know, starts supervisor,
+workers and gateway, and leaves nothing behind, whatever happens.
+"""
+
+import contextlib
+import ipaddress
+import logging
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from afd_server.cluster.launcher import (
+    Launcher,
+    LocalLauncher,
+    describe_ending,
+    start_process,
+    stop_processes,
+)
+from afd_server.cluster.supervisor import Supervisor, new_incarnation
+from afd_server.config import ServeConfig, parse_resources
+from afd_server.core.clock import MonotonicClock
+from afd_server.core.errors import AddressInUse, ConfigError, WorkerFailed
+from afd_server.core.model_spec import ModelSpec, read_model_spec
+from afd_server.core.topology import FFNParallel, Role
+from afd_server.gateway.config import GatewaySpec
+from afd_server.policy.blocks import num_kv_blocks
+from afd_server.transport.endpoint import Endpoint, Identity
+from afd_server.transport.zeromq import ZeroMQLink
+from afd_server.weights.manifest import model_digest
+from afd_server.weights.pull import resolve
+from afd_server.workers.config import AttentionConfig, FFNConfig, WorkerSpec
+
+log = logging.getLogger(__name__)
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+LONGEST_TEMP_DIR = 40  # a socket's path must fit into 107 bytes
+
+
+def run_server(config: ServeConfig) -> int:
+    """Serve until a signal comes.
+
+    Returns:
+        The exit status: 0 after a signal.
+
+    Raises:
+        ConfigError: a setting, the model or an address cannot be used.
+        WorkerFailed: a process did not start, or the gateway ended.
+    """
+    stop = _StopRequest()
+    with contextlib.ExitStack() as cleanup:
+        listener = cleanup.enter_context(_listener(config))
+        directory = resolve(config.model, config.cache_directory)
+        model = read_model_spec(directory)
+        plan = _Plan(config, directory, model)
+        runtime_dir = cleanup.enter_context(_runtime_directory())
+        link = ZeroMQLink(plan.supervisor, plan.bind(runtime_dir, plan.supervisor, Role.SUPERVISOR))
+        cleanup.callback(link.close)
+        clock = MonotonicClock()
+        identity = Identity(plan.supervisor, plan.digest)
+        endpoint = Endpoint(link, identity, clock, with_crc=plan.with_crc)
+        gateway = start_process(
+            ["gateway"],
+            plan.gateway_spec(listener, link.address).to_json(),
+            pass_fds=(listener.fileno(),),
+        )
+        patience_s = config.shutdown_timeout_s + 5
+        cleanup.callback(lambda: stop_processes([gateway], patience_s))
+        launcher = _launcher(config, runtime_dir)
+        cleanup.callback(launcher.close)
+        cleanup.callback(lambda: stop_processes([gateway], patience_s))  # first of all
+        specs = plan.worker_specs(runtime_dir, link.address)
+        parallel = FFNParallel[config.ffn_parallel.upper()]
+        supervisor = Supervisor(specs, plan.gateway, parallel, launcher, endpoint, clock)
+        try:
+            supervisor.start(config.start_timeout_s, lambda: _check(gateway, stop))
+            _announce(_url(listener), supervisor.topology.notation, plan.model_name)
+            while not stop.is_set:
+                _check(gateway, stop)
+                supervisor.turn()
+        except _Stopped:
+            pass
+        stop.once_more_interrupts()
+        print("stopping", flush=True)
+    return 0
+
+
+class _Stopped(Exception):
+    """A stop signal came while the server was starting."""
+
+
+class _StopRequest:
+    """Remembers SIGINT and SIGTERM; while stopping, another one breaks the waiting off."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def once_more_interrupts(self) -> None:
+        """Let a further signal raise KeyboardInterrupt."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+
+    def _receive(self, _number: int, _frame: object) -> None:
+        self.is_set = True
+
+
+class _Plan:
+    """What each process must be told, derived from settings and model once.
+
+    Raises:
+        ConfigError: settings do not fit the model or each other.
+    """
+
+    def __init__(self, config: ServeConfig, directory: Path, model: ModelSpec) -> None:
+        self._config = config
+        self._directory = directory
+        self.supervisor = new_incarnation()
+        self.gateway = new_incarnation()
+        self.digest = model_digest(directory)
+        self.model_name = config.served_model_name or directory.name
+        self.max_model_len = config.max_model_len or model.max_position
+        self.dtype = _resolve_dtype(config.dtype, model)
+        tensor = config.ffn_parallel == "tensor"
+        self.num_parts = config.ffn_workers if tensor else 1
+        checksums = {"on": True, "off": False, "auto": config.data_transport == "tcp"}
+        self.with_crc = checksums[config.frame_checksums]
+        self._check(model)
+
+    def bind(self, runtime_dir: Path, incarnation: str, role: Role) -> str:
+        """Return where a process listens."""
+        config = self._config
+        if config.data_transport == "ipc":
+            return f"ipc://{runtime_dir}/{incarnation}.ipc"
+        on_other_nodes = config.launcher == "ray" and config.ray_address is not None
+        if role in (Role.ATTENTION, Role.FFN) and on_other_nodes:
+            return "tcp://{node}:*"  # the Ray launcher fills in each node's address
+        return f"tcp://{config.data_host}:*"
+
+    def worker_specs(self, runtime_dir: Path, supervisor_address: str) -> list[WorkerSpec]:
+        """Return the specs of both pools."""
+        config = self._config
+        counts = {Role.ATTENTION: config.attention_workers, Role.FFN: config.ffn_workers}
+        return [
+            self._worker_spec(role, slot, runtime_dir, supervisor_address)
+            for role, count in counts.items()
+            for slot in range(count)
+        ]
+
+    def gateway_spec(self, listener: socket.socket, supervisor_address: str) -> GatewaySpec:
+        """Return the gateway's spec."""
+        config = self._config
+        return GatewaySpec(
+            incarnation=self.gateway,
+            listen_fd=listener.fileno(),
+            url=_url(listener),
+            supervisor=self.supervisor,
+            supervisor_address=supervisor_address,
+            model_path=str(self._directory),
+            model_digest=self.digest,
+            served_model_name=self.model_name,
+            max_model_len=self.max_model_len,
+            max_live_requests=config.max_live_requests,
+            num_attention=config.attention_workers,
+            num_ffn=config.ffn_workers,
+            num_ffn_parts=self.num_parts,
+            with_crc=self.with_crc,
+            shutdown_timeout_s=config.shutdown_timeout_s,
+            log_level=config.log_level,
+        )
+
+    def _worker_spec(
+        self, role: Role, slot: int, runtime_dir: Path, supervisor_address: str
+    ) -> WorkerSpec:
+        config, incarnation = self._config, new_incarnation()
+        return WorkerSpec(
+            role=role,
+            slot=slot,
+            incarnation=incarnation,
+            supervisor=self.supervisor,
+            supervisor_address=supervisor_address,
+            bind=self.bind(runtime_dir, incarnation, role),
+            model_path=str(self._directory),
+            model_digest=self.digest,
+            dtype=self.dtype,
+            compute_threads=config.compute_threads,
+            with_crc=self.with_crc,
+            attention=AttentionConfig(
+                num_lanes=config.lanes,
+                max_model_len=self.max_model_len,
+                max_num_seqs=config.max_num_seqs,
+                max_batch_tokens=config.max_batch_tokens,
+                block_size=config.block_size,
+                kv_cache_bytes=config.kv_cache_mb * 2**20,
+            ),
+            ffn=FFNConfig(FFNParallel[config.ffn_parallel.upper()], self.num_parts),
+        )
+
+    def _check(self, model: ModelSpec) -> None:
+        config = self._config
+        if self.max_model_len > model.max_position:
+            raise ConfigError(
+                f"max_model_len is {self.max_model_len}, but the model was made for at most "
+                f"{model.max_position} tokens"
+            )
+        blocks = num_kv_blocks(
+            model.kv_elements_per_token * ITEM_BYTES[self.dtype],
+            config.block_size,
+            config.kv_cache_mb * 2**20,
+        )
+        if blocks * config.block_size < self.max_model_len:
+            raise ConfigError(
+                f"kv_cache_mb {config.kv_cache_mb} holds {blocks * config.block_size} tokens, but "
+                f"max_model_len is {self.max_model_len}; raise the first or lower the second"
+            )
+        if config.max_batch_tokens <= config.max_num_seqs:
+            raise ConfigError(
+                f"max_batch_tokens is {config.max_batch_tokens}, must be more than max_num_seqs "
+                f"({config.max_num_seqs})"
+            )
+        if self.num_parts > model.intermediate_size:
+            raise ConfigError(
+                f"ffn_workers is {config.ffn_workers}, but the FFN has only "
+                f"{model.intermediate_size} columns to share out; use --ffn-parallel replicate"
+            )
+        beyond_loopback = config.ray_address is not None or not _is_loopback(config.data_host)
+        if config.data_transport == "tcp" and beyond_loopback and not config.trusted_network:
+            raise ConfigError(
+                "tcp beyond loopback is neither encrypted nor authenticated; if the network "
+                "itself is protected, say so with --trusted-network"
+            )
+        if config.data_transport == "ipc" and config.ray_address is not None:
+            raise ConfigError(
+                "a Ray cluster may place workers on other hosts, which ipc does not reach; "
+                "use --data-transport tcp"
+            )
+
+
+def _resolve_dtype(wanted: str, model: ModelSpec) -> str:
+    if wanted != "auto":
+        return wanted
+    native = model.torch_dtype == "bfloat16" and _cpu_multiplies_bfloat16()
+    return "bfloat16" if native else "float32"
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """Tell whether this machine has bfloat16 products; emulated ones are slower than float32."""
+    try:
+        facts = Path("/proc/cpuinfo").read_text("ascii", "replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in facts or "amx_bf16" in facts
+
+
+def _launcher(config: ServeConfig, runtime_dir: Path) -> Launcher:
+    if config.launcher == "local":
+        return LocalLauncher(config.log_level)
+    from afd_server.cluster.ray_launcher import RayConfig, RayLauncher
+
+    return RayLauncher(
+        RayConfig(
+            address=config.ray_address,
+            temp_dir=runtime_dir / "ray",
+            resources={
+                Role.ATTENTION: parse_resources(config.attention_resources, "attention_resources"),
+                Role.FFN: parse_resources(config.ffn_resources, "ffn_resources"),
+            },
+            counts={Role.ATTENTION: config.attention_workers, Role.FFN: config.ffn_workers},
+            log_level=config.log_level,
+        )
+    )
+
+
+@contextlib.contextmanager
+def _listener(config: ServeConfig) -> Iterator[socket.socket]:
+    """Bind the HTTP address before anything is started; the gateway inherits the socket."""
+    try:
+        facts = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(f"host {config.host!r} cannot be resolved: {error.strerror}") from error
+    with socket.socket(facts[0], socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(facts[4])
+            listener.listen(1024)
+        except OSError as error:
+            raise AddressInUse(
+                f"cannot serve on {config.host} port {config.port}: {error.strerror}; "
+                "choose another with --port"
+            ) from error
+        yield listener
+
+
+@contextlib.contextmanager
+def _runtime_directory() -> Iterator[Path]:
+    """Make a directory for sockets and Ray's files that only this user may enter."""
+    parent = tempfile.gettempdir()
+    parent = parent if len(parent) <= LONGEST_TEMP_DIR else "/tmp"
+    path = Path(tempfile.mkdtemp(prefix="afd-", dir=parent))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _check(gateway: "subprocess.Popen[bytes]", stop: _StopRequest) -> None:
+    if stop.is_set:
+        raise _Stopped
+    ending = describe_ending(gateway)
+    if ending is not None:
+        raise WorkerFailed(f"the gateway ended ({ending})")
+
+
+def _announce(url: str, notation: str, model: str) -> None:
+    print(
+        f"ready: {url}  topology {notation}  model {model}\n"
+        f"""try:   curl {url}/v1/chat/completions -H 'content-type: application/json' -d """
+        f"""'{{"model": "{model}", "messages": [{{"role": "user", "content": """
+        f""""What is the capital of France?"}}], "max_tokens": 32, "temperature": 0}}'""",
+        flush=True,
+    )
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

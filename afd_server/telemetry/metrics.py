@@ -1,0 +1,142 @@
+"""Every Prometheus series, declared once.
+
+Names of vLLM where it has the same thing, so that its dashboards and scalers work unchanged;
+`afd_*` for what only a disaggregated server has.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+# Fine around 50 ms, with an exact edge there: `le="0.05"` is the attainment of the TPOT target.
+TPOT_BUCKETS_S = (
+    0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.0425, 0.045, 0.0475, 0.05, 0.0525,
+    0.055, 0.06, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+TTFT_BUCKETS_S = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0, 80.0,
+)  # fmt: skip
+
+
+class GatewayMetrics:
+    """The gateway's series, in a registry of their own.
+
+    Args:
+        model_name: the value of the `model_name` label.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        label = ("model_name",)
+        self._prompt = Counter(
+            "vllm:prompt_tokens", "Prompt tokens taken", label, registry=registry
+        ).labels(model_name)
+        self._generated = Counter(
+            "vllm:generation_tokens", "Tokens generated", label, registry=registry
+        ).labels(model_name)
+        self._finished = Counter(
+            "vllm:request_success", "Ended requests", (*label, "finished_reason"), registry=registry
+        )
+        self._ttft = Histogram(
+            "vllm:time_to_first_token_seconds", "Arrival to first token", label,
+            buckets=TTFT_BUCKETS_S, registry=registry,
+        ).labels(model_name)  # fmt: skip
+        self._gap = Histogram(
+            "vllm:inter_token_latency_seconds", "Between two tokens", label,
+            buckets=TPOT_BUCKETS_S, registry=registry,
+        ).labels(model_name)  # fmt: skip
+        self._tpot = Histogram(
+            "vllm:request_time_per_output_token_seconds", "Mean gap of one request", label,
+            buckets=TPOT_BUCKETS_S, registry=registry,
+        ).labels(model_name)  # fmt: skip
+        self._running = Gauge(
+            "vllm:num_requests_running", "Requests holding KV blocks", label, registry=registry
+        ).labels(model_name)
+        self._waiting = Gauge(
+            "vllm:num_requests_waiting", "Requests waiting for blocks", label, registry=registry
+        ).labels(model_name)
+        self._kv_usage = Gauge(
+            "vllm:kv_cache_usage_perc",
+            "Share of KV blocks in use, 0 to 1",
+            label,
+            registry=registry,
+        ).labels(model_name)
+        self._preemptions = Gauge(
+            "afd_preemptions", "Preemptions since the workers started", registry=registry
+        )
+        self._epoch = Gauge(
+            "afd_topology_epoch", "Epoch of the topology followed", registry=registry
+        )
+        self._workers = Gauge("afd_workers", "Live workers", ("pool",), registry=registry)
+        self._rows = Gauge(
+            "afd_worker_rows", "Rows computed since start", ("worker",), registry=registry
+        )
+        self._resends = Gauge(
+            "afd_ffn_resends", "FFN calls sent again", ("worker",), registry=registry
+        )
+        self._bad_frames = Gauge(
+            "afd_bad_frames", "Frames refused", ("process",), registry=registry
+        )
+        self._resubmits = Counter("afd_resubmits", "Attempts after the first", registry=registry)
+        self._dropped = Counter(
+            "afd_fenced_tokens", "Tokens of no current attempt", registry=registry
+        )
+        self._refused = Counter(
+            "afd_refused_requests", "Requests refused", ("reason",), registry=registry
+        )
+        self._model_name = model_name
+
+    def started(self, num_prompt_tokens: int) -> None:
+        """Count a request that was taken."""
+        self._prompt.inc(num_prompt_tokens)
+
+    def refused(self, reason: str) -> None:
+        """Count a request that was not taken."""
+        self._refused.labels(reason).inc()
+
+    def first_token(self, ttft_s: float) -> None:
+        """Count a request's first token."""
+        self._generated.inc()
+        self._ttft.observe(ttft_s)
+
+    def next_token(self, gap_s: float) -> None:
+        """Count a further token."""
+        self._generated.inc()
+        self._gap.observe(gap_s)
+
+    def finished(self, reason: str, tpot_s: float | None) -> None:
+        """Count an ended request; `tpot_s` is None if it had fewer than two tokens."""
+        self._finished.labels(self._model_name, reason).inc()
+        if tpot_s is not None:
+            self._tpot.observe(tpot_s)
+
+    def resubmitted(self) -> None:
+        """Count a new attempt of a request."""
+        self._resubmits.inc()
+
+    def fenced(self) -> None:
+        """Count a token that belonged to no current attempt."""
+        self._dropped.inc()
+
+    def topology(self, epoch: int, num_attention: int, num_ffn: int) -> None:
+        """Show the topology."""
+        self._epoch.set(epoch)
+        self._workers.labels("attention").set(num_attention)
+        self._workers.labels("ffn").set(num_ffn)
+
+    def load(self, running: int, waiting: int, kv_usage: float, preemptions: int) -> None:
+        """Show the attention pool's load, summed over its workers."""
+        self._running.set(running)
+        self._waiting.set(waiting)
+        self._kv_usage.set(kv_usage)
+        self._preemptions.set(preemptions)
+
+    def worker(self, name: str, rows: int, resends: int, bad_frames: int) -> None:
+        """Show one worker's counters."""
+        self._rows.labels(name).set(rows)
+        self._resends.labels(name).set(resends)
+        self._bad_frames.labels(name).set(bad_frames)
+
+    def render(self) -> bytes:
+        """Return the exposition text."""
+        return generate_latest(self.registry)
