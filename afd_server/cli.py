@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import Any  # Any: argparse's namespace, JSON of a running server
 
 from afd_server.cluster.launcher import die_with_parent
-from afd_server.config import add_flags, load_config, prepare_ray_environment, process_environment
+from afd_server.config import add_flags, load_config, process_environment
 from afd_server.core.errors import AFDError, ConfigError
 from afd_server.telemetry.log import configure_logging
 
@@ -68,8 +68,6 @@ def _serve(flags: dict[str, Any]) -> int:
     config = load_config(
         {name: value for name, value in flags.items() if value is not None}, process_environment()
     )
-    if config.launcher == "ray":
-        prepare_ray_environment()
     configure_logging("serve", config.log_level)
     return run_server(config)
 

@@ -6,6 +6,7 @@ The only place that reads the environment.
 import argparse
 import difflib
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -48,9 +49,8 @@ class ServeConfig:
         None, "longest sequence in tokens, prompt and output; default: what the model was made for"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = _setting(
-        "auto", "of weights and activations; auto: bfloat16 for bfloat16 checkpoints on CPUs that "
-        "multiply it natively, else float32"
-    )  # fmt: skip
+        "auto", "of weights and activations; auto is float32, the exact one, on CPUs"
+    )
     launcher: Literal["ray", "local"] = _setting(
         "ray", "start workers as Ray actors or as plain subprocesses"
     )
@@ -172,11 +172,21 @@ def process_environment() -> Mapping[str, str]:
     return os.environ
 
 
-def prepare_ray_environment() -> None:
-    """Keep a Ray that we start quiet: no usage reports, no duplicated log lines held back."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+def prepare_ray_environment(token_file: Path) -> None:
+    """Guard and quieten a Ray that this process starts for itself.
+
+    Ray listens on every interface and runs code for whoever reaches it, so it gets a token of
+    its own; it sends no usage reports and holds no log lines back.
+    """
+    token_file.touch(mode=0o600)
+    token_file.write_text(secrets.token_hex(32))
+    os.environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_file),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
 
 
 def parse_resources(text: str, setting: str) -> dict[str, float]:

@@ -23,7 +23,7 @@ from afd_server.cluster.launcher import (
     stop_processes,
 )
 from afd_server.cluster.supervisor import Supervisor, new_incarnation
-from afd_server.config import ServeConfig, parse_resources
+from afd_server.config import ServeConfig, parse_resources, prepare_ray_environment
 from afd_server.core.clock import MonotonicClock
 from afd_server.core.errors import AddressInUse, ConfigError, WorkerFailed
 from afd_server.core.model_spec import ModelSpec, read_model_spec
@@ -126,7 +126,7 @@ class _Plan:
         self.digest = model_digest(directory)
         self.model_name = config.served_model_name or directory.name
         self.max_model_len = config.max_model_len or model.max_position
-        self.dtype = _resolve_dtype(config.dtype, model)
+        self.dtype = "float32" if config.dtype == "auto" else config.dtype
         tensor = config.ffn_parallel == "tensor"
         self.num_parts = config.ffn_workers if tensor else 1
         checksums = {"on": True, "off": False, "auto": config.data_transport == "tcp"}
@@ -242,25 +242,11 @@ class _Plan:
             )
 
 
-def _resolve_dtype(wanted: str, model: ModelSpec) -> str:
-    if wanted != "auto":
-        return wanted
-    native = model.torch_dtype == "bfloat16" and _cpu_multiplies_bfloat16()
-    return "bfloat16" if native else "float32"
-
-
-def _cpu_multiplies_bfloat16() -> bool:
-    """Tell whether this machine has bfloat16 products; emulated ones are slower than float32."""
-    try:
-        facts = Path("/proc/cpuinfo").read_text("ascii", "replace")
-    except OSError:
-        return False
-    return "avx512_bf16" in facts or "amx_bf16" in facts
-
-
 def _launcher(config: ServeConfig, runtime_dir: Path) -> Launcher:
     if config.launcher == "local":
         return LocalLauncher(config.log_level)
+    if config.ray_address is None:
+        prepare_ray_environment(runtime_dir / "ray-token")
     from afd_server.cluster.ray_launcher import RayConfig, RayLauncher
 
     return RayLauncher(

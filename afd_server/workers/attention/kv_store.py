@@ -1,5 +1,8 @@
 """The memory of the KV blocks. Who owns which block is the scheduler's business."""
 
+import math
+import mmap
+
 import torch
 
 from afd_server.core.model_spec import ModelSpec
@@ -9,15 +12,14 @@ from afd_server.kernels.table import KVLayer
 class KVStore:
     """Keys and values of every layer, zeroed: a masked key must be finite.
 
-    The memory is reserved at once and used as blocks are first written.
+    The memory is an anonymous mapping: reserved at once, taken as blocks are first written.
     """
 
     def __init__(
         self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype
     ) -> None:
-        shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+        shape = (spec.num_layers, 2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
         self.block_size = block_size
-        self.layers = tuple(
-            KVLayer(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
-            for _ in range(spec.num_layers)
-        )
+        memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+        blocks = torch.frombuffer(memory, dtype=dtype).view(shape)
+        self.layers = tuple(KVLayer(layer[0], layer[1]) for layer in blocks)
