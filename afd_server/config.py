@@ -9,8 +9,10 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from math import inf
 from pathlib import Path
 from typing import (
+    Annotated,
     Any,
     Literal,
     get_args,
@@ -19,7 +21,7 @@ from typing import (
 )  # Any: settings not yet checked
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from afd_server.core.errors import ConfigError
 
@@ -28,6 +30,16 @@ ENV_PREFIX = "AFD_"
 
 def _setting(default: Any, text: str) -> Any:  # Any: a dataclass default of any type
     return field(default=default, metadata={"help": text})
+
+
+def _text_as_integer(value: Any) -> Any:  # Any: settings not yet checked
+    """Read the 16 of a flag or a variable; pydantic does so for integers, not for choices."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _switch_as_text(value: Any) -> Any:  # Any: settings not yet checked
+    """Read an unquoted on or off of a YAML file, where they are booleans."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,13 +78,15 @@ class ServeConfig:
     trusted_network: bool = _setting(
         False, "allow tcp beyond loopback: you say that the network itself is protected"
     )
-    frame_checksums: Literal["auto", "on", "off"] = _setting(
-        "auto", "CRC-32 of every frame; auto: with tcp"
+    frame_checksums: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch_as_text)] = (
+        _setting("auto", "CRC-32 of every frame; auto: with tcp")
     )
     lanes: int = _setting(2, "micro-batches of an attention worker in flight")
     max_num_seqs: int = _setting(32, "most sequences of an attention worker in its KV cache")
     max_batch_tokens: int = _setting(256, "most tokens of one micro-batch")
-    block_size: Literal[1, 2, 4, 8, 16, 32, 64] = _setting(16, "tokens of a KV block")
+    block_size: Annotated[Literal[1, 2, 4, 8, 16, 32, 64], BeforeValidator(_text_as_integer)] = (
+        _setting(16, "tokens of a KV block")
+    )
     kv_cache_mb: int = _setting(1024, "memory of an attention worker's KV cache, in MiB")
     max_live_requests: int = _setting(128, "refuse requests above this")
     compute_threads: int = _setting(1, "threads of a worker's tensor operations")
@@ -165,6 +179,9 @@ def load_config(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Ser
         raise ConfigError(
             f"{name} is {merged.get(name)!r} ({origin.get(name)}): {first['msg']}"
         ) from error
+    except ConfigError as error:  # out of range: it begins with the name, but knows no source
+        name = str(error).split()[0]
+        raise ConfigError(f"{error} ({origin[name]})") from error
 
 
 def process_environment() -> Mapping[str, str]:
@@ -202,7 +219,7 @@ def parse_resources(text: str, setting: str) -> dict[str, float]:
             resources[name.strip()] = float(amount)
         except ValueError:
             equals = ""
-        if not equals or not name.strip() or resources[name.strip()] <= 0:
+        if not equals or not name.strip() or not 0 < resources[name.strip()] < inf:
             raise ConfigError(f"{setting} is {text!r}; write it as in CPU=1,accelerator=0.5")
     if not resources:
         raise ConfigError(f"{setting} is empty; write it as in CPU=1")
@@ -214,7 +231,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or no such date
         raise ConfigError(f"config file {path} is not valid YAML: {error}") from error
     if content is None:
         return {}

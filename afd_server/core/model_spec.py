@@ -4,6 +4,7 @@ Knows nothing of tensors: the gateway reads it too.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,10 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         raise ModelError(
             "config.json: quantization_config is not supported; give an unquantised checkpoint"
         )
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    scaling = config.get(field) or {}
+    if not isinstance(scaling, dict):
+        raise ModelError(f"config.json: {field} is {scaling!r}, expected a JSON object")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default":
         raise ModelError(f"config.json: rope type {kind!r} is not supported; expected 'default'")
@@ -136,7 +140,7 @@ def _integer(config: Mapping[str, Any], field: str, default: int | None = None) 
 
 def _number(config: Mapping[str, Any], field: str) -> float:
     value = config.get(field)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ModelError(f"config.json: {field} is {value!r}, expected a positive number")
     return float(value)
 

@@ -128,12 +128,15 @@ class Service:
         ZeroMQ's descriptors signal edges, also consumed by sends, so one reads until nothing is
         left; an edge that is missed all the same costs at most one heartbeat.
         """
-        while received := self._endpoint.receive(0):
-            for message in received:
+        is_empty = False
+        while not is_empty:
+            is_empty = True
+            for received in self._endpoint.receive(0):
+                is_empty = False
                 try:
-                    self._take(message)
+                    self._take(received)
                 except ProtocolError as error:
-                    log.warning("dropped a message of %s: %s", message.sender.name, error)
+                    log.warning("dropped a message of %s: %s", received.sender.name, error)
 
     def _take(self, received: Received) -> None:
         message, source = received.message, received.envelope.source

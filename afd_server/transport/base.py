@@ -14,7 +14,11 @@ class Link(Protocol):
         ...
 
     def connect(self, peer: str, address: str) -> None:
-        """Open a way to a peer; repeating it changes nothing."""
+        """Open a way to a peer; repeating it changes nothing.
+
+        Raises:
+            TransportError: nobody can be connected to at such an address.
+        """
         ...
 
     def disconnect(self, peer: str) -> None:

@@ -54,6 +54,10 @@ _TAG_OF = {kind: tag for tag, kind in _TAGS.items()}
 _FIELDS = {kind: tuple(get_type_hints(kind).items()) for kind in _TAGS.values()}
 _NUM_ENVELOPE = 9
 _NUM_PAYLOAD = 1 + 1 + MAX_DIMS + 1 + 1  # dtype, rank, dimensions, nbytes, crc
+_NUM_MEMBER = 5
+# A list may declare no more than its kind ever has: what is declared is allocated.
+_MAX_HEADER_ITEMS = _NUM_ENVELOPE + max(map(len, _FIELDS.values())) + _NUM_PAYLOAD
+_MAX_TOPOLOGY_ITEMS = 2 + _NUM_MEMBER * MAX_MEMBERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +136,7 @@ def decode_header(frame: Buffer) -> Header:
     size = memoryview(frame).nbytes
     if size > MAX_HEADER_BYTES:
         raise ProtocolError(f"header of {size} bytes, limit {MAX_HEADER_BYTES}", "size")
-    items = _unpack(frame)
+    items = _unpack(frame, _MAX_HEADER_ITEMS)
     if len(items) < 3 or not all(type(item) is int for item in items[:3]):
         raise ProtocolError("header without version and tag", "type")
     if items[0] != PROTOCOL_MAJOR:
@@ -157,7 +161,7 @@ def decode_header(frame: Buffer) -> Header:
     dtype = _checked(items[stop], DType)
     numbers = [_checked(item, int) for item in items[stop + 1 :]]
     rank, dims, nbytes, crc = numbers[0], numbers[1 : 1 + MAX_DIMS], numbers[-2], numbers[-1]
-    if rank > MAX_DIMS or any(dims[rank:]):
+    if rank > MAX_DIMS or any(dims[rank:]) or (rank and dtype is DType.NONE):
         raise ProtocolError(f"shape {dims} of rank {rank}", "range")
     return Header(envelope, kind, values, dtype, tuple(dims[:rank]), nbytes, crc)
 
@@ -170,11 +174,10 @@ def decode(header: Header, data: Buffer, with_crc: bool) -> Message:
     """
     payload = Payload(header.dtype, header.shape, data)
     size = memoryview(data).nbytes
-    expected = payload.nbytes if header.dtype is not DType.NONE else 0
-    if not expected == header.nbytes == size:
+    if not payload.nbytes == header.nbytes == size:
         raise ProtocolError(
-            f"shape {header.shape} of {header.dtype.name} is {expected} bytes, the header says "
-            f"{header.nbytes}, the frame has {size}",
+            f"shape {header.shape} of {header.dtype.name} is {payload.nbytes} bytes, the header "
+            f"says {header.nbytes}, the frame has {size}",
             "size",
         )
     if with_crc and zlib.crc32(data) != header.crc:
@@ -183,8 +186,8 @@ def decode(header: Header, data: Buffer, with_crc: bool) -> Message:
     if kind is TopologyUpdate:
         return TopologyUpdate(_decode_topology(data))
     has_payload = any(hint is Payload for _, hint in _FIELDS[kind])
-    if not has_payload and size:
-        raise ProtocolError(f"{kind.__name__} has no payload, the frame has {size} bytes", "size")
+    if not has_payload and header.dtype is not DType.NONE:
+        raise ProtocolError(f"{kind.__name__} has no payload, not even of {size} bytes", "size")
     message: Message = kind(*header.values, payload) if has_payload else kind(*header.values)
     return message
 
@@ -198,7 +201,7 @@ def _payload_of(message: Message) -> Payload:
     return value if isinstance(value, Payload) else EMPTY
 
 
-def _unpack(frame: Buffer) -> list[Any]:
+def _unpack(frame: Buffer, max_items: int) -> list[Any]:
     """Unpack a flat list; nested containers, maps and extension types are refused."""
     try:
         items = msgpack.unpackb(
@@ -209,7 +212,7 @@ def _unpack(frame: Buffer) -> list[Any]:
             ext_hook=_refuse_extension,
             max_map_len=0,
             max_ext_len=0,
-            max_array_len=MAX_HEADER_BYTES,
+            max_array_len=max_items,
         )
     except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
         raise ProtocolError(f"no MessagePack list: {error}", "type") from error
@@ -253,6 +256,7 @@ def _checked_float(value: Any) -> float:
 
 
 def _encode_topology(topology: Topology) -> bytes:
+    assert len(topology.members) <= MAX_MEMBERS, f"{len(topology.members)} members"
     rows: list[int | str] = [topology.epoch, topology.ffn_parallel]
     for member in topology.members:
         rows += [member.role, member.slot, member.incarnation, member.address, member.fingerprint]
@@ -261,16 +265,16 @@ def _encode_topology(topology: Topology) -> bytes:
 
 
 def _decode_topology(data: Buffer) -> Topology:
-    items = _unpack(data)
-    if len(items) % 5 != 2 or len(items) > 2 + 5 * MAX_MEMBERS:
+    items = _unpack(data, _MAX_TOPOLOGY_ITEMS)
+    if len(items) % _NUM_MEMBER != 2:
         raise ProtocolError(f"a topology of {len(items)} items", "type")
     epoch = _checked(items[0], int)
     parallel = _checked(items[1], FFNParallel)
-    return Topology(epoch, tuple(map(_decode_member, _by_five(items[2:]))), parallel)
+    return Topology(epoch, tuple(map(_decode_member, _by_member(items[2:]))), parallel)
 
 
-def _by_five(items: Sequence[Any]) -> list[Sequence[Any]]:
-    return [items[start : start + 5] for start in range(0, len(items), 5)]
+def _by_member(items: Sequence[Any]) -> list[Sequence[Any]]:
+    return [items[start : start + _NUM_MEMBER] for start in range(0, len(items), _NUM_MEMBER)]
 
 
 def _decode_member(row: Sequence[Any]) -> Member:

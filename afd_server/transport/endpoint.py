@@ -6,6 +6,7 @@ half is `codec`.
 
 import logging
 from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from afd_server.core.clock import Clock
@@ -133,9 +134,12 @@ class Endpoint:
             return False
         return True
 
-    def receive(self, timeout_s: float) -> list[Received]:
-        """Return the messages that pass every check; the others are counted and dropped."""
-        received = []
+    def receive(self, timeout_s: float) -> Iterator[Received]:
+        """Yield the messages that pass every check; the others are counted and dropped.
+
+        Each is checked when the one before it has been dealt with, so a new topology counts for
+        the messages that arrived together with it.
+        """
         for route, frames in self.link.receive(timeout_s):
             if route in self._quarantined:
                 self.counters["bad_quarantined"] += 1
@@ -143,10 +147,11 @@ class Endpoint:
             header = None
             try:
                 header = self._header(frames)
-                received.append(self._believe(route, header, frames[1]))
+                received = self._believe(route, header, frames[1])
             except ProtocolError as error:
                 self._refuse(route, header, error)
-        return received
+                continue
+            yield received
 
     @staticmethod
     def _header(frames: list[Buffer]) -> Header:
@@ -178,10 +183,11 @@ class Endpoint:
     def _refuse(self, route: str, header: Header | None, error: ProtocolError) -> None:
         """Count a bad frame, answer a dispatch with the reason, and cut off a peer that insists.
 
-        A stranger is no offender: a topology may simply not have reached us yet.
+        A stranger is no offender: a topology may simply not have reached us yet, and whoever
+        invents names must not fill our memory or our log.
         """
         self.counters[f"bad_{error.reason}"] += 1
-        if error.reason != "unknown_source":
+        if route in self._introduced or self.topology.find(route) is not None:
             log.warning("dropped a frame from %s: %s", route, error)
             times = self._bad_at[route]
             times.append(self._clock.now())

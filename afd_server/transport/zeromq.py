@@ -5,6 +5,8 @@ back on the way the question came. Waits block and never spin: a spinning wait t
 that ZeroMQ's own I/O thread needs.
 """
 
+import errno
+import socket as os_socket
 from math import ceil
 
 import zmq
@@ -72,7 +74,11 @@ class ZeroMQLink:
         self.disconnect(peer)
         dealer = self._socket(zmq.DEALER)
         dealer.setsockopt_string(zmq.IDENTITY, self._name)
-        dealer.connect(address)
+        try:
+            dealer.connect(address)
+        except zmq.ZMQError as error:
+            dealer.close()
+            raise TransportError(f"{peer} cannot be reached at {address!r}: {error}") from error
         self._dealers[peer], self._addresses[peer] = dealer, address
         self._poller.register(dealer, zmq.POLLIN)
 
@@ -123,6 +129,8 @@ class ZeroMQLink:
         router = self._socket(zmq.ROUTER)
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
+            if bind.startswith("ipc://") and _is_served(bind.removeprefix("ipc://")):
+                raise zmq.ZMQError(zmq.EADDRINUSE)
             router.bind(bind)
         except zmq.ZMQError as error:
             self.close()
@@ -137,3 +145,17 @@ class ZeroMQLink:
         for option, value in _OPTIONS.items():
             socket.setsockopt(option, value)
         return socket
+
+
+def _is_served(path: str) -> bool:
+    """Say whether somebody listens on a socket path.
+
+    libzmq unlinks whatever is at the path and binds there. That is right for what a killed
+    process left behind, but it would cut a living one off without a word.
+    """
+    with os_socket.socket(os_socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            return probe.connect_ex(path) in (0, errno.EAGAIN)  # EAGAIN: the backlog is full
+        except OSError:  # no path at all, such as one that is too long
+            return False

@@ -150,8 +150,8 @@ def _say_farewell(spec: WorkerSpec, endpoint: Endpoint, clock: Clock, error: Exc
     beat = _heartbeat(spec, ProcessState.FAILED, "", 0, text[:500])
     give_up_s = clock.now() + FAREWELL_S
     while not endpoint.try_send(spec.supervisor, beat) and clock.now() < give_up_s:
-        endpoint.receive(0.05)
-    endpoint.receive(0.1)  # lets the I/O thread hand it over before the link closes
+        endpoint.link.receive(0.05)
+    endpoint.link.receive(0.1)  # lets the I/O thread hand it over before the link closes
 
 
 def _heartbeat(

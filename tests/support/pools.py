@@ -187,7 +187,7 @@ class Pools:
         self.announce()
         for loop in self.loops.values():
             loop.turn(wait)
-        self.supervisor.receive(0)
+        list(self.supervisor.receive(0))
         for received in self.gateway.receive(0):
             if isinstance(received.message, TokenChunk):
                 self._take(received.message)

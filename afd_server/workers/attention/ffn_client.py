@@ -86,8 +86,7 @@ class FFNClient:
             self.counters["bad_partial"] += 1  # the resend timer asks again
             return None
         pending.partials[combine.part] = partial
-        complete = len(pending.partials) == self._config.num_parts
-        return pending.stage.lane if complete else None
+        return pending.stage.lane if self._is_complete(pending) else None
 
     def take(self, lane: int) -> Tensor:
         """Return the sum of a complete call, [tokens, hidden] in its dtype, and forget the call."""
@@ -98,6 +97,8 @@ class FFNClient:
     def reassign(self) -> None:
         """Follow a new topology: calls that waited for a lost worker start over."""
         for pending in self._pending.values():
+            if self._is_complete(pending):
+                continue  # its lane is about to take the sum
             alive = all(self._endpoint.topology.find(i) for i in pending.targets.values())
             if not pending.targets or not alive:
                 self._assign(pending)
@@ -106,14 +107,21 @@ class FFNClient:
         """Send again what has gone unanswered for too long."""
         now = self._clock.now()
         for pending in self._pending.values():
-            if pending.targets and pending.resend_at <= now:
+            if pending.targets and pending.resend_at <= now and not self._is_complete(pending):
                 self.counters["resends"] += 1
                 self._send(pending)
 
     def next_resend_s(self) -> float | None:
         """Return the seconds until `resend_due` has something to do; None if nothing waits."""
-        due = [pending.resend_at for pending in self._pending.values() if pending.targets]
+        due = [
+            pending.resend_at
+            for pending in self._pending.values()
+            if pending.targets and not self._is_complete(pending)
+        ]
         return max(0.0, min(due) - self._clock.now()) if due else None
+
+    def _is_complete(self, pending: _PendingCall) -> bool:
+        return len(pending.partials) == self._config.num_parts
 
     def _assign(self, pending: _PendingCall) -> None:
         """Choose the workers of a call under the present topology and send all parts.

@@ -1,0 +1,261 @@
+"""The oracle: attention and FFN workers over a wire give what the monolith gives.
+
+Every topology, lane count and link; also over a network that loses, repeats, delays and damages
+frames.
+"""
+
+import random
+
+import pytest
+import torch
+
+from afd_server.core.model_spec import read_model_spec
+from afd_server.core.request import FinishReason, Request, SamplingParams
+from afd_server.core.topology import FFNParallel, Role
+from afd_server.kernels.reference import REFERENCE, plan_paged_rows
+from afd_server.kernels.table import KVLayer
+from afd_server.models.base import MicroBatch, column_shard
+from afd_server.models.llama import LLAMA
+from afd_server.models.monolith import run_monolith
+from afd_server.transport.inproc import Faults
+from afd_server.weights.checkpoint import Checkpoint
+from afd_server.workers.attention.sampler import sample
+from support.checkpoints import tiny_llama
+from support.pools import Pools, ipc_links, tcp_links
+
+TOPOLOGIES = [(1, 1), (2, 1), (1, 2), (2, 2)]
+NUM_OUTPUT = 8
+
+
+def make_requests(count=6, temperature=0.0, seed=3, num_output=NUM_OUTPUT):
+    rng = random.Random(seed)
+    return [
+        Request(
+            key,
+            tuple(rng.randrange(3, 259) for _ in range(rng.randint(1, 70))),
+            SamplingParams(max_tokens=num_output, temperature=temperature, seed=key * 7919, top_p=0.95 if key % 2 else 1.0),
+        )
+        for key in range(1, count + 1)
+    ]
+
+
+class Monolith:
+    """The same model in one process: one request, one token at a time."""
+
+    def __init__(self):
+        directory, _ = tiny_llama()
+        self.spec = read_model_spec(directory)
+        reader = Checkpoint(directory, torch.float32)
+        self.attention = LLAMA.attention(self.spec, reader, REFERENCE, 256)
+        shard = column_shard(self.spec.intermediate_size, 0, 1)
+        self.ffn = LLAMA.ffn(self.spec, reader, REFERENCE, shard)
+
+    def generate(self, request: Request) -> tuple[list[int], list[torch.Tensor]]:
+        shape = (16, 16, self.spec.num_kv_heads, self.spec.head_dim)
+        kv = tuple(
+            KVLayer(torch.zeros(shape), torch.zeros(shape)) for _ in range(self.spec.num_layers)
+        )
+        ids, computed, logits = list(request.prompt_ids), 0, []
+        for _ in range(request.sampling.max_tokens):
+            positions = list(range(computed, len(ids)))
+            batch = MicroBatch(
+                torch.tensor(ids[computed:]),
+                torch.tensor(positions),
+                torch.tensor(positions),
+                plan_paged_rows([p + 1 for p in positions], [list(range(16))] * len(positions), 16),
+                torch.tensor([len(positions) - 1]),
+                kv,
+            )
+            logits.append(run_monolith(self.attention, [self.ffn], batch)[0])
+            computed = len(ids)
+            ids.append(sample(logits[-1], request.sampling, len(ids)))
+        return ids[len(request.prompt_ids) :], logits
+
+
+@pytest.fixture(scope="module")
+def monolith():
+    return Monolith()
+
+
+def record_logits(pools: Pools) -> list[torch.Tensor]:
+    """Have every attention worker's logits written down in order."""
+    recorded: list[torch.Tensor] = []
+    for worker in pools.workers.values():
+        model = getattr(worker, "_model", None)
+        if hasattr(model, "logits"):
+
+            def logits(hidden, rows, inner=model.logits):
+                result = inner(hidden, rows)
+                recorded.extend(result)
+                return result
+
+            model.logits = logits
+    return recorded
+
+
+def links(kind, tmp_path):
+    return {"inproc": None, "ipc": ipc_links(tmp_path), "tcp": tcp_links()}[kind]
+
+
+@pytest.mark.parametrize("kind", ["inproc", "ipc", "tcp"])
+@pytest.mark.parametrize(("num_attention", "num_ffn"), TOPOLOGIES)
+def test_logits_of_the_split_model_are_the_monoliths(
+    kind, num_attention, num_ffn, monolith, tmp_path
+):
+    pools = Pools(
+        tiny_llama()[0], num_attention=num_attention, num_ffn=num_ffn, link=links(kind, tmp_path)
+    )
+    recorded = record_logits(pools)
+    try:
+        for number, request in enumerate(make_requests(3)):
+            expected_tokens, expected_logits = monolith.generate(request)
+            recorded.clear()
+            tokens = pools.run([request], [number % num_attention])[0]
+            assert tokens == expected_tokens
+            gap = (torch.stack(recorded) - torch.stack(expected_logits)).abs().max()
+            assert gap <= 1e-5
+            if num_ffn == 1:
+                assert gap == 0  # the same parts in the same order: the same bits
+    finally:
+        pools.close()
+
+
+@pytest.mark.parametrize("num_lanes", [1, 2, 3, 4])
+@pytest.mark.parametrize(("num_attention", "num_ffn"), TOPOLOGIES)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_requests_in_company_get_the_monoliths_tokens(
+    num_lanes, num_attention, num_ffn, temperature, monolith
+):
+    requests = make_requests(6, temperature)
+    expected = [monolith.generate(request)[0] for request in requests]
+    pools = Pools(
+        tiny_llama()[0], num_attention=num_attention, num_ffn=num_ffn, num_lanes=num_lanes
+    )
+    assert pools.run(requests, [r.key % num_attention for r in requests]) == expected
+
+
+@pytest.mark.parametrize("kind", ["ipc", "tcp"])
+@pytest.mark.parametrize("num_lanes", [1, 4])
+def test_requests_in_company_over_sockets_get_the_monoliths_tokens(
+    kind, num_lanes, monolith, tmp_path
+):
+    requests = make_requests(5)
+    pools = Pools(
+        tiny_llama()[0],
+        num_attention=2,
+        num_ffn=2,
+        num_lanes=num_lanes,
+        link=links(kind, tmp_path),
+    )
+    try:
+        tokens = pools.run(requests, [r.key % 2 for r in requests])
+    finally:
+        pools.close()
+    assert tokens == [monolith.generate(request)[0] for request in requests]
+
+
+def test_replicas_of_the_whole_ffn_give_the_monoliths_tokens(monolith):
+    requests = make_requests()
+    pools = Pools(tiny_llama()[0], num_ffn=3, num_lanes=3, parallel=FFNParallel.REPLICATE)
+    assert pools.run(requests) == [monolith.generate(request)[0] for request in requests]
+    steps = [w.load(0).steps for n, w in pools.workers.items() if n.startswith("ffn")]
+    assert all(steps), "a replica had nothing to do"
+
+
+def test_preemption_changes_no_token(monolith):
+    requests = make_requests(6, num_output=40)
+    pools = Pools(tiny_llama()[0], kv_cache_bytes=10 * 16 * 768, max_model_len=128)
+    assert pools.run(requests) == [monolith.generate(request)[0] for request in requests]
+    assert pools.workers[pools.attention()].load(0).preemptions > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_network_that_loses_repeats_delays_and_reorders_changes_no_token(seed, monolith):
+    requests = make_requests(5, temperature=0.8 * (seed % 2))
+    faults = Faults(seed, drop=0.05, duplicate=0.1, max_delay=5)
+    pools = Pools(tiny_llama()[0], num_ffn=2, faults=faults, resend_s=0.3)
+    assert pools.run(requests) == [monolith.generate(request)[0] for request in requests]
+    assert pools.workers[pools.attention()].load(0).resends > 0
+
+
+def test_damaged_frames_are_dropped_and_change_no_token(monolith):
+    requests = make_requests(3)
+    # rare enough that no peer damages three frames in ten (virtual) seconds
+    pools = Pools(tiny_llama()[0], faults=Faults(1, corrupt=0.004), resend_s=0.3)
+    assert pools.run(requests) == [monolith.generate(request)[0] for request in requests]
+    assert sum(e.num_bad_frames for e in (*pools.endpoints.values(), pools.gateway)) > 0
+
+
+def test_an_ffn_worker_replaced_in_the_middle_changes_no_token(monolith):
+    requests = make_requests(4, num_output=20)
+    expected = [monolith.generate(request)[0] for request in requests]
+    pools = Pools(tiny_llama()[0], num_ffn=2)
+    for request in requests:
+        pools.submit(request)
+    for _ in range(25):
+        pools.turn()
+    victim = next(n for n, m in pools.members.items() if m.role is Role.FFN and m.slot == 1)
+    pools.kill(victim)
+    pools.publish()  # without it: calls wait
+    for _ in range(10):
+        pools.turn()
+    assert not pools.finish
+    pools.start(Role.FFN, 1)
+    pools.publish()
+    assert pools.run(requests) == expected
+
+
+def test_a_cancelled_request_gives_its_blocks_back():
+    pools = Pools(tiny_llama()[0])
+    worker = pools.workers[pools.attention()]
+    free = worker.load(0).free_blocks
+    requests = make_requests(4, num_output=100)
+    for request in requests:
+        pools.submit(request)
+    for _ in range(40):
+        pools.turn()
+    assert worker.load(0).free_blocks < free
+    for request in requests:
+        pools.cancel(request.key)
+    for _ in range(40):
+        pools.turn()
+    assert worker.load(0).free_blocks == free
+    assert worker.load(0).running == worker.load(0).waiting == 0
+
+
+def test_a_lost_gateways_requests_are_cancelled():
+    pools = Pools(tiny_llama()[0])
+    worker = pools.workers[pools.attention()]
+    free = worker.load(0).free_blocks
+    pools.submit(make_requests(1, num_output=100)[0])
+    for _ in range(20):
+        pools.turn()
+    gateway = pools.members.pop("gateway")
+    pools.publish()
+    for _ in range(20):
+        pools.turn()
+    pools.members["gateway"] = gateway
+    assert worker.load(0).free_blocks == free
+
+
+def test_a_repeated_submit_is_answered_but_not_started_twice():
+    pools = Pools(tiny_llama()[0])
+    request = make_requests(1)[0]
+    for _ in range(3):
+        pools.submit(request)
+    pools.turn()
+    pools.turn()
+    load = pools.workers[pools.attention()].load(0)
+    assert load.running + load.waiting == 1
+    assert pools.alive_rows == 3
+
+
+def test_a_stop_token_ends_a_request_before_max_tokens(monolith):
+    request = make_requests(1)[0]
+    tokens = monolith.generate(request)[0]
+    stop = tokens[3]
+    params = SamplingParams(max_tokens=8, temperature=0, stop_token_ids=(stop,))
+    pools = Pools(tiny_llama()[0])
+    got = pools.run([Request(1, request.prompt_ids, params)])[0]
+    assert got == tokens[: tokens.index(stop) + 1]
+    assert pools.finish[1] == FinishReason.STOP
