@@ -137,7 +137,8 @@ def run_worker(spec: WorkerSpec, should_stop: Callable[[], bool]) -> None:
         while not should_stop():
             loop.turn(longest_wait_s=HEARTBEAT_S)
     except Exception as error:
-        log.exception("%s failed", spec.name)
+        if not isinstance(error, AFDError):
+            log.exception("%s failed", spec.name)
         _say_farewell(spec, endpoint, clock, error)
         raise
     finally:

@@ -1,0 +1,26 @@
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from support.checkpoints import tiny_llama
+from support.server import Server, serving
+
+
+@pytest.fixture
+def short_dir():
+    """A directory whose path leaves room for a socket's name (107 bytes in all)."""
+    with tempfile.TemporaryDirectory(prefix="t-") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture(scope="module")
+def server() -> Server:
+    """One tiny model served by 1A1F subprocesses, shared by a module's tests."""
+    with tempfile.TemporaryDirectory(prefix="t-") as directory, serving(
+        Path(directory),
+        tiny_llama()[0],
+        "--launcher", "local", "--served-model-name", "tiny", "--kv-cache-mb", "2",
+        "--max-live-requests", "12", "--max-batch-tokens", "64",
+    ) as running:  # fmt: skip
+        yield running
