@@ -73,6 +73,7 @@ def run_server(config: ServeConfig) -> int:
         cleanup.callback(lambda: stop_processes([gateway], patience_s))
         launcher = _launcher(config, runtime_dir)
         cleanup.callback(launcher.close)
+        stop.listen()  # Ray installs handlers of its own
         cleanup.callback(lambda: stop_processes([gateway], patience_s))  # first of all
         specs = plan.worker_specs(runtime_dir, link.address)
         parallel = FFNParallel[config.ffn_parallel.upper()]
@@ -99,6 +100,10 @@ class _StopRequest:
 
     def __init__(self) -> None:
         self.is_set = False
+        self.listen()
+
+    def listen(self) -> None:
+        """Take the signals over, again after a library took them."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
 

@@ -1,4 +1,6 @@
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,3 +25,10 @@ def _remove_shared_checkpoints():
     yield
     for directory in set(made):
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def short_dir():
+    """A directory whose path leaves room for a socket's name (107 bytes in all)."""
+    with tempfile.TemporaryDirectory(prefix="t-") as directory:
+        yield Path(directory)

@@ -93,9 +93,9 @@ class ZeroMQLink:
         dealer = self._dealers.get(peer)
         try:
             if dealer is not None:
-                dealer.send_multipart(frames, zmq.NOBLOCK)
+                _send_now(dealer, frames)
             elif self._router is not None:
-                self._router.send_multipart([peer.encode(), *frames], zmq.NOBLOCK)
+                _send_now(self._router, [peer.encode(), *frames])
             else:
                 raise TransportError(f"{peer} was never connected")
         except zmq.Again as error:
@@ -145,6 +145,19 @@ class ZeroMQLink:
         for option, value in _OPTIONS.items():
             socket.setsockopt(option, value)
         return socket
+
+
+def _send_now(socket: "zmq.Socket[bytes]", frames: list[Buffer]) -> None:
+    """Send without waiting, on what the peer has read by now.
+
+    libzmq takes note of returned credits about once a millisecond only, so a burst to a peer
+    that keeps up is refused too; asking for the events makes it look again.
+    """
+    try:
+        socket.send_multipart(frames, zmq.NOBLOCK)
+    except zmq.Again:
+        socket.getsockopt(zmq.EVENTS)
+        socket.send_multipart(frames, zmq.NOBLOCK)
 
 
 def _is_served(path: str) -> bool:

@@ -7,13 +7,6 @@ from support.checkpoints import tiny_llama
 from support.server import Server, serving
 
 
-@pytest.fixture
-def short_dir():
-    """A directory whose path leaves room for a socket's name (107 bytes in all)."""
-    with tempfile.TemporaryDirectory(prefix="t-") as directory:
-        yield Path(directory)
-
-
 @pytest.fixture(scope="module")
 def server() -> Server:
     """One tiny model served by 1A1F subprocesses, shared by a module's tests."""

@@ -1,0 +1,250 @@
+"""config.json: both spellings are read, and every refusal names the field and what is right."""
+
+import json
+
+import pytest
+
+from afd_server.core.errors import ModelError
+from afd_server.core.model_spec import ModelSpec, parse_model_spec, read_json, read_model_spec
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 96,
+    "intermediate_size": 176,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 259,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 50000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 2,
+    "torch_dtype": "bfloat16",
+}
+
+
+def parse(generation=None, without=(), **changes):
+    config = {name: value for name, value in CONFIG.items() if name not in without}
+    return parse_model_spec({**config, **changes}, generation or {})
+
+
+def refused(*words, **changes):
+    with pytest.raises(ModelError) as caught:
+        parse(**changes)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_whole_config_is_read_field_by_field():
+    assert parse() == ModelSpec(
+        model_type="llama",
+        hidden_size=96,
+        intermediate_size=176,
+        num_layers=3,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=16,
+        vocab_size=259,
+        max_position=512,
+        rms_norm_eps=1e-5,
+        rope_theta=50000.0,
+        tie_embeddings=True,
+        eos_token_ids=(2,),
+        torch_dtype="bfloat16",
+    )
+
+
+def test_what_is_left_out_has_the_values_of_the_first_llama():
+    optional = ("num_key_value_heads", "rope_theta", "tie_word_embeddings", "eos_token_id",
+                "torch_dtype")  # fmt: skip
+    spec = parse(without=optional)
+    assert spec.num_kv_heads == spec.num_heads
+    assert spec.head_dim == 96 // 6
+    assert spec.rope_theta == 10000.0
+    assert not spec.tie_embeddings
+    assert spec.eos_token_ids == ()
+    assert spec.torch_dtype == "float32"
+
+
+def test_null_is_as_good_as_left_out():
+    spec = parse(num_key_value_heads=None, head_dim=None, eos_token_id=None, rope_scaling=None)
+    assert (spec.num_kv_heads, spec.head_dim, spec.eos_token_ids) == (6, 16, ())
+
+
+def test_a_head_may_be_wider_than_its_share_of_the_hidden_size():
+    assert parse(head_dim=32).head_dim == 32
+
+
+def test_the_kv_cache_of_a_token_is_counted_over_all_layers():
+    assert parse().kv_elements_per_token == 2 * 3 * 2 * 16
+
+
+@pytest.mark.parametrize(
+    ("without", "changes", "theta"),
+    [
+        ((), {}, 50000.0),
+        ((), {"rope_theta": 10000}, 10000.0),
+        (("rope_theta",), {"rope_parameters": {"rope_theta": 7e5, "rope_type": "default"}}, 7e5),
+        ((), {"rope_parameters": {"rope_theta": 7e5}}, 7e5),  # the newer spelling wins
+        ((), {"rope_parameters": {"rope_type": "default"}}, 50000.0),
+        ((), {"rope_parameters": None}, 50000.0),
+        ((), {"rope_scaling": {"type": "default"}}, 50000.0),
+    ],
+)
+def test_both_spellings_of_rope_are_read(without, changes, theta):
+    assert parse(without=without, **changes).rope_theta == theta
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"dtype": "float32"}, "float32"),  # beside torch_dtype: the newer spelling wins
+        ({"torch_dtype": None}, "float32"),
+    ],
+)
+def test_both_spellings_of_the_dtype_are_read(changes, dtype):
+    assert parse(**changes).torch_dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("config_ids", "generation_ids", "expected"),
+    [
+        (2, None, (2,)),
+        (None, 7, (7,)),
+        ([2, 0], 7, (0, 2, 7)),
+        (2, [2, 9], (2, 9)),
+        ([], [], ()),
+    ],
+)
+def test_end_tokens_of_both_files_count(config_ids, generation_ids, expected):
+    spec = parse({"eos_token_id": generation_ids}, eos_token_id=config_ids)
+    assert spec.eos_token_ids == expected
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize("model_type", ["mamba", None, "", ["llama"], {}])
+def test_another_kind_of_model_is_refused_with_the_supported_ones(model_type):
+    refused(f"model_type {model_type!r}", "supported: llama", model_type=model_type)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+        "max_position_embeddings",
+    ],
+)
+def test_a_size_must_be_there_and_be_a_positive_integer(field):
+    refused(f"{field} is None", "expected a positive integer", without=(field,))
+    for value in (0, -1, 1.5, "96", True, [96]):
+        refused(f"{field} is {value!r}", "expected a positive integer", **{field: value})
+
+
+@pytest.mark.parametrize("field", ["num_key_value_heads", "head_dim"])
+def test_an_optional_size_must_be_right_if_it_is_there(field):
+    for value in (0, False, "2"):
+        refused(f"{field} is {value!r}", "expected a positive integer", **{field: value})
+
+
+def test_more_heads_than_elements_are_refused():
+    refused("head_dim is 0", num_attention_heads=192)
+
+
+@pytest.mark.parametrize("field", ["rms_norm_eps", "rope_theta"])
+@pytest.mark.parametrize("value", [0, -1e-5, "1e-5", True, None, float("nan"), float("inf")])
+def test_a_number_must_be_positive_and_finite(field, value):
+    refused(f"{field} is {value!r}", "expected a positive number", **{field: value})
+
+
+def test_the_nested_rope_theta_is_checked_too():
+    refused("rope_theta is -1", "positive number", rope_parameters={"rope_theta": -1})
+
+
+def test_query_heads_must_share_key_heads_evenly():
+    refused("num_attention_heads 6", "num_key_value_heads 4", num_key_value_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("attention_bias", True, "False"),
+        ("mlp_bias", True, "False"),
+        ("hidden_act", "gelu", "'silu'"),
+        ("hidden_act", None, "'silu'"),
+    ],
+)
+def test_what_our_layers_do_not_do_is_refused(field, value, expected):
+    refused(f"{field} {value!r} is not supported", f"expected {expected}", **{field: value})
+
+
+def test_what_our_layers_do_may_be_said():
+    assert parse(attention_bias=False, mlp_bias=None, hidden_act="silu", quantization_config=None)
+
+
+def test_a_quantised_checkpoint_is_refused():
+    refused("quantization_config", "unquantised", quantization_config={"quant_method": "gptq"})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "linear"}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+    ],
+)
+def test_scaled_rope_is_refused(changes):
+    refused("rope type 'linear' is not supported", "expected 'default'", **changes)
+
+
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("value", ["linear", [1], 2.0])
+def test_rope_settings_that_are_no_object_are_refused(field, value):
+    refused(f"{field} is {value!r}", "expected a JSON object", **{field: value})
+
+
+@pytest.mark.parametrize("ids", [-1, "2", True, 2.0, [2, -1], [2, None], ["</s>"], {"id": 2}])
+def test_end_tokens_must_be_token_ids(ids):
+    refused(f"eos_token_id is {ids!r}", "expected token ids", eos_token_id=ids)
+    refused(f"eos_token_id is {ids!r}", "expected token ids", generation={"eos_token_id": ids})
+
+
+# -- files
+
+
+def test_a_model_directory_is_read(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert read_model_spec(tmp_path) == parse()
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    assert read_model_spec(tmp_path).eos_token_ids == (2, 5)
+
+
+def test_a_directory_without_a_config_is_named(tmp_path):
+    with pytest.raises(ModelError, match=rf"{tmp_path} lacks config\.json"):
+        read_model_spec(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"{", "is not valid JSON"),
+        (b"", "is not valid JSON"),
+        (b'{"a": "\xff"}', "is not valid JSON"),
+        (b"[1]", "holds list, expected a JSON object"),
+        (b"null", "holds NoneType, expected a JSON object"),
+    ],
+)
+def test_a_file_that_is_no_json_object_is_named(tmp_path, content, complaint):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=complaint) as caught:
+        read_json(path)
+    assert str(path) in str(caught.value)

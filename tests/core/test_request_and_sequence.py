@@ -1,0 +1,102 @@
+"""Requests hold together from the start; sequences say how far they have come."""
+
+import pytest
+
+from afd_server.core.batch import PlannedSequence, StepPlan
+from afd_server.core.errors import AFDError, InvalidRequest, Overloaded, ProtocolError
+from afd_server.core.request import SLO, FinishReason, Request, SamplingParams
+from afd_server.core.sequence import Sequence, SequenceState
+from afd_server.core.stage import StageId
+
+GREEDY = SamplingParams(max_tokens=4, temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong", "right"),
+    [
+        ("max_tokens", [0, -1], [1, 2**31]),
+        ("temperature", [-0.1], [0, 0.0, 100.0]),
+        ("top_p", [0, -0.5, 1.1], [1e-9, 1]),
+        ("top_k", [-1], [0, 1]),
+        ("min_p", [-0.1, 1.1], [0, 1]),
+        ("seed", [-1, 2**63], [0, 2**63 - 1]),
+    ],
+)
+def test_sampling_parameters_out_of_range_are_a_broken_promise(field, wrong, right):
+    for value in wrong:
+        with pytest.raises(AssertionError, match=f"{field} is {value}"):
+            SamplingParams(**{"max_tokens": 1, field: value})
+    for value in right:
+        assert SamplingParams(**{"max_tokens": 1, field: value})
+
+
+def test_a_request_needs_a_prompt():
+    with pytest.raises(AssertionError, match="at least one prompt token"):
+        Request(1, (), GREEDY)
+
+
+def test_a_request_with_all_its_tokens_is_over():
+    assert Request(1, (5,), GREEDY, emitted_ids=(6, 6, 6))
+    with pytest.raises(AssertionError, match="nothing is left"):
+        Request(1, (5,), GREEDY, emitted_ids=(6, 6, 6, 6))
+
+
+def test_a_request_begins_with_its_first_attempt_and_no_targets():
+    request = Request(1, (5,), GREEDY)
+    assert (request.attempt, request.emitted_ids, request.slo) == (1, (), SLO(None, None))
+
+
+def test_the_finish_reasons_on_the_wire_do_not_change():
+    assert [int(reason) for reason in FinishReason] == [1, 2, 3, 4]
+    assert FinishReason.STOP == 1
+    assert FinishReason.LENGTH == 2
+    assert FinishReason.CANCELLED == 3
+
+
+def test_a_sequence_prefills_what_earlier_attempts_emitted():
+    sequence = Sequence(Request(1, (5, 6), GREEDY, attempt=2, emitted_ids=(7,)), arrival=3)
+    assert sequence.token_ids == [5, 6, 7]
+    assert (sequence.num_pending, sequence.num_emitted) == (3, 1)
+    assert sequence.state is SequenceState.WAITING
+    assert sequence.arrival == 3
+
+
+def test_a_sampled_token_is_pending_until_it_is_computed():
+    sequence = Sequence(Request(1, (5, 6), GREEDY), arrival=0)
+    sequence.num_computed = 2
+    sequence.append(9)
+    assert (sequence.num_pending, sequence.num_emitted) == (1, 1)
+    with pytest.raises(AssertionError, match="before all others were computed"):
+        sequence.append(10)
+
+
+def test_a_preempted_sequence_gives_its_blocks_back_and_keeps_its_tokens():
+    sequence = Sequence(Request(1, (5, 6), GREEDY), arrival=0)
+    sequence.state, sequence.block_ids, sequence.num_computed = SequenceState.RUNNING, [4, 2], 2
+    sequence.append(9)
+    assert sequence.forget_computed() == [4, 2]
+    assert sequence.forget_computed() == []
+    assert (sequence.num_pending, sequence.state) == (3, SequenceState.WAITING)
+    assert sequence.token_ids == [5, 6, 9]
+
+
+def test_a_plan_counts_its_rows():
+    chunks = [(1, 2, 3), (4,)]
+    sequences = tuple(
+        PlannedSequence(key, 1, tokens, 0, (0,), samples=True, sampling=GREEDY)
+        for key, tokens in enumerate(chunks)
+    )
+    assert StepPlan(1, 0, sequences).num_tokens == 4
+    assert StepPlan(1, 0, ()).num_tokens == 0
+
+
+def test_stages_are_ordered_as_they_are_run():
+    assert StageId(1, 0, 2) < StageId(1, 1, 0) < StageId(2, 0, 0)
+
+
+def test_errors_carry_what_their_handlers_need():
+    assert InvalidRequest("too long", param="prompt").param == "prompt"
+    assert InvalidRequest("too long").param is None
+    assert Overloaded("full", retry_after_s=2.0).retry_after_s == 2.0
+    assert ProtocolError("bits differ", "crc").reason == "crc"
+    assert all(str(e) == "x" for e in (InvalidRequest("x"), Overloaded("x", 1), AFDError("x")))

@@ -1,0 +1,33 @@
+"""Errors leave in one shape; texts that are not ours never do."""
+
+import pytest
+from starlette.exceptions import HTTPException
+
+from afd_server.core.errors import InvalidRequest, Overloaded, WorkerFailed
+from afd_server.gateway.errors import ModelNotFound, NotReady, describe, retry_headers
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (InvalidRequest("bad", "n"), 400, "invalid_value"),
+        (ModelNotFound("no"), 404, "model_not_found"),
+        (Overloaded("full", 1.0), 503, "server_is_overloaded"),
+        (NotReady("soon"), 503, "server_is_starting"),
+        (WorkerFailed("gone"), 503, "worker_failed"),
+        (HTTPException(405, "Method Not Allowed"), 405, None),
+        (RuntimeError("secret at 0x7fff"), 500, "internal"),
+    ],
+)
+def test_each_error_has_its_status_and_code(error, status, code):
+    got, body = describe(error)
+    assert (got, body["error"]["code"]) == (status, code)
+    assert "secret" not in body["error"]["message"]
+
+
+def test_overload_says_when_to_return_with_jitter():
+    delays = {int(retry_headers(Overloaded("full", 2.0))["retry-after-ms"]) for _ in range(50)}
+    assert min(delays) >= 2000
+    assert max(delays) <= 3000
+    assert len(delays) > 5
+    assert retry_headers(InvalidRequest("bad")) == {}

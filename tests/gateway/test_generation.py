@@ -1,0 +1,232 @@
+"""The journal: no token lost, repeated or taken from an attempt that is over."""
+
+import array
+import asyncio
+
+import pytest
+
+from afd_server.core.clock import ManualClock
+from afd_server.core.errors import ProtocolError, WorkerFailed
+from afd_server.core.request import SLO, FinishReason, SamplingParams
+from afd_server.core.topology import Member, Role, Topology
+from afd_server.gateway.generation import (
+    ASK_AGAIN_AFTER_S,
+    GIVE_UP_AFTER_S,
+    MAX_ATTEMPTS,
+    FailureEvent,
+    Generations,
+    TokenEvent,
+)
+from afd_server.telemetry.metrics import GatewayMetrics
+from afd_server.transport.messages import Cancel, DType, Payload, Submit, TokenChunk
+
+WORKERS = [Member(Role.ATTENTION, slot, f"w{slot}", "", "f") for slot in range(2)]
+
+
+class FakeEndpoint:
+    """Remembers what was sent."""
+
+    def __init__(self, *workers):
+        self.topology = Topology(1, workers)
+        self.sent = []
+
+    def try_send(self, peer, message):
+        self.sent.append((peer, message))
+        return True
+
+    def take(self):
+        sent, self.sent = self.sent, []
+        return sent
+
+
+class Bench:
+    """A journal with one request and everything around it."""
+
+    def __init__(self, *workers, max_tokens=5):
+        self.endpoint = FakeEndpoint(*(workers or WORKERS[:1]))
+        self.clock = ManualClock()
+        self.metrics = GatewayMetrics("m")
+        self.generations = Generations(self.endpoint, self.clock, self.metrics)
+        self.events = asyncio.Queue()
+        self.key = self.start(max_tokens)
+
+    def start(self, max_tokens=5):
+        sampling = SamplingParams(max_tokens=max_tokens, seed=4, stop_token_ids=(2,))
+        return self.generations.start(0, (7, 8, 9), sampling, SLO(), self.events)
+
+    def chunk(self, *rows, source="w0"):
+        values = array.array("q", [value for row in rows for value in row])
+        payload = Payload(DType.INT64, (len(rows), 6), values.tobytes())
+        self.generations.take(source, TokenChunk(payload))
+
+    def token(self, index, token_id, *, attempt=1, finish=0, source="w0", key=None):
+        self.chunk((key or self.key, attempt, index, 1, token_id, finish), source=source)
+
+    def heard(self):
+        return [self.events.get_nowait() for _ in range(self.events.qsize())]
+
+    def metric(self, name):
+        return self.metrics.registry.get_sample_value(name, {})
+
+
+def submits(sent):
+    return [(peer, m.attempt, m.num_emitted) for peer, m in sent if isinstance(m, Submit)]
+
+
+def ids_of(submit):
+    return list(array.array("i", bytes(submit.tokens.data)))
+
+
+def test_a_request_is_sent_with_everything_that_decides_its_tokens():
+    bench = Bench()
+    ((peer, submit),) = bench.endpoint.take()
+    assert peer == "w0"
+    assert (submit.key, submit.attempt, submit.max_tokens, submit.seed) == (bench.key, 1, 5, 4)
+    assert (submit.num_prompt, submit.num_emitted, ids_of(submit)) == (3, 0, [7, 8, 9, 2])
+
+
+def test_tokens_in_order_reach_the_client_and_the_last_ends_the_request():
+    bench = Bench()
+    bench.token(0, 50)
+    bench.token(1, 2, finish=FinishReason.STOP)
+    assert bench.heard() == [TokenEvent(0, 50, None), TokenEvent(0, 2, FinishReason.STOP)]
+    assert bench.generations.num_live == 0
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        {"attempt": 2},
+        {"attempt": 0},
+        {"source": "w1"},
+        {"key": 12345},
+        {"index": 0},  # said already
+    ],
+)
+def test_a_token_of_no_current_attempt_or_said_before_is_fenced(stray):
+    bench = Bench()
+    bench.token(0, 50)
+    bench.heard()
+    bench.token(**{"index": 1, "token_id": 51, **stray})
+    assert bench.heard() == []
+    assert bench.metric("afd_fenced_tokens_total") == 1
+
+
+def test_after_a_gap_a_new_attempt_goes_on_from_the_journal():
+    bench = Bench()
+    bench.token(0, 50)
+    bench.endpoint.take()
+    bench.token(2, 52)  # 1 was lost
+    sent = bench.endpoint.take()
+    assert ("w0", Cancel(bench.key, 1)) in sent
+    assert submits(sent) == [("w0", 2, 1)]
+    assert ids_of(sent[-1][1]) == [7, 8, 9, 50, 2]
+    bench.token(1, 51, attempt=1)  # a late one of the old attempt
+    bench.token(1, 51, attempt=2)
+    assert [event.token_id for event in bench.heard()] == [50, 51]
+
+
+def test_a_silent_request_is_submitted_again_with_the_same_attempt():
+    bench = Bench()
+    bench.token(0, 50)
+    bench.endpoint.take()
+    bench.clock.advance(ASK_AGAIN_AFTER_S / 2)
+    bench.generations.ask_again()
+    assert bench.endpoint.take() == []
+    bench.clock.advance(ASK_AGAIN_AFTER_S)
+    bench.generations.ask_again()
+    assert submits(bench.endpoint.take()) == [("w0", 1, 1)]
+
+
+def test_a_sign_of_life_counts_as_news_but_is_no_token():
+    bench = Bench()
+    bench.endpoint.take()
+    bench.clock.advance(ASK_AGAIN_AFTER_S * 0.9)
+    bench.chunk((bench.key, 1, 0, 0, 0, 0))
+    bench.clock.advance(ASK_AGAIN_AFTER_S * 0.9)
+    bench.generations.ask_again()
+    assert bench.endpoint.take() == []
+    assert bench.heard() == []
+
+
+def test_when_its_worker_is_lost_a_request_moves_with_its_tokens():
+    bench = Bench(*WORKERS)
+    bench.token(0, 50)
+    bench.endpoint.take()
+    bench.endpoint.topology = Topology(2, WORKERS[1:])
+    bench.generations.follow(bench.endpoint.topology)
+    assert submits(bench.endpoint.take()) == [("w1", 2, 1)]
+    bench.token(1, 51, attempt=2, source="w1")
+    assert [event.token_id for event in bench.heard()] == [50, 51]
+
+
+def test_without_a_worker_a_request_waits_for_one_and_then_gives_up():
+    bench = Bench()
+    bench.endpoint.topology = Topology(2, ())
+    bench.generations.follow(bench.endpoint.topology)
+    bench.endpoint.take()
+    bench.endpoint.topology = Topology(3, WORKERS[1:])
+    bench.generations.follow(bench.endpoint.topology)
+    assert submits(bench.endpoint.take()) == [("w1", 2, 0)]
+    bench.endpoint.topology = Topology(4, ())
+    bench.generations.follow(bench.endpoint.topology)
+    bench.clock.advance(GIVE_UP_AFTER_S + 1)
+    bench.generations.ask_again()
+    (event,) = bench.heard()
+    assert isinstance(event.error, WorkerFailed)
+    assert bench.generations.num_live == 0
+
+
+def test_a_request_that_keeps_failing_is_not_tried_for_ever():
+    bench = Bench()
+    for _ in range(MAX_ATTEMPTS):
+        bench.token(3, 1, attempt=len(submits(bench.endpoint.sent)))
+    (event,) = bench.heard()
+    assert isinstance(event, FailureEvent)
+    assert str(MAX_ATTEMPTS) in str(event.error)
+
+
+def test_abandoning_cancels_once():
+    bench = Bench()
+    bench.endpoint.take()
+    bench.generations.abandon(bench.key, "abort")
+    bench.generations.abandon(bench.key, "abort")
+    assert bench.endpoint.take() == [("w0", Cancel(bench.key, 1))]
+    assert bench.generations.num_live == 0
+
+
+def test_stopping_ends_every_request_with_an_error():
+    bench = Bench()
+    bench.start()
+    bench.generations.fail_all(WorkerFailed("over"))
+    assert [str(event.error) for event in bench.heard()] == ["over", "over"]
+
+
+def test_requests_spread_over_the_workers():
+    bench = Bench(*WORKERS)
+    bench.start()
+    bench.start()
+    assert sorted(peer for peer, _, _ in submits(bench.endpoint.take())) == ["w0", "w0", "w1"]
+
+
+def test_rows_of_another_shape_are_refused():
+    bench = Bench()
+    with pytest.raises(ProtocolError):
+        bench.generations.take("w0", TokenChunk(Payload(DType.INT64, (1, 5), bytes(40))))
+
+
+def test_latencies_are_counted_from_arrival_and_between_tokens():
+    bench = Bench()
+    bench.clock.advance(0.5)
+    bench.token(0, 50)
+    for index in (1, 2):
+        bench.clock.advance(0.04)
+        bench.token(index, 50 + index, finish=FinishReason.LENGTH if index == 2 else 0)
+
+    def sample(name, **labels):
+        return bench.metrics.registry.get_sample_value(name, {"model_name": "m", **labels})
+
+    assert sample("vllm:time_to_first_token_seconds_sum") == pytest.approx(0.5)
+    assert sample("vllm:inter_token_latency_seconds_count") == 2
+    assert sample("vllm:request_time_per_output_token_seconds_bucket", le="0.05") == 1
+    assert sample("vllm:request_success_total", finished_reason="length") == 1
