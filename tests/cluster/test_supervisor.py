@@ -29,7 +29,10 @@ class FakeProcess:
     def __init__(self, cluster, role, slot, incarnation):
         self.role, self.slot, self.incarnation = role, slot, incarnation
         self.endpoint = Endpoint(
-            cluster.network.link(incarnation), Identity(incarnation, "d"), cluster.clock, (SUPERVISOR,)
+            cluster.network.link(incarnation),
+            Identity(incarnation, "d"),
+            cluster.clock,
+            (SUPERVISOR,),
         )
 
     def report(self, state=ProcessState.READY, detail="", fingerprint=""):
@@ -79,7 +82,10 @@ class Cluster:
     def check(self):
         """What the supervisor calls while it waits: everybody reports."""
         for launched in self.launcher.launched:
-            if launched.incarnation not in self.workers and launched.incarnation not in self.launcher.endings:
+            if (
+                launched.incarnation not in self.workers
+                and launched.incarnation not in self.launcher.endings
+            ):
                 self.workers[launched.incarnation] = FakeProcess(
                     self, launched.role, launched.slot, launched.incarnation
                 )

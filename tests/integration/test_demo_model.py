@@ -33,7 +33,11 @@ def transformers_model(demo_directory):
 def greedy(model, ids, count, eos=2):
     """Return transformers' greedy continuation, with its own KV cache."""
     out = model.generate(
-        torch.tensor([ids]), max_new_tokens=count, do_sample=False, eos_token_id=eos, pad_token_id=eos
+        torch.tensor([ids]),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=eos,
     )
     return out[0, len(ids) :].tolist()
 
@@ -49,7 +53,10 @@ def test_the_monolith_equals_transformers_on_a_fixed_prompt(demo_directory, tran
 
     spec, reader = read_model_spec(demo_directory), Checkpoint(demo_directory, torch.float32)
     attention = LLAMA.attention(spec, reader, REFERENCE, 128)
-    ffn = [LLAMA.ffn(spec, reader, REFERENCE, column_shard(spec.intermediate_size, p, 2)) for p in (0, 1)]
+    ffn = [
+        LLAMA.ffn(spec, reader, REFERENCE, column_shard(spec.intermediate_size, p, 2))
+        for p in (0, 1)
+    ]
     ids = list(range(1000, 1048))
     shape = (4, 16, spec.num_kv_heads, spec.head_dim)
     kv = tuple(KVLayer(torch.zeros(shape), torch.zeros(shape)) for _ in range(spec.num_layers))

@@ -21,7 +21,13 @@ def client(server):
 
 
 def chat(client, **changes):
-    arguments = {"model": "tiny", "messages": QUESTION, "max_tokens": 12, "temperature": 0, **changes}
+    arguments = {
+        "model": "tiny",
+        "messages": QUESTION,
+        "max_tokens": 12,
+        "temperature": 0,
+        **changes,
+    }
     return client.chat.completions.create(**arguments)
 
 
@@ -70,7 +76,11 @@ def test_the_stream_is_server_sent_events_that_end_in_done(server):
 def test_completions_take_text_token_ids_and_batches_of_either(client):
     text, ids = "ab", [ord("a") - 30, ord("b") - 30]
     one = client.completions.create(
-        model="tiny", prompt=text, max_tokens=5, temperature=0, extra_body={"return_token_ids": True}
+        model="tiny",
+        prompt=text,
+        max_tokens=5,
+        temperature=0,
+        extra_body={"return_token_ids": True},
     )
     ids = one.choices[0].prompt_token_ids
     many = client.completions.create(
@@ -121,13 +131,17 @@ def test_a_stop_string_cuts_the_text_and_frees_the_blocks(server, client):
     cut = chat(client, max_tokens=60, stop=stop, extra_body={"ignore_eos": True}).choices[0]
     assert cut.message.content == whole[: whole.index(stop)]
     assert (cut.finish_reason, cut.stop_reason) == ("stop", stop)
-    streamed = chat(client, max_tokens=60, stop=[stop], stream=True, extra_body={"ignore_eos": True})
+    streamed = chat(
+        client, max_tokens=60, stop=[stop], stream=True, extra_body={"ignore_eos": True}
+    )
     assert "".join(c.choices[0].delta.content or "" for c in streamed) == cut.message.content
     server.wait_for(server.all_blocks_free)
 
 
 def test_a_stop_token_is_named_as_the_reason(client):
-    ids = chat(client, extra_body={"return_token_ids": True, "ignore_eos": True}).choices[0].token_ids
+    ids = (
+        chat(client, extra_body={"return_token_ids": True, "ignore_eos": True}).choices[0].token_ids
+    )
     stop = next(i for i in ids[2:] if i > 2)
     cut = chat(
         client,
@@ -161,7 +175,8 @@ def test_many_requests_at_once_get_what_each_gets_alone(server):
 
     together = asyncio.run(ask_all())
     alone = [
-        server.http.post("/v1/completions", json=b).json()["choices"][0]["token_ids"] for b in bodies
+        server.http.post("/v1/completions", json=b).json()["choices"][0]["token_ids"]
+        for b in bodies
     ]
     assert together == alone
 
@@ -275,9 +290,7 @@ def test_clients_that_leave_while_queued_are_forgotten(server):
     async def leave_all():
         async with httpx.AsyncClient(base_url=server.url) as http:
             asked = [
-                asyncio.create_task(
-                    http.post("/v1/completions", json=queued, timeout=60)
-                )
+                asyncio.create_task(http.post("/v1/completions", json=queued, timeout=60))
                 for _ in range(10)
             ]
             await asyncio.to_thread(
@@ -295,7 +308,9 @@ def test_clients_that_leave_while_queued_are_forgotten(server):
 def test_a_full_server_refuses_at_once_and_says_when_to_return(server):
     async def fill():
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
-            asked = [asyncio.create_task(http.post("/v1/completions", json=LONG)) for _ in range(12)]
+            asked = [
+                asyncio.create_task(http.post("/v1/completions", json=LONG)) for _ in range(12)
+            ]
             await asyncio.to_thread(server.wait_for, lambda: server.status()["live_requests"] == 12)
             refused = await http.post("/v1/completions", json=LONG)
             for task in asked:

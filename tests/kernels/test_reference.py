@@ -38,7 +38,9 @@ def test_linear_is_the_product_with_the_transposed_weight(num_rows, dtype):
     tolerance = 1e-5 if dtype is torch.float32 else 0.2
     assert linear(x, weight).shape == (num_rows, 30)
     assert linear(x, weight).dtype is dtype
-    assert (linear(x, weight).float() - expected).abs().max().item() <= tolerance if num_rows else True
+    assert (
+        (linear(x, weight).float() - expected).abs().max().item() <= tolerance if num_rows else True
+    )
 
 
 ROW_FUNCTIONS = {
@@ -78,8 +80,12 @@ def test_rope_turns_each_pair_by_position_times_frequency():
     for pair, frequency in enumerate((1.0, 0.1)):  # theta^0, theta^(-2/4)
         a, b = x[0, 0, pair].item(), x[0, 0, pair + 2].item()
         angle = 3 * frequency
-        assert turned[pair].item() == pytest.approx(a * math.cos(angle) - b * math.sin(angle), abs=1e-6)
-        assert turned[pair + 2].item() == pytest.approx(b * math.cos(angle) + a * math.sin(angle), abs=1e-6)
+        assert turned[pair].item() == pytest.approx(
+            a * math.cos(angle) - b * math.sin(angle), abs=1e-6
+        )
+        assert turned[pair + 2].item() == pytest.approx(
+            b * math.cos(angle) + a * math.sin(angle), abs=1e-6
+        )
 
 
 def test_rope_at_position_zero_changes_nothing():
@@ -100,7 +106,7 @@ class PagedSequences:
         self.tables, self.keys, self.values, self.query = [], [], [], []
         for length in lengths:
             table = [ids.pop() for _ in range(-(-length // BLOCK))]
-            draw = lambda *s: torch.randn(*s, generator=generator).to(dtype)  # noqa: B023, E731
+            draw = lambda *s: torch.randn(*s, generator=generator).to(dtype)  # noqa: E731
             keys, values = draw(length, heads[1], head_dim), draw(length, heads[1], head_dim)
             slots = torch.tensor([table[i // BLOCK] * BLOCK + i % BLOCK for i in range(length)])
             write_kv(self.layer, slots, keys, values)

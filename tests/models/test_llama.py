@@ -20,7 +20,11 @@ from afd_server.models.monolith import run_monolith
 from afd_server.weights.checkpoint import Checkpoint
 from support.checkpoints import tiny_llama, write_tiny_llama
 
-SHAPES = [{"heads": 6, "kv_heads": 2}, {"heads": 6, "kv_heads": 6, "tied": True}, {"heads": 4, "kv_heads": 1}]
+SHAPES = [
+    {"heads": 6, "kv_heads": 2},
+    {"heads": 6, "kv_heads": 6, "tied": True},
+    {"heads": 4, "kv_heads": 1},
+]
 
 
 class RecordingReader:
@@ -70,7 +74,9 @@ def empty_kv(spec):
 def test_the_monolith_equals_transformers(shape, num_parts):
     directory, reference = tiny_llama(**shape)
     spec, attention, ffn = halves(directory, num_parts)
-    ids = torch.randint(3, spec.vocab_size, (150,), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = torch.randint(
+        3, spec.vocab_size, (150,), generator=torch.Generator().manual_seed(1)
+    ).tolist()
     logits = run_monolith(attention, ffn, batch_of(spec, empty_kv(spec), ids))
     expected = reference(torch.tensor([ids])).logits[0]
     assert (logits - expected).abs().max() < 1e-4
@@ -79,11 +85,15 @@ def test_the_monolith_equals_transformers(shape, num_parts):
 
 def test_chunks_and_single_tokens_give_the_bits_of_one_prefill():
     spec, attention, ffn = halves(tiny_llama()[0])
-    ids = torch.randint(3, spec.vocab_size, (90,), generator=torch.Generator().manual_seed(2)).tolist()
+    ids = torch.randint(
+        3, spec.vocab_size, (90,), generator=torch.Generator().manual_seed(2)
+    ).tolist()
     whole = run_monolith(attention, ffn, batch_of(spec, empty_kv(spec), ids))
     kv, start, parts = empty_kv(spec), 0, []
     for size in (1, 30, 16, 3, 1, 1, 38):
-        parts.append(run_monolith(attention, ffn, batch_of(spec, kv, ids[start : start + size], start)))
+        parts.append(
+            run_monolith(attention, ffn, batch_of(spec, kv, ids[start : start + size], start))
+        )
         start += size
     assert start == len(ids)
     assert torch.equal(torch.cat(parts), whole)
@@ -157,7 +167,11 @@ def write_big_llama(directory, hidden, inner, layers, vocab):
             tensors[f"{prefix}{name}.weight"] = torch.ones(hidden)
         for name in "qkvo":
             tensors[f"{prefix}self_attn.{name}_proj.weight"] = torch.zeros(hidden, hidden)
-        for name, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
+        for name, shape in (
+            ("gate", (inner, hidden)),
+            ("up", (inner, hidden)),
+            ("down", (hidden, inner)),
+        ):
             tensors[f"{prefix}mlp.{name}_proj.weight"] = torch.zeros(shape)
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(

@@ -53,7 +53,9 @@ class Server:
     def all_blocks_free(self) -> bool:
         loads = [w["load"] for w in self.status()["workers"] if w["name"].startswith("attention")]
         return all(
-            load and load["free_blocks"] == load["num_blocks"] and not load["running"] + load["waiting"]
+            load
+            and load["free_blocks"] == load["num_blocks"]
+            and not load["running"] + load["waiting"]
             for load in loads
         )
 

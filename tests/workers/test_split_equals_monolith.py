@@ -33,7 +33,12 @@ def make_requests(count=6, temperature=0.0, seed=3, num_output=NUM_OUTPUT):
         Request(
             key,
             tuple(rng.randrange(3, 259) for _ in range(rng.randint(1, 70))),
-            SamplingParams(max_tokens=num_output, temperature=temperature, seed=key * 7919, top_p=0.95 if key % 2 else 1.0),
+            SamplingParams(
+                max_tokens=num_output,
+                temperature=temperature,
+                seed=key * 7919,
+                top_p=0.95 if key % 2 else 1.0,
+            ),
         )
         for key in range(1, count + 1)
     ]
