@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("worker", "gateway"):  # started by serve, with a spec on standard input
         internal = commands.add_parser(name)
         internal.add_argument("--log-level", default="warning")
+        internal.add_argument("--parent", type=int, required=True)
     return parser
 
 
@@ -106,7 +107,7 @@ def _worker(flags: dict[str, Any]) -> int:
     from afd_server.workers.config import parse_worker_spec
     from afd_server.workers.runtime import run_worker
 
-    die_with_parent()
+    die_with_parent(flags["parent"])
     spec = parse_worker_spec(sys.stdin.read())
     configure_logging(spec.name, flags["log_level"])
     stop = _StopSignal()
@@ -114,11 +115,11 @@ def _worker(flags: dict[str, Any]) -> int:
     return 0
 
 
-def _gateway(_flags: dict[str, Any]) -> int:
+def _gateway(flags: dict[str, Any]) -> int:
     from afd_server.gateway.app import run_gateway
     from afd_server.gateway.config import parse_gateway_spec
 
-    die_with_parent()
+    die_with_parent(flags["parent"])
     run_gateway(parse_gateway_spec(sys.stdin.read()))
     return 0
 

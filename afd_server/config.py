@@ -79,7 +79,7 @@ class ServeConfig:
         False, "allow tcp beyond loopback: you say that the network itself is protected"
     )
     frame_checksums: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch_as_text)] = (
-        _setting("auto", "CRC-32 of every frame; auto: with tcp")
+        _setting("auto", "CRC-32 of every payload; auto: with tcp")
     )
     lanes: int = _setting(2, "micro-batches of an attention worker in flight")
     max_num_seqs: int = _setting(32, "most sequences of an attention worker in its KV cache")
@@ -120,7 +120,7 @@ class ServeConfig:
     def cache_directory(self) -> Path:
         """Return where pulled models are kept."""
         if self.cache_dir is not None:
-            return Path(self.cache_dir)
+            return Path(self.cache_dir).expanduser()
         base = os.environ.get("XDG_CACHE_HOME")
         return (Path(base) if base else Path.home() / ".cache") / "afd-server" / "models"
 

@@ -30,6 +30,7 @@ from afd_server.core.model_spec import ModelSpec, read_model_spec
 from afd_server.core.topology import FFNParallel, Role
 from afd_server.gateway.config import GatewaySpec
 from afd_server.policy.blocks import num_kv_blocks
+from afd_server.transport.codec import MAX_PAYLOAD_BYTES
 from afd_server.transport.endpoint import Endpoint, Identity
 from afd_server.transport.zeromq import ZeroMQLink
 from afd_server.weights.manifest import model_digest
@@ -39,7 +40,7 @@ from afd_server.workers.config import AttentionConfig, FFNConfig, WorkerSpec
 log = logging.getLogger(__name__)
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-LONGEST_TEMP_DIR = 40  # a socket's path must fit into 107 bytes
+LONGEST_TEMP_DIR = 24  # a path of a socket of Ray's, some 80 bytes below it, must fit into 107
 
 
 def run_server(config: ServeConfig) -> int:
@@ -53,53 +54,46 @@ def run_server(config: ServeConfig) -> int:
         WorkerFailed: a process did not start, or the gateway ended.
     """
     stop = _StopRequest()
-    with contextlib.ExitStack() as cleanup:
+    # SystemExit is what Ray's own handlers turn a signal into while it starts
+    with contextlib.suppress(_Stopped, SystemExit), contextlib.ExitStack() as cleanup:
         listener = cleanup.enter_context(_listener(config))
         directory = resolve(config.model, config.cache_directory)
-        model = read_model_spec(directory)
-        plan = _Plan(config, directory, model)
+        plan = _Plan(config, directory, read_model_spec(directory))
         runtime_dir = cleanup.enter_context(_runtime_directory())
         link = ZeroMQLink(plan.supervisor, plan.bind(runtime_dir, plan.supervisor, Role.SUPERVISOR))
         cleanup.callback(link.close)
         clock = MonotonicClock()
         identity = Identity(plan.supervisor, plan.digest)
         endpoint = Endpoint(link, identity, clock, with_crc=plan.with_crc)
-        gateway = start_process(
-            ["gateway"],
-            plan.gateway_spec(listener, link.address).to_json(),
-            pass_fds=(listener.fileno(),),
-        )
-        patience_s = config.shutdown_timeout_s + 5
-        cleanup.callback(lambda: stop_processes([gateway], patience_s))
         launcher = _launcher(config, runtime_dir)
         cleanup.callback(launcher.close)
         stop.listen()  # Ray installs handlers of its own
-        cleanup.callback(lambda: stop_processes([gateway], patience_s))  # first of all
+        gateway_spec = plan.gateway_spec(listener, link.address).to_json()
+        gateway = start_process(["gateway"], gateway_spec, pass_fds=(listener.fileno(),))
+        cleanup.callback(lambda: stop_processes([gateway], config.shutdown_timeout_s + 5))
         specs = plan.worker_specs(runtime_dir, link.address)
         parallel = FFNParallel[config.ffn_parallel.upper()]
         supervisor = Supervisor(specs, plan.gateway, parallel, launcher, endpoint, clock)
-        try:
-            supervisor.start(config.start_timeout_s, lambda: _check(gateway, stop))
-            _announce(_url(listener), supervisor.topology.notation, plan.model_name)
-            while not stop.is_set:
-                _check(gateway, stop)
-                supervisor.turn()
-        except _Stopped:
-            pass
-        stop.once_more_interrupts()
-        print("stopping", flush=True)
+        supervisor.start(config.start_timeout_s, lambda: _check(gateway))
+        _announce(_url(listener), supervisor.topology.notation, plan.model_name)
+        while True:
+            _check(gateway)
+            supervisor.turn()
+    print("stopped", flush=True)
     return 0
 
 
 class _Stopped(Exception):
-    """A stop signal came while the server was starting."""
+    """A stop signal came."""
 
 
 class _StopRequest:
-    """Remembers SIGINT and SIGTERM; while stopping, another one breaks the waiting off."""
+    """Turns SIGINT and SIGTERM into `_Stopped`, wherever the main thread is.
+
+    While everything is being stopped a further signal breaks the waiting off.
+    """
 
     def __init__(self) -> None:
-        self.is_set = False
         self.listen()
 
     def listen(self) -> None:
@@ -107,13 +101,11 @@ class _StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
 
-    def once_more_interrupts(self) -> None:
-        """Let a further signal raise KeyboardInterrupt."""
+    def _receive(self, _number: int, _frame: object) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
-
-    def _receive(self, _number: int, _frame: object) -> None:
-        self.is_set = True
+        print("stopping", flush=True)
+        raise _Stopped
 
 
 class _Plan:
@@ -234,6 +226,28 @@ class _Plan:
                 f"ffn_workers is {config.ffn_workers}, but the FFN has only "
                 f"{model.intermediate_size} columns to share out; use --ffn-parallel replicate"
             )
+        payload = config.max_batch_tokens * model.hidden_size * ITEM_BYTES[self.dtype]
+        if payload > MAX_PAYLOAD_BYTES:
+            raise ConfigError(
+                f"max_batch_tokens {config.max_batch_tokens} makes activations of {payload} bytes, "
+                f"a message holds {MAX_PAYLOAD_BYTES}; lower it"
+            )
+        self._check_network()
+
+    def _check_network(self) -> None:
+        config = self._config
+        if config.ray_address is not None and config.launcher != "ray":
+            raise ConfigError("ray_address is set, but the launcher is local; use --launcher ray")
+        if config.data_host in ("0.0.0.0", "::", "*"):
+            raise ConfigError(
+                f"data_host {config.data_host} is no address that peers can connect to; "
+                "name an interface of this host"
+            )
+        if config.ray_address is not None and _is_loopback(config.data_host):
+            raise ConfigError(
+                f"workers on other hosts cannot reach data_host {config.data_host}; "
+                "give an address of this host that they can"
+            )
         beyond_loopback = config.ray_address is not None or not _is_loopback(config.data_host)
         if config.data_transport == "tcp" and beyond_loopback and not config.trusted_network:
             raise ConfigError(
@@ -300,9 +314,7 @@ def _runtime_directory() -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _check(gateway: "subprocess.Popen[bytes]", stop: _StopRequest) -> None:
-    if stop.is_set:
-        raise _Stopped
+def _check(gateway: "subprocess.Popen[bytes]") -> None:
     ending = describe_ending(gateway)
     if ending is not None:
         raise WorkerFailed(f"the gateway ended ({ending})")

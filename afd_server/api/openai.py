@@ -32,7 +32,7 @@ from afd_server.core.request import SamplingParams
 MAX_CHOICES = 8
 MAX_STOP_STRINGS = 16  # OpenAI takes 4; evaluation harnesses send more
 MAX_STOP_CHARS = 64  # bounds the text held back, and the search in it, per token
-MAX_STOP_TOKENS = 64  # they travel in a frame's header of 2 KiB, at most 5 bytes each
+MAX_STOP_TOKENS = 64  # each is compared with every token
 
 IGNORED = frozenset({
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",

@@ -65,7 +65,7 @@ def start_process(
 ) -> "subprocess.Popen[bytes]":
     """Start this program with a subcommand, in a new session, and give it its spec on stdin."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "afd_server", *arguments],
+        [sys.executable, "-m", "afd_server", *arguments, "--parent", str(os.getpid())],
         stdin=subprocess.PIPE,
         start_new_session=True,
         pass_fds=pass_fds,
@@ -100,9 +100,9 @@ def stop_processes(processes: "list[subprocess.Popen[bytes]]", patience_s: float
             process.wait()
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int) -> None:
     """Have this process terminated when its parent dies, however it dies (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
-        if os.getppid() == 1:
+        if os.getppid() != parent:
             raise SystemExit("the parent is gone already")

@@ -6,6 +6,7 @@ it: each actor runs the worker's own loop, and Ray calls only start, stop and as
 
 import logging
 import os
+import socket
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 NODE_ADDRESS = "{node}"  # in a worker's bind address: stands for its node's own
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum: nothing of ours goes through it
 PLACEMENT_S = 60.0
+CONNECT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +61,8 @@ class RayLauncher:
         self._actors: dict[str, Any] = {}
         self._runs: dict[str, Any] = {}
         self._groups: dict[Role, PlacementGroup] = {}
-        self._connect()
         try:
+            self._connect()
             self._place()
         except BaseException:
             self.close()
@@ -119,6 +121,7 @@ class RayLauncher:
             "namespace": "afd_server",
         }
         if config.address is not None:
+            _check_reachable(config.address)
             try:
                 ray.init(address=config.address, **common)
             except ConnectionError as error:
@@ -153,6 +156,17 @@ class RayLauncher:
                     f"Ray has no room for {count} {role.name.lower()} workers with "
                     f"{self._config.resources[role]} each; it has {ray.available_resources()}"
                 )
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse a dead `host:port` within seconds; Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return  # `auto` and the like: Ray knows
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise ConfigError(f"no Ray cluster answers at {address}: {error}") from error
 
 
 @ray.remote(max_restarts=0, max_concurrency=3)

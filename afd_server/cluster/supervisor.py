@@ -121,7 +121,7 @@ class Supervisor:
     def _hear(self, received: Received, beat: Heartbeat) -> None:
         source = received.envelope.source
         self._epochs[source] = received.envelope.epoch
-        if beat.role is Role.GATEWAY:
+        if received.sender.role is Role.GATEWAY:
             if self._gateway is None:
                 self._gateway = Member(Role.GATEWAY, 0, source, "", "")
                 self._publish()
@@ -131,14 +131,28 @@ class Supervisor:
                 return  # an earlier incarnation's last words
             if beat.state is ProcessState.FAILED:
                 slot.failure = beat.detail
-            elif slot.member is None:
-                fingerprint = received.envelope.fingerprint
-                slot.member = Member(beat.role, beat.slot, source, beat.address, fingerprint)
-                self._check_fingerprint(slot.member)
-                log.info("%s is ready at %s", slot.member.name, beat.address)
-                self._publish()
+            elif beat.state is ProcessState.READY and slot.member is None and not slot.given_up:
+                self._welcome(slot, beat.address, received.envelope.fingerprint)
         if received.envelope.epoch < self.topology.epoch:
             self._endpoint.try_send(source, TopologyUpdate(self.topology))
+
+    def _welcome(self, slot: _Slot, address: str, fingerprint: str) -> None:
+        spec = slot.spec
+        member = Member(spec.role, spec.slot, spec.incarnation, address, fingerprint)
+        try:
+            self._check_fingerprint(member)
+        except WorkerFailed as error:
+            if self.topology.epoch == 0:
+                raise  # the server never served: better not to begin
+            self._give_up(slot, str(error))
+            return
+        slot.member = member
+        log.info("%s is ready at %s", member.name, address)
+        self._publish()
+
+    def _give_up(self, slot: _Slot, reason: str) -> None:
+        log.error("%s stays down: %s", slot.spec.name, reason)
+        slot.given_up = True
 
     def _check_fingerprint(self, member: Member) -> None:
         for slot in self._slots:
@@ -168,6 +182,7 @@ class Supervisor:
     def _lose(self, slot: _Slot) -> None:
         self._launcher.stop(slot.spec.incarnation)
         self._endpoint.dismiss(slot.spec.incarnation)
+        self._epochs.pop(slot.spec.incarnation, None)
         if slot.member is not None:
             slot.member = None
             self._publish()
@@ -177,8 +192,7 @@ class Supervisor:
         now = self._clock.now()
         restarts = slot.restarts_s
         if len(restarts) == MAX_RESTARTS and now - restarts[0] < RESTART_WINDOW_S:
-            slot.given_up = True
-            log.error("%s ended %d times; it stays down", slot.spec.name, MAX_RESTARTS + 1)
+            self._give_up(slot, f"it ended {MAX_RESTARTS + 1} times in {RESTART_WINDOW_S:.0f} s")
             return
         restarts.append(now)
         bind = slot.spec.bind
@@ -186,7 +200,10 @@ class Supervisor:
         bind = bind.replace(slot.spec.incarnation, incarnation)
         slot.spec = replace(slot.spec, incarnation=incarnation, bind=bind)
         slot.failure = None
-        self._launch(slot)
+        try:
+            self._launch(slot)
+        except WorkerFailed as error:
+            self._give_up(slot, str(error))
 
     def _launch(self, slot: _Slot) -> None:
         spec = slot.spec

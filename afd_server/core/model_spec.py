@@ -32,7 +32,6 @@ class ModelSpec:
     rope_theta: float
     tie_embeddings: bool
     eos_token_ids: tuple[int, ...]
-    torch_dtype: str
 
     @property
     def kv_elements_per_token(self) -> int:
@@ -104,7 +103,6 @@ def parse_model_spec(config: Mapping[str, Any], generation: Mapping[str, Any]) -
         rope_theta=_rope_theta(config),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         eos_token_ids=_eos_token_ids(config, generation),
-        torch_dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
     )
 
 

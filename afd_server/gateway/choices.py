@@ -42,7 +42,7 @@ class ChoiceState:
 
     plan: ChoicePlan
     stream: TextStream
-    key: int
+    key: int | None = None  # set while it is being generated
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish: FinishName | None = None
@@ -52,8 +52,8 @@ class ChoiceState:
 class Choices:
     """Runs the choices of one HTTP request side by side.
 
-    Use it as a context manager: whatever is still being generated at the end is cancelled, and
-    its KV blocks are freed.
+    Use it as a context manager: generation starts on entry, and what still runs at the exit is
+    cancelled, so that its KV blocks are freed.
 
     Args:
         generations: runs the requests.
@@ -72,23 +72,23 @@ class Choices:
         silent_stops: tuple[int, ...],
     ) -> None:
         self._generations = generations
+        self._slo = slo
         self._silent_stops = silent_stops
         self._events: EventQueue = EventQueue()
-        self.states = [
-            ChoiceState(
-                plan,
-                TextStream(codec, plan.stop),
-                generations.start(index, plan.prompt_ids, plan.sampling, slo, self._events),
-            )
-            for index, plan in enumerate(plans)
-        ]
+        self.states = [ChoiceState(plan, TextStream(codec, plan.stop)) for plan in plans]
 
     def __enter__(self) -> "Choices":
+        for index, state in enumerate(self.states):
+            plan = state.plan
+            state.key = self._generations.start(
+                index, plan.prompt_ids, plan.sampling, self._slo, self._events
+            )
         return self
 
     def __exit__(self, *_exc: object) -> None:
         for state in self.states:
-            self._generations.abandon(state.key, "abort")
+            if state.key is not None:
+                self._generations.abandon(state.key, "abort")
 
     async def pieces(self, quiet_s: float | None = None) -> AsyncIterator[Piece | None]:
         """Yield what each token adds, at once, until every choice has ended.
@@ -125,6 +125,7 @@ class Choices:
         state.token_ids.append(token_id)
         if state.stream.stopped_by is not None:
             state.finish, state.stop_reason = "stop", state.stream.stopped_by
+            assert state.key is not None
             self._generations.abandon(state.key, "stop")
         elif finish is not None:
             state.finish = _NAMES[finish]

@@ -22,7 +22,8 @@ from afd_server.transport.messages import Cancel, DType, Payload, Submit, TokenC
 log = logging.getLogger(__name__)
 
 ASK_AGAIN_AFTER_S = 2.0  # of silence: repeat the submit, which is harmless and gets an answer
-GIVE_UP_AFTER_S = 30.0  # without any attention worker to send a request to
+MOVE_AFTER_S = 6.0  # of silence: three unanswered submits; another worker takes over
+GIVE_UP_AFTER_S = 120.0  # without a token (invariant I10): no queue of ours is that long
 MAX_ATTEMPTS = 4
 
 
@@ -58,7 +59,8 @@ class JournalEntry:
     slo: SLO
     events: EventQueue
     arrived_s: float
-    heard_s: float
+    heard_s: float  # any sign of life of the present attempt
+    asked_s: float | None  # the last submit; None if it could not be sent
     emitted_ids: list[int] = field(default_factory=list)
     attempt: int = 0
     worker: str | None = None
@@ -106,7 +108,9 @@ class Generations:
             Its key, for `abandon`.
         """
         now = self._clock.now()
-        entry = JournalEntry(self._next_key, choice, prompt_ids, sampling, slo, events, now, now)
+        entry = JournalEntry(
+            self._next_key, choice, prompt_ids, sampling, slo, events, now, now, now
+        )
         self._next_key += 1
         self._live[entry.key] = entry
         self._metrics.started(len(prompt_ids))
@@ -138,7 +142,9 @@ class Generations:
                 self._metrics.fenced()
                 continue
             entry.heard_s = self._clock.now()
-            if count == 1:
+            if finish == FinishReason.ERROR:
+                self._fail(entry, WorkerFailed("the attention worker cannot take this request"))
+            elif count == 1:
                 self._take_token(entry, index, token_id, FinishReason(finish) if finish else None)
 
     def follow(self, topology: Topology) -> None:
@@ -155,11 +161,17 @@ class Generations:
         """
         now = self._clock.now()
         for entry in list(self._live.values()):
-            silence_s = now - entry.heard_s
-            if entry.worker is None:
-                if silence_s > GIVE_UP_AFTER_S:
-                    self._fail(entry, WorkerFailed("no attention worker is there"))
-            elif silence_s > ASK_AGAIN_AFTER_S:
+            if now - (entry.last_token_s or entry.arrived_s) > GIVE_UP_AFTER_S:
+                self._cancel_attempt(entry)
+                self._fail(entry, WorkerFailed(f"no token for {GIVE_UP_AFTER_S:.0f} s"))
+            elif entry.worker is None:
+                continue  # until a topology brings one
+            elif now - entry.heard_s > MOVE_AFTER_S:
+                self._cancel_attempt(entry)
+                self._assign(entry, avoid=entry.worker)
+            elif (
+                entry.asked_s is None or now - max(entry.heard_s, entry.asked_s) > ASK_AGAIN_AFTER_S
+            ):
                 self._submit(entry)
 
     def _take_token(
@@ -189,12 +201,16 @@ class Generations:
             self._metrics.next_token(now - entry.last_token_s)
         entry.last_token_s = now
 
-    def _assign(self, entry: JournalEntry) -> None:
-        """Begin a new attempt with the best worker, or wait for one to appear."""
+    def _assign(self, entry: JournalEntry, avoid: str | None = None) -> None:
+        """Begin a new attempt with the best worker, or wait for one to appear.
+
+        `avoid` is taken only if there is no other.
+        """
         if entry.attempt == MAX_ATTEMPTS:
             self._fail(entry, WorkerFailed(f"gave up after {MAX_ATTEMPTS} attempts"))
             return
-        workers = self._endpoint.topology.pool(Role.ATTENTION)
+        pool = self._endpoint.topology.pool(Role.ATTENTION)
+        workers = [member for member in pool if member.incarnation != avoid] or pool
         load: dict[str, int] = {}
         for other in self._live.values():
             if other.worker is not None and other is not entry:
@@ -204,14 +220,16 @@ class Generations:
         if worker is None:
             return
         entry.attempt += 1
+        entry.heard_s = self._clock.now()
         if entry.attempt > 1:
             self._metrics.resubmitted()
         self._submit(entry)
 
     def _submit(self, entry: JournalEntry) -> None:
         assert entry.worker is not None
-        entry.heard_s = self._clock.now()
-        self._endpoint.try_send(entry.worker, _submit_message(entry))
+        sent = self._endpoint.try_send(entry.worker, _submit_message(entry))
+        # a connection that is not up yet: try again at the next turn
+        entry.asked_s = self._clock.now() if sent else None
 
     def _cancel_attempt(self, entry: JournalEntry) -> None:
         if entry.worker is not None:

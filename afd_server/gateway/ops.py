@@ -23,16 +23,17 @@ def ops_routes(service: Service) -> APIRouter:
 
     @router.get("/ready")
     async def ready() -> JSONResponse:
-        """Say whether requests are served: pools complete, not stopping."""
-        missing = service.pools.missing(spec.num_attention, spec.num_ffn)
+        """Say whether requests are served: an attention worker, every FFN part, not stopping."""
+        missing = service.pools.missing(1, spec.num_ffn_parts)
         if service.is_draining:
             missing.append("the server is stopping")
         return _verdict(missing)
 
     @router.get("/health")
     async def health() -> JSONResponse:
-        """Say whether progress is being made: every worker reports, and its steps go on."""
-        return _verdict(service.pools.missing(1, spec.num_ffn_parts) + service.pools.trouble())
+        """Say whether all workers are there, report, and make progress."""
+        missing = service.pools.missing(spec.num_attention, spec.num_ffn)
+        return _verdict(missing + service.pools.trouble())
 
     @router.get("/version")
     async def show_version() -> JSONResponse:

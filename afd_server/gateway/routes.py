@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from afd_server.api import openai, sse
-from afd_server.core.errors import AFDError, InvalidRequest
+from afd_server.core.errors import AFDError, InvalidRequest, Overloaded
 from afd_server.core.request import SLO
 from afd_server.gateway.choices import ChoicePlan, Choices, ChoiceState, Piece, run_to_end
 from afd_server.gateway.errors import ModelNotFound, NotReady, describe
@@ -48,8 +48,9 @@ def openai_routes(service: Service) -> APIRouter:
     @router.post("/chat/completions")
     async def chat_completions(request: Request) -> Response:
         body = await _parse(service, request, openai.ChatCompletionRequest)
-        check_capacity(service.admission, service.generations.num_live, body.n)
+        _admit(service, body.n)
         prompt = service.codec.encode_chat(body.conversation)
+        openai.check_token_ids(prompt, service.vocab_size, "messages")
         plans, seed = _plans(service, body, [prompt], body.output_limit)
         envelope = _envelope(service, "chatcmpl", body)
         writer = ChatWriter(envelope, body.return_token_ids, tuple(prompt))
@@ -62,8 +63,7 @@ def openai_routes(service: Service) -> APIRouter:
             raise InvalidRequest(
                 f"{len(body.prompt)} prompts in one request, at most {MAX_PROMPTS}", "prompt"
             )
-        num_choices = body.n * len(body.prompt)
-        check_capacity(service.admission, service.generations.num_live, num_choices)
+        _admit(service, body.n * len(body.prompt))
         prompts = [_encode_prompt(service, prompt) for prompt in body.prompt]
         plans, seed = _plans(service, body, prompts, body.output_limit)
         envelope = _envelope(service, "cmpl", body)
@@ -249,6 +249,14 @@ async def _parse(service: Service, request: Request, kind: type[Body]) -> Body:
     return body
 
 
+def _admit(service: Service, num_new: int) -> None:
+    try:
+        check_capacity(service.admission, service.generations.num_live, num_new)
+    except Overloaded:
+        service.metrics.refused("max_live_requests")
+        raise
+
+
 def _plans(
     service: Service,
     body: openai.GenerationRequest,
@@ -274,11 +282,8 @@ def _plans(
 
 
 def _encode_prompt(service: Service, prompt: str | list[int]) -> list[int]:
-    if isinstance(prompt, str):
-        ids = service.codec.encode(prompt)
-    else:
-        openai.check_token_ids(prompt, service.vocab_size, "prompt")
-        ids = prompt
+    ids = service.codec.encode(prompt) if isinstance(prompt, str) else prompt
+    openai.check_token_ids(ids, service.vocab_size, "prompt")
     if not ids:
         raise InvalidRequest("the prompt is empty; give at least one token", "prompt")
     return ids

@@ -35,7 +35,7 @@ class Service:
 
     Args:
         spec: of this process.
-        link: to supervisor and workers; made here unless a test brings its own.
+        clock: for health and latencies.
 
     Raises:
         ModelError: config.json or the tokenizer cannot be used.
@@ -88,9 +88,7 @@ class Service:
                 self._drain()
                 await asyncio.sleep(HEARTBEAT_S)
         finally:
-            loop = asyncio.get_running_loop()
-            for fileno in self._watched:
-                loop.remove_reader(fileno)
+            self._unwatch()
             self._link.close()
 
     def stop_taking(self) -> None:
@@ -105,11 +103,15 @@ class Service:
         """Wake up for every socket of the link; its descriptors change with the topology."""
         loop = asyncio.get_running_loop()
         current = set(self._link.filenos())
-        for fileno in self._watched - current:
-            loop.remove_reader(fileno)
         for fileno in current - self._watched:
             loop.add_reader(fileno, self._drain)
         self._watched = current
+
+    def _unwatch(self) -> None:
+        loop = asyncio.get_running_loop()
+        for fileno in self._watched:
+            loop.remove_reader(fileno)
+        self._watched = set()
 
     def _beat(self) -> None:
         beat = Heartbeat(Role.GATEWAY, 0, ProcessState.READY, 0, self._spec.url, "")
@@ -153,6 +155,7 @@ class Service:
         if topology.epoch <= self._endpoint.topology.epoch:
             return
         log.info("epoch %d: %s", topology.epoch, topology.notation)
+        self._unwatch()  # before descriptors are closed, and perhaps used again
         for gone in self.pools.workers():
             if topology.find(gone.incarnation) is None:
                 self._link.disconnect(gone.incarnation)

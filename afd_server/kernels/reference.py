@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812  torch's own convention
+import torch.nn.functional as F
 from torch import Tensor
 
 from afd_server.kernels.table import Kernels, KVLayer, PagedRows

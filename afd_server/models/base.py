@@ -86,7 +86,7 @@ class FFNHalf(Protocol):
     """The feed-forward weights of a worker's part, and nothing else."""
 
     def partial_sum(self, layer: int, hidden: Tensor) -> Tensor:
-        """Return this part's share of the layer's FFN output, [rows, hidden] float32."""
+        """Return this part's share of the layer's FFN output, [rows, hidden] in its dtype."""
         ...
 
 

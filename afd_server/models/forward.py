@@ -1,6 +1,6 @@
 """One micro-batch through all layers. Knows nothing of lanes, workers or wires."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 from torch import Tensor
 
@@ -23,3 +23,14 @@ def forward(model: AttentionHalf, batch: MicroBatch) -> Forward:
         hidden, call = model.attend(layer, hidden, batch)
         hidden = hidden + (yield call)
     return model.logits(hidden, batch.logit_rows)
+
+
+def add_in_part_order(parts: Sequence[Tensor]) -> Tensor:
+    """Add partial sums [tokens, hidden] by part index, in float32; return them in their dtype.
+
+    The order is fixed so that the result does not depend on which reply came first.
+    """
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    return total.to(parts[0].dtype)

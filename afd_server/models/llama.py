@@ -95,7 +95,7 @@ class LlamaFFN:
     def partial_sum(self, layer: int, hidden: Tensor) -> Tensor:
         weights = self._layers[layer]
         inner = self._kernels.silu_mul(self._kernels.linear(hidden, weights.gate_up))
-        return self._kernels.linear(inner, weights.down).float()
+        return self._kernels.linear(inner, weights.down)
 
 
 class _FFNLayer:

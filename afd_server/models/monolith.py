@@ -5,18 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from afd_server.models.base import AttentionHalf, FFNHalf, MicroBatch
-from afd_server.models.forward import forward
-
-
-def add_in_part_order(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Add partial sums [tokens, hidden] float32 by part index, then cast to `like`'s dtype.
-
-    The order is fixed so that the result does not depend on which reply came first.
-    """
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total.to(like.dtype)
+from afd_server.models.forward import add_in_part_order, forward
 
 
 def run_monolith(attention: AttentionHalf, ffn: Sequence[FFNHalf], batch: MicroBatch) -> Tensor:
@@ -26,7 +15,7 @@ def run_monolith(attention: AttentionHalf, ffn: Sequence[FFNHalf], batch: MicroB
         call = next(step)
         while True:
             parts = [half.partial_sum(call.layer, call.hidden) for half in ffn]
-            call = step.send(add_in_part_order(parts, like=call.hidden))
+            call = step.send(add_in_part_order(parts))
     except StopIteration as stop:
         logits: Tensor = stop.value
         return logits

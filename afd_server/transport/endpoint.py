@@ -30,7 +30,7 @@ from afd_server.transport.messages import (
 
 log = logging.getLogger(__name__)
 
-MAX_BAD_FRAMES, BAD_FRAME_WINDOW_S = 3, 10.0
+MAX_BAD_FRAMES, BAD_FRAME_WINDOW_S, QUARANTINE_S = 3, 10.0, 30.0
 
 _SENDERS: dict[type[Message], frozenset[Role]] = {
     Submit: frozenset({Role.GATEWAY}),
@@ -93,7 +93,7 @@ class Endpoint:
         self._bad_at: defaultdict[str, deque[float]] = defaultdict(
             lambda: deque(maxlen=MAX_BAD_FRAMES)
         )
-        self._quarantined: set[str] = set()
+        self._quarantined_until: dict[str, float] = {}
 
     def introduce(self, member: Member) -> None:
         """Listen to a process that is in no topology yet."""
@@ -141,7 +141,7 @@ class Endpoint:
         the messages that arrived together with it.
         """
         for route, frames in self.link.receive(timeout_s):
-            if route in self._quarantined:
+            if self._clock.now() < self._quarantined_until.get(route, 0.0):
                 self.counters["bad_quarantined"] += 1
                 continue
             header = None
@@ -181,7 +181,7 @@ class Endpoint:
         return Received(envelope, sender, decode(header, data, self._with_crc))
 
     def _refuse(self, route: str, header: Header | None, error: ProtocolError) -> None:
-        """Count a bad frame, answer a dispatch with the reason, and cut off a peer that insists.
+        """Count a bad frame, answer a dispatch with the reason, and stop hearing who insists.
 
         A stranger is no offender: a topology may simply not have reached us yet, and whoever
         invents names must not fill our memory or our log.
@@ -192,9 +192,9 @@ class Endpoint:
             times = self._bad_at[route]
             times.append(self._clock.now())
             if len(times) == MAX_BAD_FRAMES and times[-1] - times[0] <= BAD_FRAME_WINDOW_S:
-                log.error("%s sent %d bad frames; ignoring it from now on", route, MAX_BAD_FRAMES)
-                self._quarantined.add(route)
-                self.link.disconnect(route)
+                log.error("%s: bad frames; not listening for %d s", route, QUARANTINE_S)
+                self._quarantined_until[route] = self._clock.now() + QUARANTINE_S
+                times.clear()
         if header is not None and header.kind is Dispatch:
             step, lane, layer, part = header.values
             epoch = header.envelope.epoch

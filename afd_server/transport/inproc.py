@@ -76,6 +76,10 @@ class InProcessNetwork:
             parcel.wait -= 1
         return [(parcel.sender, parcel.frames) for parcel in due]
 
+    def lose_everything_for(self, receiver: str) -> None:
+        """Drop what is under way to a receiver."""
+        self._boxes.pop(receiver, None)
+
     def shut(self, name: str) -> None:
         """Take a link off the network."""
         self._open.discard(name)

@@ -126,7 +126,7 @@ class Dispatch:
 
 @dataclass(frozen=True, slots=True)
 class Combine:
-    """FFN → attention: the partial sum [rows, hidden] float32 of a dispatch, or why not.
+    """FFN → attention: the partial sum [rows, hidden] of a dispatch in its dtype, or why not.
 
     `call_epoch` is the epoch under which the dispatch was sent. `refusal` is empty unless the
     dispatch was refused.

@@ -3,7 +3,6 @@
 Knows nothing of what a tensor is for; models say which names and shapes they want.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from afd_server.core.errors import ModelError
+from afd_server.core.model_spec import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -71,8 +71,10 @@ def _find_tensors(directory: Path) -> dict[str, Path]:
     index = directory / INDEX_NAME
     paths = sorted(directory.glob("*.safetensors"))
     if index.is_file():
-        named = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        paths = [directory / name for name in named]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ModelError(f"{index} has no weight_map from tensor names to files")
+        paths = [directory / str(name) for name in sorted(set(weight_map.values()))]
     if not paths:
         raise ModelError(f"{directory} holds no *.safetensors file")
     found: dict[str, Path] = {}

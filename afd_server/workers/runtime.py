@@ -215,7 +215,16 @@ def build_attention_worker(
     model = architecture.attention(model_spec, reader, kernels, config.max_model_len)
     kv = KVStore(model_spec, num_blocks, config.block_size, dtype)
     ffn = FFNClient(spec.ffn, spec.slot, endpoint, clock, config.resend_s)
-    return AttentionWorker(model, kv, scheduler, config.num_lanes, ffn, endpoint, clock)
+    return AttentionWorker(
+        model,
+        kv,
+        scheduler,
+        config.num_lanes,
+        model_spec.vocab_size,
+        config.max_model_len,
+        ffn,
+        endpoint,
+    )
 
 
 def build_ffn_worker(

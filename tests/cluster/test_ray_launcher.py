@@ -13,7 +13,8 @@ BODY = {"prompt": [[9, 8, 7]], "max_tokens": 5, "temperature": 0, "return_token_
 def test_pools_run_on_resources_of_their_own(short_dir):
     with serving(
         short_dir, tiny_llama()[0], "--attention-workers", 2, "--ffn-workers", 2,
-        "--attention-resources", "CPU=0.5,attention_node=1", "--ffn-resources", "CPU=0.5,ffn_node=1",
+        "--attention-resources", "CPU=0.5,attention_node=1",
+        "--ffn-resources", "CPU=0.5,ffn_node=1",
     ) as server:  # fmt: skip
         assert server.topology == "2A2F"
         answer = server.http.post("/v1/completions", json=BODY)
@@ -52,7 +53,7 @@ def test_a_model_error_in_an_actor_is_told_and_ray_is_gone(short_dir):
 def test_no_cluster_at_the_address_is_said(short_dir):
     done = run_cli(
         short_dir, "serve", tiny_llama()[0], "--port", 0, "--ray-address", "127.0.0.1:1",
-        "--data-transport", "tcp", "--trusted-network", seconds=120,
+        "--data-transport", "tcp", "--trusted-network", "--data-host", "192.0.2.1", seconds=60,
     )  # fmt: skip
     assert done.returncode == 2
     assert "127.0.0.1:1" in done.stderr.splitlines()[-1]

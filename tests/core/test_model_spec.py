@@ -20,7 +20,6 @@ CONFIG = {
     "rope_theta": 50000.0,
     "tie_word_embeddings": True,
     "eos_token_id": 2,
-    "torch_dtype": "bfloat16",
 }
 
 
@@ -51,20 +50,17 @@ def test_a_whole_config_is_read_field_by_field():
         rope_theta=50000.0,
         tie_embeddings=True,
         eos_token_ids=(2,),
-        torch_dtype="bfloat16",
     )
 
 
 def test_what_is_left_out_has_the_values_of_the_first_llama():
-    optional = ("num_key_value_heads", "rope_theta", "tie_word_embeddings", "eos_token_id",
-                "torch_dtype")  # fmt: skip
+    optional = ("num_key_value_heads", "rope_theta", "tie_word_embeddings", "eos_token_id")
     spec = parse(without=optional)
     assert spec.num_kv_heads == spec.num_heads
     assert spec.head_dim == 96 // 6
     assert spec.rope_theta == 10000.0
     assert not spec.tie_embeddings
     assert spec.eos_token_ids == ()
-    assert spec.torch_dtype == "float32"
 
 
 def test_null_is_as_good_as_left_out():
@@ -94,18 +90,6 @@ def test_the_kv_cache_of_a_token_is_counted_over_all_layers():
 )
 def test_both_spellings_of_rope_are_read(without, changes, theta):
     assert parse(without=without, **changes).rope_theta == theta
-
-
-@pytest.mark.parametrize(
-    ("changes", "dtype"),
-    [
-        ({"torch_dtype": "float16"}, "float16"),
-        ({"dtype": "float32"}, "float32"),  # beside torch_dtype: the newer spelling wins
-        ({"torch_dtype": None}, "float32"),
-    ],
-)
-def test_both_spellings_of_the_dtype_are_read(changes, dtype):
-    assert parse(**changes).torch_dtype == dtype
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from afd_server.gateway.generation import (
     ASK_AGAIN_AFTER_S,
     GIVE_UP_AFTER_S,
     MAX_ATTEMPTS,
+    MOVE_AFTER_S,
     FailureEvent,
     Generations,
     TokenEvent,
@@ -170,7 +171,10 @@ def test_without_a_worker_a_request_waits_for_one_and_then_gives_up():
     assert submits(bench.endpoint.take()) == [("w1", 2, 0)]
     bench.endpoint.topology = Topology(4, ())
     bench.generations.follow(bench.endpoint.topology)
-    bench.clock.advance(GIVE_UP_AFTER_S + 1)
+    bench.clock.advance(GIVE_UP_AFTER_S - 1)
+    bench.generations.ask_again()
+    assert bench.heard() == []
+    bench.clock.advance(2)
     bench.generations.ask_again()
     (event,) = bench.heard()
     assert isinstance(event.error, WorkerFailed)
@@ -230,3 +234,36 @@ def test_latencies_are_counted_from_arrival_and_between_tokens():
     assert sample("vllm:inter_token_latency_seconds_count") == 2
     assert sample("vllm:request_time_per_output_token_seconds_bucket", le="0.05") == 1
     assert sample("vllm:request_success_total", finished_reason="length") == 1
+
+
+def test_a_submit_that_could_not_be_sent_is_sent_at_the_next_turn():
+    bench = Bench()
+    bench.endpoint.take()
+    bench.endpoint.topology = Topology(2, WORKERS[1:])
+    bench.endpoint.try_send = lambda _peer, _message: False
+    bench.generations.follow(bench.endpoint.topology)
+    del bench.endpoint.try_send
+    bench.generations.ask_again()
+    assert submits(bench.endpoint.take()) == [("w1", 2, 0)]
+
+
+def test_after_three_unanswered_submits_another_worker_takes_over():
+    bench = Bench(*WORKERS)
+    bench.token(0, 50)
+    bench.endpoint.take()
+    for _ in range(int(MOVE_AFTER_S) + 1):
+        bench.clock.advance(1.0)
+        bench.generations.ask_again()
+    sent = bench.endpoint.take()
+    assert submits(sent)[-1] == ("w1", 2, 1)
+    assert ("w0", Cancel(bench.key, 1)) in sent
+
+
+def test_a_request_the_worker_refuses_fails_alone():
+    bench = Bench()
+    other = bench.start()
+    bench.chunk((bench.key, 1, 0, 0, 0, FinishReason.ERROR))
+    (event,) = bench.heard()
+    assert isinstance(event, FailureEvent)
+    assert bench.generations.num_live == 1
+    assert other != bench.key

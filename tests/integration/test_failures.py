@@ -126,7 +126,7 @@ def test_more_column_shards_than_columns_are_refused(short_dir):
 
 def test_tcp_beyond_loopback_needs_a_word_about_the_network(short_dir):
     text = refused(
-        short_dir, tiny_llama()[0], *LOCAL, "--data-transport", "tcp", "--data-host", "0.0.0.0"
+        short_dir, tiny_llama()[0], *LOCAL, "--data-transport", "tcp", "--data-host", "192.0.2.1"
     )
     assert "--trusted-network" in text
 

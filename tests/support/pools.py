@@ -112,6 +112,7 @@ class Pools:
         self.finish: dict[int, int] = {}
         self.alive_rows = 0
         self.lost_rows = 0
+        self.refused: list[int] = []
         supervisor = Member(Role.SUPERVISOR, 0, SUPERVISOR, "", "")
         self.supervisor = Endpoint(
             self._open(SUPERVISOR), Identity(SUPERVISOR, "digest"), self.clock
@@ -218,7 +219,9 @@ class Pools:
         for start in range(0, len(values), 6):
             key, _, index, count, token, finish = values[start : start + 6]
             if count == 0:
-                self.alive_rows += 1
+                self.alive_rows += finish == 0
+                if finish:
+                    self.refused.append(key)
                 continue
             known = self.tokens[key]
             if index != len(known):

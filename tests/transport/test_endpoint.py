@@ -8,7 +8,13 @@ from afd_server.core.clock import ManualClock
 from afd_server.core.errors import TransportError
 from afd_server.core.topology import Member, Role, Topology
 from afd_server.transport.codec import Envelope, decode, decode_header, encode
-from afd_server.transport.endpoint import BAD_FRAME_WINDOW_S, MAX_BAD_FRAMES, Endpoint, Identity
+from afd_server.transport.endpoint import (
+    BAD_FRAME_WINDOW_S,
+    MAX_BAD_FRAMES,
+    QUARANTINE_S,
+    Endpoint,
+    Identity,
+)
 from afd_server.transport.inproc import InProcessNetwork
 from afd_server.transport.messages import (
     EMPTY,
@@ -159,6 +165,19 @@ def test_a_restarted_worker_is_heard_under_its_new_incarnation_only():
     assert wire.hear() == [replace(COMBINE, step=8)]
 
 
+def test_a_new_topology_counts_for_what_arrived_together_with_it():
+    wire = Wire()
+    newcomer = replace(FFN, incarnation="newcomer")
+    wire.say(SUPERVISOR, TopologyUpdate(Topology(4, (*TOPOLOGY.members, newcomer))))
+    wire.say(newcomer, COMBINE)
+    heard = []
+    for received in wire.me.receive(0):
+        heard.append(received.message)
+        if isinstance(received.message, TopologyUpdate):
+            wire.me.topology = received.message.topology
+    assert heard[1:] == [COMBINE]
+
+
 # -- who may say what
 
 
@@ -301,27 +320,6 @@ def test_a_refusal_that_cannot_be_sent_is_counted_and_forgotten():
 # -- quarantine
 
 
-class RecordingLink:
-    """A link that remembers whom it was told to leave."""
-
-    def __init__(self, link):
-        self.link, self.address, self.left = link, link.address, []
-
-    def connect(self, peer, address): ...
-
-    def disconnect(self, peer):
-        self.left.append(peer)
-
-    def send(self, peer, frames):
-        self.link.send(peer, frames)
-
-    def receive(self, timeout_s):
-        return self.link.receive(timeout_s)
-
-    def close(self):
-        self.link.close()
-
-
 def offend(wire, member, times, apart_s=0.0):
     for _ in range(times):
         wire.say_frames(member, [b"\xc1", b""])
@@ -329,18 +327,39 @@ def offend(wire, member, times, apart_s=0.0):
         wire.clock.advance(apart_s)
 
 
-def test_three_bad_frames_within_ten_seconds_end_the_hearing():
+def test_three_bad_frames_within_ten_seconds_end_the_hearing_for_a_while():
     wire = Wire()
-    wire.me.link = RecordingLink(wire.me.link)
     offend(wire, ATTENTION, MAX_BAD_FRAMES - 1)
     wire.say(ATTENTION, LOAD)
     assert wire.hear() == [LOAD]
     offend(wire, ATTENTION, 1)
-    assert wire.me.link.left == [ATTENTION.incarnation]
+    wire.clock.advance(QUARANTINE_S - 0.01)
     wire.say(ATTENTION, LOAD)
     assert wire.hear() == []
     assert wire.me.counters == {"bad_type": 3, "bad_quarantined": 1}
     assert wire.me.num_bad_frames == 4
+    wire.clock.advance(0.01)
+    wire.say(ATTENTION, LOAD)
+    assert wire.hear() == [LOAD]
+
+
+def test_after_a_quarantine_the_count_begins_anew():
+    wire = Wire()
+    offend(wire, ATTENTION, MAX_BAD_FRAMES)
+    wire.clock.advance(QUARANTINE_S)
+    offend(wire, ATTENTION, MAX_BAD_FRAMES - 1)
+    wire.say(ATTENTION, LOAD)
+    assert wire.hear() == [LOAD]
+    offend(wire, ATTENTION, 1)
+    wire.say(ATTENTION, LOAD)
+    assert wire.hear() == []
+
+
+def test_who_is_not_heard_can_still_be_spoken_to():
+    wire = Wire()
+    offend(wire, ATTENTION, MAX_BAD_FRAMES)
+    wire.me.send(ATTENTION.incarnation, COMBINE)
+    assert [message for _, message in wire.heard_by(ATTENTION)] == [COMBINE]
 
 
 def test_bad_frames_of_one_receive_are_enough():
@@ -410,7 +429,7 @@ def test_whoever_invents_names_does_not_fill_the_memory():
     wire.hear()
     assert set(wire.me.counters) == {"bad_type"}
     assert not wire.me._bad_at
-    assert not wire.me._quarantined
+    assert not wire.me._quarantined_until
 
 
 # -- sending

@@ -5,6 +5,7 @@ frames.
 """
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from afd_server.models.base import MicroBatch, column_shard
 from afd_server.models.llama import LLAMA
 from afd_server.models.monolith import run_monolith
 from afd_server.transport.inproc import Faults
+from afd_server.transport.messages import DType, Payload
 from afd_server.weights.checkpoint import Checkpoint
 from afd_server.workers.attention.sampler import sample
 from support.checkpoints import tiny_llama
-from support.pools import Pools, ipc_links, tcp_links
+from support.pools import Pools, ipc_links, submit_message, tcp_links
 
 TOPOLOGIES = [(1, 1), (2, 1), (1, 2), (2, 2)]
 NUM_OUTPUT = 8
@@ -264,3 +266,37 @@ def test_a_stop_token_ends_a_request_before_max_tokens(monolith):
     got = pools.run([Request(1, request.prompt_ids, params)])[0]
     assert got == tokens[: tokens.index(stop) + 1]
     assert pools.finish[1] == FinishReason.STOP
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_prompt": 0},
+        {"num_prompt": 99},
+        {"num_emitted": 99},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"min_p": 1.5},
+        {"max_tokens": 0},
+        {"tokens": Payload(DType.INT32, (1,), (10**6).to_bytes(4, "little"))},
+        {"tokens": Payload(DType.INT64, (1,), bytes(8))},
+    ],
+)
+def test_a_submit_that_makes_no_sense_fails_alone(wrong, monolith):
+    pools = Pools(tiny_llama()[0])
+    good = make_requests(1)[0]
+    submit = submit_message(Request(77, (5,), SamplingParams(max_tokens=3, temperature=0)))
+    pools.gateway.send(pools.attention(), replace(submit, **wrong))
+    assert pools.run([good]) == [monolith.generate(good)[0]]
+    assert pools.refused == [77]
+
+
+def test_a_lost_frame_and_a_new_epoch_do_not_stop_a_lane(monolith):
+    request = make_requests(1)[0]
+    pools = Pools(tiny_llama()[0], resend_s=0.05)
+    pools.submit(request)
+    for _ in range(30):
+        pools.turn()
+        pools.network.lose_everything_for("ffn0-1")
+        pools.publish()  # the same members under a new number
+    assert pools.run([request]) == [monolith.generate(request)[0]]

@@ -3,26 +3,29 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from afd_server.core.clock import Clock
-from afd_server.core.errors import ProtocolError
+from afd_server.core.errors import ProtocolError, WorkerFailed
 from afd_server.core.stage import StageId
 from afd_server.core.topology import FFNParallel, Role
 from afd_server.models.base import FFNCall
-from afd_server.models.monolith import add_in_part_order
+from afd_server.models.forward import add_in_part_order
 from afd_server.transport.endpoint import Endpoint, Received
 from afd_server.transport.messages import Combine, Dispatch, Payload
 from afd_server.workers.config import FFNConfig
 from afd_server.workers.tensors import to_payload, to_tensor
 
 RETRY_REFUSED_S = 0.05  # a refusal is mostly a topology that has not arrived yet
+PERMANENT_REFUSALS = frozenset({"part", "range", "shape", "dtype", "model", "fingerprint"})
 
 
 @dataclass(slots=True)
 class _PendingCall:
-    """One lane's call in flight. The input is kept so that any part can be sent again."""
+    """One lane's call in flight. The input is kept so that any part can be sent again.
+
+    `epoch` is that of its assignment; resends carry the newest one.
+    """
 
     stage: StageId
     hidden: Tensor
@@ -68,7 +71,7 @@ class FFNClient:
         if (
             pending is None
             or pending.stage != StageId(combine.step, combine.lane, combine.layer)
-            or pending.epoch != combine.call_epoch
+            or combine.call_epoch < pending.epoch
             or pending.targets.get(combine.part) != received.envelope.source
             or combine.part in pending.partials
         ):
@@ -76,10 +79,14 @@ class FFNClient:
             return None
         if combine.refusal:
             self.counters[f"refused_{combine.refusal}"] += 1
+            if combine.refusal in PERMANENT_REFUSALS:
+                raise WorkerFailed(
+                    f"{received.sender.name} refuses calls of this worker: {combine.refusal}"
+                )
             pending.resend_at = self._clock.now() + RETRY_REFUSED_S
             return None
         try:
-            partial = to_tensor(combine.partial, torch.float32)
+            partial = to_tensor(combine.partial, pending.hidden.dtype)
         except ProtocolError:
             partial = None
         if partial is None or partial.shape != pending.hidden.shape:
@@ -92,7 +99,7 @@ class FFNClient:
         """Return the sum of a complete call, [tokens, hidden] in its dtype, and forget the call."""
         pending = self._pending.pop(lane)
         partials = [pending.partials[part] for part in range(self._config.num_parts)]
-        return add_in_part_order(partials, like=pending.hidden)
+        return add_in_part_order(partials)
 
     def reassign(self) -> None:
         """Follow a new topology: calls that waited for a lost worker start over."""

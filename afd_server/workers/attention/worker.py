@@ -3,17 +3,17 @@
 One synchronous object driven by `workers.runtime`: messages in, one piece of work at a time.
 """
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 
 import torch
 
 from afd_server.core.batch import Emitted, StepResult
-from afd_server.core.clock import Clock
-from afd_server.core.request import SLO, Request, SamplingParams
-from afd_server.core.stage import StageId
+from afd_server.core.errors import ProtocolError
+from afd_server.core.request import SLO, FinishReason, Request, SamplingParams
 from afd_server.core.topology import Role
-from afd_server.models.base import AttentionHalf, FFNCall
+from afd_server.models.base import AttentionHalf
 from afd_server.policy.scheduler import Scheduler
 from afd_server.transport.endpoint import Endpoint, Received
 from afd_server.transport.messages import (
@@ -29,6 +29,8 @@ from afd_server.workers.attention.ffn_client import FFNClient
 from afd_server.workers.attention.kv_store import KVStore
 from afd_server.workers.attention.lanes import Lane
 
+log = logging.getLogger(__name__)
+
 
 class AttentionWorker:
     """Attention half, KV blocks and scheduler behind one endpoint.
@@ -38,9 +40,10 @@ class AttentionWorker:
         kv: as many blocks as the scheduler hands out.
         scheduler: decides; this class does.
         num_lanes: micro-batches in flight.
+        vocab_size: token ids at or above it are refused.
+        max_model_len: so are sequences of this length.
         ffn: reaches the FFN pool.
         endpoint: towards the gateway.
-        clock: dates nothing but resends.
     """
 
     def __init__(
@@ -49,16 +52,19 @@ class AttentionWorker:
         kv: KVStore,
         scheduler: Scheduler,
         num_lanes: int,
+        vocab_size: int,
+        max_model_len: int,
         ffn: FFNClient,
         endpoint: Endpoint,
-        clock: Clock,
     ) -> None:
         self._model = model
         self._kv = kv
         self._scheduler = scheduler
         self._ffn = ffn
         self._endpoint = endpoint
-        self._clock = clock
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._connected: set[str] = set()
         self._lanes = [Lane(index) for index in range(num_lanes)]
         self._idle: list[Lane] = list(self._lanes)
         self._runnable: deque[Lane] = deque()  # idle with a chance of work, or with their sum in
@@ -93,7 +99,7 @@ class AttentionWorker:
                 self._idle.append(lane)
                 return bool(self._runnable)
             self._num_rows += plan.num_tokens
-            self._dispatch(*lane.start(plan, self._model, self._kv.layers, self._kv.block_size))
+            self._ffn.dispatch(*lane.start(plan, self._model, self._kv.layers, self._kv.block_size))
         else:
             outcome = lane.resume(self._ffn.take(lane.index))
             if isinstance(outcome, StepResult):
@@ -101,7 +107,7 @@ class AttentionWorker:
                 self._runnable.append(lane)
                 self._wake_idle()
             else:
-                self._dispatch(*outcome)
+                self._ffn.dispatch(*outcome)
         return bool(self._runnable)
 
     def wait_s(self) -> float | None:
@@ -111,8 +117,12 @@ class AttentionWorker:
     def follow_topology(self) -> None:
         """React to a new topology of the endpoint: lost FFN workers, lost gateways."""
         topology = self._endpoint.topology
-        for member in topology.pool(Role.FFN):
-            self._endpoint.link.connect(member.incarnation, member.address)
+        link, pool = self._endpoint.link, topology.pool(Role.FFN)
+        for gone in self._connected - {member.incarnation for member in pool}:
+            link.disconnect(gone)
+        for member in pool:
+            link.connect(member.incarnation, member.address)
+        self._connected = {member.incarnation for member in pool}
         self._ffn.reassign()
         for (key, attempt), gateway in list(self._owners.items()):
             if topology.find(gateway) is None:
@@ -134,7 +144,12 @@ class AttentionWorker:
         )
 
     def _submit(self, gateway: str, submit: Submit) -> None:
-        request = _request_of(submit)
+        try:
+            request = _request_of(submit, self._vocab_size, self._max_model_len)
+        except ProtocolError as error:  # fails this request alone
+            log.warning("refused request %d: %s", submit.key, error)
+            self._send_rows(gateway, [(submit.key, submit.attempt, 0, 0, 0, FinishReason.ERROR)])
+            return
         self._scheduler.submit(request)
         self._owners[request.key, request.attempt] = gateway
         self._send_rows(gateway, [(request.key, request.attempt, 0, 0, 0, 0)])
@@ -148,9 +163,6 @@ class AttentionWorker:
     def _wake_idle(self) -> None:
         self._runnable.extend(self._idle)
         self._idle.clear()
-
-    def _dispatch(self, stage: StageId, call: FFNCall) -> None:
-        self._ffn.dispatch(stage, call)
 
     def _report(self, emitted: Sequence[Emitted]) -> None:
         by_gateway: dict[str, list[tuple[int, ...]]] = {}
@@ -172,9 +184,25 @@ class AttentionWorker:
         self._endpoint.try_send(gateway, chunk)
 
 
-def _request_of(submit: Submit) -> Request:
+def _request_of(submit: Submit, vocab_size: int, max_model_len: int) -> Request:
+    """Check a submit against what this worker can do.
+
+    Raises:
+        ProtocolError: no gateway of ours sends this.
+    """
+    counts = (submit.num_prompt, submit.num_emitted)
+    num_known = sum(counts)
+    if submit.tokens.dtype is not DType.INT32 or len(submit.tokens.shape) != 1:
+        raise ProtocolError("the tokens are no row of int32", "dtype")
     tokens = memoryview(submit.tokens.data).cast("B").cast("i")
-    emitted_from, stops_from = submit.num_prompt, submit.num_prompt + submit.num_emitted
+    if not 1 <= submit.num_prompt <= num_known <= len(tokens) or num_known >= max_model_len:
+        raise ProtocolError(f"{counts} of {len(tokens)} tokens", "range")
+    if not all(0 <= token < vocab_size for token in tokens):
+        raise ProtocolError("a token id is outside of the vocabulary", "range")
+    if not submit.num_emitted < submit.max_tokens:
+        raise ProtocolError("nothing is left to generate", "range")
+    if not (submit.temperature >= 0 and 0 < submit.top_p <= 1 and 0 <= submit.min_p <= 1):
+        raise ProtocolError("a sampling parameter is out of range", "range")
     sampling = SamplingParams(
         max_tokens=submit.max_tokens,
         temperature=submit.temperature,
@@ -183,13 +211,13 @@ def _request_of(submit: Submit) -> Request:
         min_p=submit.min_p,
         seed=submit.seed,
         choice=submit.choice,
-        stop_token_ids=tuple(tokens[stops_from:]),
+        stop_token_ids=tuple(tokens[num_known:]),
     )
     return Request(
         key=submit.key,
         attempt=submit.attempt,
-        prompt_ids=tuple(tokens[:emitted_from]),
-        emitted_ids=tuple(tokens[emitted_from:stops_from]),
+        prompt_ids=tuple(tokens[: submit.num_prompt]),
+        emitted_ids=tuple(tokens[submit.num_prompt : num_known]),
         sampling=sampling,
         slo=SLO(submit.ttft_s or None, submit.tpot_s or None),
     )
