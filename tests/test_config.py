@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
@@ -14,6 +15,7 @@ from afd_server.config import (
     add_flags,
     load_config,
     parse_resources,
+    prepare_ray_environment,
     process_environment,
 )
 from afd_server.core.errors import ConfigError
@@ -362,6 +364,23 @@ def test_models_are_kept_where_the_setting_or_the_desktop_says(monkeypatch):
 def test_the_environment_is_that_of_this_process(monkeypatch):
     monkeypatch.setenv("AFD_LANES", "3")
     assert process_environment()["AFD_LANES"] == "3"
+
+
+def test_a_ray_of_our_own_gets_a_secret_that_only_its_owner_can_read(tmp_path, monkeypatch):
+    environment = {"RAY_AUTH_MODE": "disabled", "HOME": "/root"}
+    monkeypatch.setattr(os, "environ", environment)
+    secrets = []
+    for name in ("first", "second"):
+        path = tmp_path / name
+        prepare_ray_environment(path)
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert environment["RAY_AUTH_TOKEN_PATH"] == str(path)
+        secrets.append(path.read_text())
+    assert environment["RAY_AUTH_MODE"] == "token"
+    assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert environment["HOME"] == "/root"
+    assert len(secrets[0]) == 64
+    assert secrets[0] != secrets[1]
 
 
 @pytest.mark.parametrize(

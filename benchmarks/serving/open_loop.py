@@ -69,7 +69,7 @@ async def closed_loop(
     http: httpx.AsyncClient, options: argparse.Namespace, width: int
 ) -> list[RequestRecord]:
     """Keep `width` streams busy until each has done its share."""
-    share = max(1, -(-options.num_prompts // width))
+    share = -(-(options.num_prompts or max(4, 2 * width)) // width)
 
     async def stream(number: int) -> list[RequestRecord]:
         return [
@@ -89,7 +89,7 @@ async def open_loop(http: httpx.AsyncClient, options: argparse.Namespace) -> lis
         await asyncio.sleep(max(0.0, intended_s - time.monotonic()))
         return await send(http, body_of(index, options), intended_s)
 
-    arrivals = poisson_arrivals(options.request_rate, options.num_prompts, options.seed)
+    arrivals = poisson_arrivals(options.request_rate, options.num_prompts or 32, options.seed)
     return list(await asyncio.gather(*(one(i, at) for i, at in enumerate(arrivals))))
 
 
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--request-rate", type=float, default=0.5, help="requests/s, open loop")
     parser.add_argument("--concurrency", type=lambda text: [int(n) for n in text.split(",")],
                         help="closed loop: streams kept busy, such as 1,16")  # fmt: skip
-    parser.add_argument("--num-prompts", type=int, default=32)
+    parser.add_argument("--num-prompts", type=int, help="default: 32, or 2 a stream and 4 in all")
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=128)
     parser.add_argument("--tpot-slo-ms", type=float, default=50.0)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from afd_server.core.errors import ConfigError
 from support.checkpoints import tiny_llama
 from support.server import run_cli, serving
 
@@ -50,10 +51,9 @@ def test_a_model_error_in_an_actor_is_told_and_ray_is_gone(short_dir):
     assert not [p for p in short_dir.iterdir() if p.name.startswith(("afd-", "ray"))]
 
 
-def test_no_cluster_at_the_address_is_said(short_dir):
-    done = run_cli(
-        short_dir, "serve", tiny_llama()[0], "--port", 0, "--ray-address", "127.0.0.1:1",
-        "--data-transport", "tcp", "--trusted-network", "--data-host", "192.0.2.1", seconds=60,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "127.0.0.1:1" in done.stderr.splitlines()[-1]
+def test_no_cluster_at_the_address_is_said_within_seconds(short_dir):
+    from afd_server.cluster.ray_launcher import RayConfig, RayLauncher
+
+    dead = RayConfig("127.0.0.1:1", short_dir, {}, {}, "warning")
+    with pytest.raises(ConfigError, match=r"no Ray cluster answers at 127\.0\.0\.1:1"):
+        RayLauncher(dead)

@@ -131,6 +131,22 @@ def test_tcp_beyond_loopback_needs_a_word_about_the_network(short_dir):
     assert "--trusted-network" in text
 
 
+def test_an_address_of_another_machine_cannot_be_bound(short_dir):
+    text = refused(
+        short_dir, tiny_llama()[0], *LOCAL,
+        "--data-transport", "tcp", "--data-host", "192.0.2.1", "--trusted-network",
+    )  # fmt: skip
+    assert "cannot listen on tcp://192.0.2.1" in text
+
+
+def test_a_cluster_needs_an_address_that_its_nodes_can_reach(short_dir):
+    text = refused(
+        short_dir, tiny_llama()[0], "--port", "0", "--ray-address", "10.0.0.1:6379",
+        "--data-transport", "tcp", "--trusted-network",
+    )  # fmt: skip
+    assert "data_host 127.0.0.1" in text
+
+
 def test_status_of_no_server_says_so(short_dir):
     done = run_cli(short_dir, "status", "--url", "http://127.0.0.1:1")
     assert done.returncode == 2

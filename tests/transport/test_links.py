@@ -502,3 +502,16 @@ def test_what_lay_in_the_box_of_a_closed_link_is_gone():
     a.send("b", [b"n", b""])
     b.close()
     assert network.link("b").receive(0) == []
+
+
+def test_everything_under_way_to_one_peer_can_be_lost():
+    network = InProcessNetwork(Faults(max_delay=3))
+    a, b, c = network.link("a"), network.link("b"), network.link("c")
+    for peer in ("b", "c"):
+        a.send(peer, [b"n", b""])
+    network.lose_everything_for("b")
+    network.lose_everything_for("nobody")
+    assert [b.receive(0) for _ in range(4)] == [[]] * 4
+    assert sum(len(c.receive(0)) for _ in range(4)) == 1
+    a.send("b", [b"later", b""])
+    assert sum(len(b.receive(0)) for _ in range(4)) == 1
