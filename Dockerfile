@@ -18,8 +18,7 @@ RUN /opt/afd-server/bin/pip install --no-cache-dir -c constraints.txt .
 
 FROM python:3.11-slim
 
-# tini is process 1: it passes signals on and reaps orphans, and a worker whose parent is
-# process 1 would take itself for an orphan.
+# tini is process 1: it passes signals on and reaps orphans.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends tini \
     && rm -rf /var/lib/apt/lists/* \

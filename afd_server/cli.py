@@ -37,10 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="afd-server", description=__doc__)
+    parser = argparse.ArgumentParser(prog="afd-server", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=version("afd-server"))
     commands = parser.add_subparsers(dest="command", required=True)
-    serve = commands.add_parser("serve", help="start a server", description=_SERVE_TEXT)
+    serve = commands.add_parser(
+        "serve", help="start a server", description=_SERVE_TEXT, allow_abbrev=False
+    )
     serve.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=_MODEL_TEXT)
     serve.add_argument("--config", metavar="FILE", help="YAML file of settings")
     add_flags(serve)

@@ -148,7 +148,7 @@ def run_worker(spec: WorkerSpec, should_stop: Callable[[], bool]) -> None:
 def _say_farewell(spec: WorkerSpec, endpoint: Endpoint, clock: Clock, error: Exception) -> None:
     """Tell the supervisor why this process ends, if it can still be reached."""
     text = str(error) if isinstance(error, AFDError) else f"{type(error).__name__}: {error}"
-    beat = _heartbeat(spec, ProcessState.FAILED, "", 0, text[:500])
+    beat = _heartbeat(spec, ProcessState.FAILED, "", 0, ascii(text)[1:-1][:500])
     give_up_s = clock.now() + FAREWELL_S
     while not endpoint.try_send(spec.supervisor, beat) and clock.now() < give_up_s:
         endpoint.link.receive(0.05)

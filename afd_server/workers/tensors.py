@@ -32,10 +32,12 @@ def to_tensor(payload: Payload, dtype: torch.dtype) -> Tensor:
     """Copy a payload into a tensor of its shape.
 
     Raises:
-        ProtocolError: the payload is of another dtype.
+        ProtocolError: the payload is of another dtype, or empty.
     """
     if _TORCH.get(payload.dtype) is not dtype:
         raise ProtocolError(f"payload of {payload.dtype.name}, expected {dtype}", "dtype")
+    if payload.nbytes == 0:
+        raise ProtocolError(f"an empty payload of shape {payload.shape}", "shape")
     return torch.frombuffer(bytearray(payload.data), dtype=dtype).view(payload.shape)
 
 
