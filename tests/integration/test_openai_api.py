@@ -267,19 +267,29 @@ def test_metrics_count_tokens_and_requests(server, client):
 LONG = {"prompt": [[5, 6, 7]], "max_tokens": 480, "temperature": 0, "ignore_eos": True}
 
 
+def aborted(server) -> float:
+    """Return how many requests were ended because nobody waited any more."""
+    name = 'vllm:request_success_total{finished_reason="abort",model_name="tiny"}'
+    found = re.search(rf"^{re.escape(name)} (\S+)$", server.http.get("/metrics").text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
 def test_a_client_that_leaves_a_stream_frees_its_blocks(server):
+    before = aborted(server)
     with server.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
         next(response.iter_bytes())
-        assert not server.all_blocks_free() or server.wait_for(lambda: not server.all_blocks_free())
+    server.wait_for(lambda: aborted(server) == before + 1)
     server.wait_for(server.all_blocks_free)
-    server.wait_for(lambda: server.status()["live_requests"] == 0)
+    assert server.status()["live_requests"] == 0
 
 
 def test_a_client_that_leaves_before_a_whole_answer_frees_its_blocks(server):
+    before = aborted(server)
     with httpx.Client(base_url=server.url) as http, pytest.raises(httpx.ReadTimeout):
         http.post("/v1/completions", json=LONG, timeout=0.3)
+    server.wait_for(lambda: aborted(server) == before + 1)
     server.wait_for(server.all_blocks_free)
-    server.wait_for(lambda: server.status()["live_requests"] == 0)
+    assert server.status()["live_requests"] == 0
 
 
 def test_clients_that_leave_while_queued_are_forgotten(server):

@@ -1,7 +1,9 @@
 """Tiny random checkpoints, written with the hub's names by transformers itself."""
 
+import atexit
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -68,4 +70,5 @@ def tiny_llama(
 ) -> tuple[Path, LlamaForCausalLM]:
     """Return one shared tiny checkpoint; nobody may change it."""
     directory = Path(tempfile.mkdtemp(prefix="tiny-llama-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory, write_tiny_llama(directory, heads=heads, kv_heads=kv_heads, tied=tied)
