@@ -39,17 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="afd-server", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=version("afd-server"))
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{serve,pull,status}")
     serve = commands.add_parser(
         "serve", help="start a server", description=_SERVE_TEXT, allow_abbrev=False
     )
     serve.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=_MODEL_TEXT)
     serve.add_argument("--config", metavar="FILE", help="YAML file of settings")
     add_flags(serve)
-    pull = commands.add_parser("pull", help="fetch and convert a model once")
+    pull = commands.add_parser("pull", help="fetch and convert a model once", allow_abbrev=False)
     pull.add_argument("model", help=_MODEL_TEXT)
     add_flags(pull, ["cache_dir"])
-    status = commands.add_parser("status", help="show a running server")
+    status = commands.add_parser("status", help="show a running server", allow_abbrev=False)
     status.add_argument("--url", default="http://127.0.0.1:8000", help="of its gateway")
     for name in ("worker", "gateway"):  # started by serve, with a spec on standard input
         internal = commands.add_parser(name)

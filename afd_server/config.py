@@ -63,6 +63,10 @@ class ServeConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = _setting(
         "auto", "of weights and activations; auto is float32, the exact one, on CPUs"
     )
+    quantization: Literal["auto", "none", "int8"] = _setting(
+        "auto", "of weights and activations in products; auto: int8 with float32 where the native "
+        "kernels were built"
+    )  # fmt: skip
     launcher: Literal["ray", "local"] = _setting(
         "ray", "start workers as Ray actors or as plain subprocesses"
     )

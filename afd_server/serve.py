@@ -39,6 +39,7 @@ from afd_server.workers.config import AttentionConfig, FFNConfig, WorkerSpec
 
 log = logging.getLogger(__name__)
 
+NATIVE_LIBRARIES = Path(__file__).parent / "kernels" / "native"
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 LONGEST_TEMP_DIR = 24  # a path of a socket of Ray's, some 80 bytes below it, must fit into 107
 
@@ -83,8 +84,8 @@ def run_server(config: ServeConfig) -> int:
     return 0
 
 
-class _Stopped(Exception):
-    """A stop signal came."""
+class _Stopped(BaseException):
+    """A stop signal came; no `except Exception` on its way may take it for an error."""
 
 
 class _StopRequest:
@@ -117,13 +118,14 @@ class _Plan:
 
     def __init__(self, config: ServeConfig, directory: Path, model: ModelSpec) -> None:
         self._config = config
-        self._directory = directory
+        self._directory = directory.resolve()
         self.supervisor = new_incarnation()
         self.gateway = new_incarnation()
         self.digest = model_digest(directory)
-        self.model_name = config.served_model_name or directory.name
+        self.model_name = config.served_model_name or self._directory.name
         self.max_model_len = config.max_model_len or model.max_position
         self.dtype = "float32" if config.dtype == "auto" else config.dtype
+        self.quantization = _resolve_quantization(config, self.dtype)
         tensor = config.ffn_parallel == "tensor"
         self.num_parts = config.ffn_workers if tensor else 1
         checksums = {"on": True, "off": False, "auto": config.data_transport == "tcp"}
@@ -186,6 +188,7 @@ class _Plan:
             model_path=str(self._directory),
             model_digest=self.digest,
             dtype=self.dtype,
+            quantization=self.quantization,
             compute_threads=config.compute_threads,
             with_crc=self.with_crc,
             attention=AttentionConfig(
@@ -243,12 +246,13 @@ class _Plan:
                 f"data_host {config.data_host} is no address that peers can connect to; "
                 "name an interface of this host"
             )
-        if config.ray_address is not None and _is_loopback(config.data_host):
+        on_one_host = _is_loopback((config.ray_address or "").rpartition(":")[0])
+        if config.ray_address and not on_one_host and _is_loopback(config.data_host):
             raise ConfigError(
                 f"workers on other hosts cannot reach data_host {config.data_host}; "
                 "give an address of this host that they can"
             )
-        beyond_loopback = config.ray_address is not None or not _is_loopback(config.data_host)
+        beyond_loopback = not _is_loopback(config.data_host)
         if config.data_transport == "tcp" and beyond_loopback and not config.trusted_network:
             raise ConfigError(
                 "tcp beyond loopback is neither encrypted nor authenticated; if the network "
@@ -259,6 +263,16 @@ class _Plan:
                 "a Ray cluster may place workers on other hosts, which ipc does not reach; "
                 "use --data-transport tcp"
             )
+
+
+def _resolve_quantization(config: ServeConfig, dtype: str) -> str:
+    """Choose int8 where it can be: float32 rows, and native kernels that were built."""
+    if config.quantization == "int8" and dtype != "float32":
+        raise ConfigError(f"quantization int8 goes with dtype float32, not {dtype}")
+    if config.quantization != "auto":
+        return config.quantization
+    built = any(NATIVE_LIBRARIES.glob("*.so"))
+    return "int8" if built and dtype == "float32" else "none"
 
 
 def _launcher(config: ServeConfig, runtime_dir: Path) -> Launcher:

@@ -31,6 +31,7 @@ OTHERS = {
     "served_model_name": "other",
     "max_model_len": 4096,
     "dtype": "bfloat16",
+    "quantization": "int8",
     "launcher": "local",
     "ray_address": "10.0.0.1:6379",
     "attention_resources": "CPU=2",

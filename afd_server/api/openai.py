@@ -297,9 +297,9 @@ class CompletionRequest(GenerationRequest):
         return {"best_of": (1, self.n), "add_special_tokens": (True,)}
 
     @property
-    def output_limit(self) -> int:
-        """Return the most tokens to generate; 16 unless given, as OpenAI documents it."""
-        return self.max_tokens or 16
+    def output_limit(self) -> int | None:
+        """Return the most tokens to generate, or None if the client does not say."""
+        return self.max_tokens
 
 
 def sampling_params(

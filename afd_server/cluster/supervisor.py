@@ -144,6 +144,7 @@ class Supervisor:
         except WorkerFailed as error:
             if self.topology.epoch == 0:
                 raise  # the server never served: better not to begin
+            self._lose(slot)
             self._give_up(slot, str(error))
             return
         slot.member = member

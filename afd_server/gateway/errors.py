@@ -3,12 +3,14 @@
 import logging
 import math
 import random
+from collections.abc import AsyncIterator
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
+from afd_server.api import sse
 from afd_server.api.openai import ErrorBody, error_body, validation_error
 from afd_server.core.errors import AFDError, InvalidRequest, Overloaded, WorkerFailed
 
@@ -60,6 +62,16 @@ async def answer(_request: Request, error: Exception) -> JSONResponse:
     """Turn an error into the response that OpenAI's clients understand."""
     status, body = describe(error)
     return JSONResponse(body, status, headers=retry_headers(error))
+
+
+async def end_openly(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Pass a stream on; an error becomes its last event, since the status has been sent."""
+    try:
+        async for event in events:
+            yield event
+    except Exception as error:  # noqa: BLE001  a stream never ends in silence
+        yield sse.json_event(describe(error)[1])
+    yield sse.DONE
 
 
 def install(app: FastAPI) -> None:

@@ -23,8 +23,9 @@ log = logging.getLogger(__name__)
 
 ASK_AGAIN_AFTER_S = 2.0  # of silence: repeat the submit, which is harmless and gets an answer
 MOVE_AFTER_S = 6.0  # of silence: three unanswered submits; another worker takes over
-GIVE_UP_AFTER_S = 120.0  # without a token (invariant I10): no queue of ours is that long
+GIVE_UP_AFTER_S = 30.0  # without any attention worker to send a request to
 MAX_ATTEMPTS = 4
+_FINISHES = (0, FinishReason.STOP, FinishReason.LENGTH, FinishReason.ERROR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class JournalEntry:
     asked_s: float | None  # the last submit; None if it could not be sent
     emitted_ids: list[int] = field(default_factory=list)
     attempt: int = 0
+    fruitless: int = 0  # attempts since the last token
     worker: str | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
@@ -141,6 +143,8 @@ class Generations:
             if entry is None or (entry.attempt, entry.worker) != (attempt, source):
                 self._metrics.fenced()
                 continue
+            if finish not in _FINISHES:
+                raise ProtocolError(f"finish reason {finish}", "range")
             entry.heard_s = self._clock.now()
             if finish == FinishReason.ERROR:
                 self._fail(entry, WorkerFailed("the attention worker cannot take this request"))
@@ -161,11 +165,9 @@ class Generations:
         """
         now = self._clock.now()
         for entry in list(self._live.values()):
-            if now - (entry.last_token_s or entry.arrived_s) > GIVE_UP_AFTER_S:
-                self._cancel_attempt(entry)
-                self._fail(entry, WorkerFailed(f"no token for {GIVE_UP_AFTER_S:.0f} s"))
-            elif entry.worker is None:
-                continue  # until a topology brings one
+            if entry.worker is None:
+                if now - entry.heard_s > GIVE_UP_AFTER_S:
+                    self._fail(entry, WorkerFailed("no attention worker is there"))
             elif now - entry.heard_s > MOVE_AFTER_S:
                 self._cancel_attempt(entry)
                 self._assign(entry, avoid=entry.worker)
@@ -187,6 +189,7 @@ class Generations:
             self._assign(entry)
             return
         entry.emitted_ids.append(token_id)
+        entry.fruitless = 0
         self._time_token(entry)
         if finish is not None:
             self._end(entry, finish.name.lower())
@@ -206,8 +209,10 @@ class Generations:
 
         `avoid` is taken only if there is no other.
         """
-        if entry.attempt == MAX_ATTEMPTS:
-            self._fail(entry, WorkerFailed(f"gave up after {MAX_ATTEMPTS} attempts"))
+        if entry.fruitless == MAX_ATTEMPTS:
+            self._fail(
+                entry, WorkerFailed(f"gave up after {MAX_ATTEMPTS} attempts without a token")
+            )
             return
         pool = self._endpoint.topology.pool(Role.ATTENTION)
         workers = [member for member in pool if member.incarnation != avoid] or pool
@@ -220,6 +225,7 @@ class Generations:
         if worker is None:
             return
         entry.attempt += 1
+        entry.fruitless += 1
         entry.heard_s = self._clock.now()
         if entry.attempt > 1:
             self._metrics.resubmitted()

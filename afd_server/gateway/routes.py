@@ -13,10 +13,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from afd_server.api import openai, sse
-from afd_server.core.errors import AFDError, InvalidRequest, Overloaded
+from afd_server.core.errors import InvalidRequest, Overloaded
 from afd_server.core.request import SLO
 from afd_server.gateway.choices import ChoicePlan, Choices, ChoiceState, Piece, run_to_end
-from afd_server.gateway.errors import ModelNotFound, NotReady, describe
+from afd_server.gateway.errors import ModelNotFound, NotReady, end_openly
 from afd_server.gateway.service import Service
 from afd_server.policy.admission import check_capacity, fit_max_tokens
 
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 4 * 2**20
 MAX_PROMPTS = 32
+DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI documents it
 KEEP_ALIVE_S = 15.0
 SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
@@ -51,7 +52,7 @@ def openai_routes(service: Service) -> APIRouter:
         _admit(service, body.n)
         prompt = service.codec.encode_chat(body.conversation)
         openai.check_token_ids(prompt, service.vocab_size, "messages")
-        plans, seed = _plans(service, body, [prompt], body.output_limit)
+        plans, seed = _plans(service, body, [prompt], body.output_limit, None)
         envelope = _envelope(service, "chatcmpl", body)
         writer = ChatWriter(envelope, body.return_token_ids, tuple(prompt))
         return await _answer(service, request, body, plans, writer, seed)
@@ -65,7 +66,7 @@ def openai_routes(service: Service) -> APIRouter:
             )
         _admit(service, body.n * len(body.prompt))
         prompts = [_encode_prompt(service, prompt) for prompt in body.prompt]
-        plans, seed = _plans(service, body, prompts, body.output_limit)
+        plans, seed = _plans(service, body, prompts, body.output_limit, DEFAULT_COMPLETION_TOKENS)
         envelope = _envelope(service, "cmpl", body)
         writer = CompletionWriter(envelope, body.return_token_ids)
         return await _answer(service, request, body, plans, writer, seed)
@@ -183,7 +184,7 @@ async def _answer(
     choices = Choices(service.generations, service.codec, plans, SLO(), service.eos_token_ids)
     headers = {"x-afd-seed": str(seed), "x-request-id": writer.envelope.id}
     if body.stream:
-        events = _events(choices, writer, body.include_usage)
+        events = end_openly(_events(choices, writer, body.include_usage))
         return StreamingResponse(
             events, media_type="text/event-stream", headers={**headers, **SSE_HEADERS}
         )
@@ -195,23 +196,18 @@ async def _answer(
 
 
 async def _events(choices: Choices, writer: Writer, include_usage: bool) -> AsyncIterator[bytes]:
-    """Stream an answer; an error becomes an event, since the status has been sent."""
     with choices:
-        try:
-            for index in range(len(choices.states)):
-                for chunk in writer.start(index):
-                    yield sse.json_event(chunk)
-            async for piece in choices.pieces(KEEP_ALIVE_S):
-                if piece is None:
-                    yield sse.KEEP_ALIVE
-                    continue
-                for chunk in writer.piece(piece, choices.states[piece.choice]):
-                    yield sse.json_event(chunk)
-            if include_usage:
-                yield sse.json_event(writer.usage(_usage(choices.states)))
-        except AFDError as error:
-            yield sse.json_event(describe(error)[1])
-        yield sse.DONE
+        for index in range(len(choices.states)):
+            for chunk in writer.start(index):
+                yield sse.json_event(chunk)
+        async for piece in choices.pieces(KEEP_ALIVE_S):
+            if piece is None:
+                yield sse.KEEP_ALIVE
+                continue
+            for chunk in writer.piece(piece, choices.states[piece.choice]):
+                yield sse.json_event(chunk)
+        if include_usage:
+            yield sse.json_event(writer.usage(_usage(choices.states)))
 
 
 async def _unless_disconnected(
@@ -262,12 +258,18 @@ def _plans(
     body: openai.GenerationRequest,
     prompts: list[list[int]],
     wanted_tokens: int | None,
+    default_tokens: int | None,
 ) -> tuple[list[ChoicePlan], int]:
-    """Return a plan for each choice, prompt by prompt, and the seed they share."""
+    """Return a plan for each choice, prompt by prompt, and the seed they share.
+
+    Without `wanted_tokens` it is `default_tokens` or what the context leaves.
+    """
     drawn = secrets.randbits(63)
     plans = []
     for prompt_index, prompt in enumerate(prompts):
         max_tokens = fit_max_tokens(service.admission, len(prompt), wanted_tokens)
+        if wanted_tokens is None and default_tokens is not None:
+            max_tokens = min(max_tokens, default_tokens)
         for choice in range(body.n):
             sampling = openai.sampling_params(
                 body,

@@ -33,13 +33,14 @@ def _test_outputs(kernels: Kernels, dtype: torch.dtype) -> list[Tensor]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    rows, weight = draw(35, 192), draw(96, 192)
+    rows, norm = draw(35, 192), draw(192)
+    weight = kernels.pack(draw(96, 192))
     kv = KVLayer(draw(12, 16, 2, 32), draw(12, 16, 2, 32))
     paged = plan_paged_rows([1, 16, 65, 150], [list(range(2, 12))] * 4, block_size=16)
     return [
         kernels.linear(rows, weight),
         kernels.linear(rows[:1], weight),
-        kernels.rms_norm(rows, weight[0], 1e-5),
+        kernels.rms_norm(rows, norm, 1e-5),
         kernels.silu_mul(rows),
         kernels.paged_attention(draw(4, 6, 32), kv, paged),
     ]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afd_server.kernels.table import Kernels, KVLayer, PagedRows
+from afd_server.kernels.table import Kernels, KVLayer, LinearWeight, PagedRows
 
 # 16 rows cost hardly more than 1 (the weights' memory traffic rules), and a prefill in tiles of
 # 16 was 22 % slower than in one call (fp32 576x1536, one Zen 5 core).
@@ -21,8 +21,14 @@ KEY_TILE = 64
 ROW_CHUNK = 16  # rows attended together: their key tiles stay in the second-level cache
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def pack(weight: Tensor) -> LinearWeight:
+    """Keep a weight as it is, [out, in]."""
+    return weight
+
+
+def linear(x: Tensor, weight: LinearWeight) -> Tensor:
     """Multiply rows by a weight: [rows, in] · [out, in]ᵀ → [rows, out], in x's dtype."""
+    assert isinstance(weight, Tensor), "the weight was not packed for these kernels"
     num_rows = x.shape[0]
     if num_rows == 0:
         return x.new_empty(0, weight.shape[0])
@@ -177,6 +183,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 REFERENCE = Kernels(
     name="reference",
+    pack=pack,
     linear=linear,
     rms_norm=rms_norm,
     rope=rope,

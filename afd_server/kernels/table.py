@@ -34,6 +34,10 @@ class PagedRows:
     active: tuple[int, ...]
 
 
+# A weight as its kernels keep it, made by `Kernels.pack` from [out, in]. Models never look inside.
+LinearWeight = object
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """One implementation of every operation a model half needs.
@@ -43,7 +47,8 @@ class Kernels:
     """
 
     name: str
-    linear: Callable[[Tensor, Tensor], Tensor]
+    pack: Callable[[Tensor], LinearWeight]
+    linear: Callable[[Tensor, LinearWeight], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     write_kv: Callable[[KVLayer, Tensor, Tensor, Tensor], None]

@@ -98,8 +98,9 @@ class Architecture:
     ffn: Callable[[ModelSpec, TensorReader, Kernels, ColumnShard], FFNHalf]
 
 
-# Shards start at multiples of this many columns: whole vectors for every kernel, no ragged ends.
-SHARD_ALIGNMENT = 32
+# Shards start at multiples of this many columns: whole vectors for every kernel, and whole groups
+# of quantised activations.
+SHARD_ALIGNMENT = 64
 
 
 def column_shard(intermediate_size: int, part: int, num_parts: int) -> ColumnShard:

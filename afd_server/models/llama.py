@@ -29,10 +29,13 @@ class LlamaAttention:
         self._rope_table = rope_table(spec.head_dim, spec.rope_theta, max_model_len)
         vocabulary = (spec.vocab_size, spec.hidden_size)
         self._embeddings = reader.read("model.embed_tokens.weight", vocabulary)
-        self._layers = [_AttentionLayer(spec, reader, layer) for layer in range(spec.num_layers)]
+        self._layers = [
+            _AttentionLayer(spec, reader, kernels, layer) for layer in range(spec.num_layers)
+        ]
         self._norm = reader.read("model.norm.weight", (spec.hidden_size,))
         tied = spec.tie_embeddings
-        self._head = self._embeddings if tied else reader.read("lm_head.weight", vocabulary)
+        head = self._embeddings if tied else reader.read("lm_head.weight", vocabulary)
+        self._head = kernels.pack(head)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         return self._embeddings[token_ids]
@@ -60,7 +63,7 @@ class LlamaAttention:
 class _AttentionLayer:
     """The weights of one layer; query, key and value projections stacked, [out, hidden]."""
 
-    def __init__(self, spec: ModelSpec, reader: TensorReader, layer: int) -> None:
+    def __init__(self, spec: ModelSpec, reader: TensorReader, kernels: Kernels, layer: int) -> None:
         prefix = f"model.layers.{layer}"
         hidden, query = spec.hidden_size, spec.num_heads * spec.head_dim
         key_value = (spec.num_kv_heads * spec.head_dim, hidden)
@@ -69,14 +72,16 @@ class _AttentionLayer:
         self.post_attention_norm = reader.read(
             f"{prefix}.post_attention_layernorm.weight", (hidden,)
         )
-        self.qkv = torch.cat(
-            (
-                reader.read(f"{attention}.q_proj.weight", (query, hidden)),
-                reader.read(f"{attention}.k_proj.weight", key_value),
-                reader.read(f"{attention}.v_proj.weight", key_value),
+        self.qkv = kernels.pack(
+            torch.cat(
+                (
+                    reader.read(f"{attention}.q_proj.weight", (query, hidden)),
+                    reader.read(f"{attention}.k_proj.weight", key_value),
+                    reader.read(f"{attention}.v_proj.weight", key_value),
+                )
             )
         )
-        self.output = reader.read(f"{attention}.o_proj.weight", (hidden, query))
+        self.output = kernels.pack(reader.read(f"{attention}.o_proj.weight", (hidden, query)))
 
 
 class LlamaFFN:
@@ -90,7 +95,9 @@ class LlamaFFN:
         self, spec: ModelSpec, reader: TensorReader, kernels: Kernels, shard: ColumnShard
     ) -> None:
         self._kernels = kernels
-        self._layers = [_FFNLayer(spec, reader, layer, shard) for layer in range(spec.num_layers)]
+        self._layers = [
+            _FFNLayer(spec, reader, kernels, layer, shard) for layer in range(spec.num_layers)
+        ]
 
     def partial_sum(self, layer: int, hidden: Tensor) -> Tensor:
         weights = self._layers[layer]
@@ -102,18 +109,27 @@ class _FFNLayer:
     """One layer's shard: gate over up [2 · columns, hidden], down [hidden, columns]."""
 
     def __init__(
-        self, spec: ModelSpec, reader: TensorReader, layer: int, shard: ColumnShard
+        self,
+        spec: ModelSpec,
+        reader: TensorReader,
+        kernels: Kernels,
+        layer: int,
+        shard: ColumnShard,
     ) -> None:
         prefix = f"model.layers.{layer}.mlp"
         up = (spec.intermediate_size, spec.hidden_size)
-        self.gate_up = torch.cat(
-            (
-                reader.read_rows(f"{prefix}.gate_proj.weight", up, *shard),
-                reader.read_rows(f"{prefix}.up_proj.weight", up, *shard),
+        self.gate_up = kernels.pack(
+            torch.cat(
+                (
+                    reader.read_rows(f"{prefix}.gate_proj.weight", up, *shard),
+                    reader.read_rows(f"{prefix}.up_proj.weight", up, *shard),
+                )
             )
         )
-        self.down = reader.read_columns(
-            f"{prefix}.down_proj.weight", (spec.hidden_size, spec.intermediate_size), *shard
+        self.down = kernels.pack(
+            reader.read_columns(
+                f"{prefix}.down_proj.weight", (spec.hidden_size, spec.intermediate_size), *shard
+            )
         )
 
 

@@ -46,6 +46,7 @@ class WorkerSpec:
         bind: where to listen: `ipc://…` or `tcp://host:*`.
         model_digest: what the checkpoint at `model_path` must turn out to be.
         dtype: `float32` or `bfloat16`, of weights, activations and KV.
+        quantization: of the products: `none` or `int8`.
         compute_threads: of tensor operations; more threads than owned cores slow everything.
         with_crc: whether frames carry checksums.
     """
@@ -59,6 +60,7 @@ class WorkerSpec:
     model_path: str
     model_digest: str
     dtype: str
+    quantization: str
     compute_threads: int
     with_crc: bool
     attention: AttentionConfig

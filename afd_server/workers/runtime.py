@@ -15,6 +15,7 @@ from afd_server.core.clock import Clock, MonotonicClock
 from afd_server.core.errors import AFDError, ConfigError, ModelError
 from afd_server.core.model_spec import ModelSpec, read_model_spec
 from afd_server.core.topology import Member, Role
+from afd_server.kernels.cpu import native_int8
 from afd_server.kernels.fingerprint import kernel_fingerprint
 from afd_server.kernels.reference import REFERENCE
 from afd_server.kernels.table import Kernels
@@ -170,8 +171,9 @@ def _load(spec: WorkerSpec, endpoint: Endpoint, clock: Clock) -> Worker:
         )
     model_spec = read_model_spec(spec.model_directory)
     build = build_attention_worker if spec.role is Role.ATTENTION else build_ffn_worker
-    worker = build(spec, model_spec, REFERENCE, endpoint, clock)
-    endpoint.identify(numerics_fingerprint(spec, REFERENCE))
+    kernels = native_int8() if spec.quantization == "int8" else REFERENCE
+    worker = build(spec, model_spec, kernels, endpoint, clock)
+    endpoint.identify(numerics_fingerprint(spec, kernels))
     return worker
 
 

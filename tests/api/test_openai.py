@@ -78,7 +78,7 @@ def test_every_shape_of_a_prompt_becomes_a_batch(prompt, batch):
 def test_the_newer_name_of_the_output_limit_wins():
     assert chat(max_tokens=5).output_limit == 5
     assert chat(max_tokens=5, max_completion_tokens=7).output_limit == 7
-    assert completion().output_limit == 16
+    assert completion().output_limit is None
 
 
 def test_stop_is_a_string_or_a_list():

@@ -1,10 +1,13 @@
 """Errors leave in one shape; texts that are not ours never do."""
 
+import asyncio
+import json
+
 import pytest
 from starlette.exceptions import HTTPException
 
 from afd_server.core.errors import InvalidRequest, Overloaded, WorkerFailed
-from afd_server.gateway.errors import ModelNotFound, NotReady, describe, retry_headers
+from afd_server.gateway.errors import ModelNotFound, NotReady, describe, end_openly, retry_headers
 
 
 @pytest.mark.parametrize(
@@ -31,3 +34,22 @@ def test_overload_says_when_to_return_with_jitter():
     assert max(delays) <= 3000
     assert len(delays) > 5
     assert retry_headers(InvalidRequest("bad")) == {}
+
+
+@pytest.mark.parametrize("error", [WorkerFailed("gone"), KeyError("secret")])
+def test_a_stream_that_fails_says_so_and_ends_in_done(error):
+    async def events():
+        yield b"data: 1\n\n"
+        raise error
+
+    async def collect():
+        return [event async for event in end_openly(events())]
+
+    first, failure, done = asyncio.run(collect())
+    assert first == b"data: 1\n\n"
+    assert json.loads(failure.removeprefix(b"data: "))["error"]["code"] in (
+        "worker_failed",
+        "internal",
+    )
+    assert b"secret" not in failure
+    assert done == b"data: [DONE]\n\n"

@@ -190,6 +190,30 @@ def test_a_request_that_keeps_failing_is_not_tried_for_ever():
     assert str(MAX_ATTEMPTS) in str(event.error)
 
 
+def test_a_request_that_waits_long_with_signs_of_life_is_left_alone():
+    bench = Bench()
+    for _ in range(300):
+        bench.clock.advance(1.0)
+        bench.chunk((bench.key, 1, 0, 0, 0, 0))
+        bench.generations.ask_again()
+    assert bench.heard() == []
+    assert bench.generations.num_live == 1
+
+
+def test_attempts_that_bring_tokens_are_not_counted_against_a_request():
+    bench = Bench(max_tokens=50)
+    for lost in range(2 * MAX_ATTEMPTS):
+        bench.token(lost, 50, attempt=lost + 1)
+        bench.token(lost + 2, 50, attempt=lost + 1)  # the one before it was lost
+    assert bench.generations.num_live == 1
+
+
+def test_an_unknown_finish_reason_is_refused():
+    bench = Bench()
+    with pytest.raises(ProtocolError):
+        bench.token(0, 50, finish=99)
+
+
 def test_abandoning_cancels_once():
     bench = Bench()
     bench.endpoint.take()

@@ -77,7 +77,7 @@ def test_paris_through_the_openai_client_with_the_tokens_of_transformers(
     transformers_model, short_dir
 ):
     with (
-        serving(short_dir) as server,
+        serving(short_dir, "--quantization", "none") as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client,
     ):
         assert (server.topology, server.model) == ("1A1F", "smollm2-135m-instruct")
@@ -103,6 +103,9 @@ def test_sixteen_streams_through_2a2f_get_the_tokens_each_gets_alone(short_dir):
     arguments = ("--attention-workers", 2, "--ffn-workers", 2)
     with serving(short_dir, *arguments) as server:
         assert server.topology == "2A2F"
+        chat = {"messages": QUESTION, "max_tokens": 32, "temperature": 0}
+        answer = server.http.post("/v1/chat/completions", json=chat).json()
+        assert "Paris" in answer["choices"][0]["message"]["content"]
         alone = [stream_tokens(server, body) for body in bodies]
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             together = list(pool.map(lambda body: stream_tokens(server, body), bodies))

@@ -31,7 +31,8 @@ def tokens_of(server):
     ],
 )
 def test_any_topology_and_transport_gives_the_same_tokens(short_dir, notation, arguments):
-    with serving(short_dir, tiny_llama()[0], "--launcher", "local", *arguments) as server:
+    exact = ("--launcher", "local", "--quantization", "none")
+    with serving(short_dir, tiny_llama()[0], *exact, *arguments) as server:
         assert server.topology == notation
         got = tokens_of(server)
         status = run_cli(short_dir, "status", "--url", server.url)
@@ -39,6 +40,25 @@ def test_any_topology_and_transport_gives_the_same_tokens(short_dir, notation, a
         assert notation in status.stdout
         assert "ffn/0" in status.stdout
     assert got == expected_tokens()
+
+
+def test_int8_tokens_depend_on_the_request_alone(short_dir):
+    """Default settings: int8 products, native attention, lanes and company of every size."""
+    import concurrent.futures
+
+    bodies = [
+        {"prompt": [[3 + (7 * i + k) % 200 for i in range(5 + 23 * k)]], "max_tokens": 30,
+         "temperature": 0.9 * (k % 2), "seed": k, "ignore_eos": True, "return_token_ids": True}
+        for k in range(12)
+    ]  # fmt: skip
+
+    def ask(body):
+        return server.http.post("/v1/completions", json=body).json()["choices"][0]["token_ids"]
+
+    with serving(short_dir, tiny_llama()[0], "--launcher", "local", "--lanes", 3) as server:
+        alone = [ask(body) for body in bodies]
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            assert list(pool.map(ask, bodies)) == alone
 
 
 def expected_tokens():

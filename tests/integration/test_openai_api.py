@@ -216,6 +216,13 @@ def test_a_body_that_is_no_request_gets_a_clear_400(server, raw):
     assert error_of(response)["message"]
 
 
+def test_without_max_tokens_a_completion_takes_sixteen_or_what_the_context_leaves(server):
+    for num_prompt, expected in ((5, 16), (508, 4)):
+        body = {"prompt": [[7] * num_prompt], "temperature": 0, "ignore_eos": True}
+        usage = server.http.post("/v1/completions", json=body).json()["usage"]
+        assert usage["completion_tokens"] == expected
+
+
 def test_a_huge_body_is_refused_before_it_is_read(server):
     response = server.http.post("/v1/completions", content=b"x" * (5 * 2**20))
     assert response.status_code == 413

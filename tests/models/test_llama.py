@@ -196,7 +196,7 @@ def test_shards_cover_every_column_once_in_order(columns, num_parts):
 
 
 def test_shards_begin_at_whole_vectors_where_they_can():
-    assert column_shard(1536, 1, 5) == ColumnShard(288, 608)
+    assert column_shard(1536, 1, 5) == ColumnShard(256, 576)
 
 
 def test_a_missing_tensor_is_named_with_its_shape(tmp_path):

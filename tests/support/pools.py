@@ -88,6 +88,7 @@ class Pools:
             "model_path": str(model),
             "model_digest": "digest",
             "dtype": dtype,
+            "quantization": "none",
             "compute_threads": 1,
             "with_crc": True,
             "attention": AttentionConfig(
