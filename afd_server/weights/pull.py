@@ -7,6 +7,7 @@ complete: it is made beside it, verified and renamed. Reads no environment; the 
 
 import fcntl
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -219,11 +220,18 @@ def pip_download(requirement: str, directory: Path) -> Path:
 
 
 def hub_download(repo_id: str, directory: Path) -> None:
-    """Fetch the files a server needs from the hub, and leave none of the client's own."""
-    snapshot_download(repo_id, local_dir=directory, allow_patterns=list(_HUB_FILES))
-    notes = directory / ".cache"  # how far each download came; of no use when all are done
-    if notes.exists():
-        shutil.rmtree(notes)
+    """Take the files a server needs from the hub, or offline from the hub client's own cache.
+
+    They are linked where the file system allows it, else copied: the cache holds each file once.
+    """
+    snapshot = Path(snapshot_download(repo_id, allow_patterns=list(_HUB_FILES)))
+    for pattern in _HUB_FILES:
+        for file in snapshot.glob(pattern):
+            source = file.resolve()  # a snapshot is made of links into the cache
+            try:
+                os.link(source, directory / file.name)
+            except OSError:
+                shutil.copyfile(source, directory / file.name)
 
 
 def _require_fetchable(name: str) -> None:

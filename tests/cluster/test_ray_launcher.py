@@ -1,10 +1,28 @@
 """Ray places, starts and stops; it leaves no placement group, process or file."""
 
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
 import pytest
 
 from afd_server.core.errors import ConfigError
 from support.checkpoints import tiny_llama
-from support.server import run_cli, serving
+from support.server import (
+    assert_nothing_left,
+    command,
+    environment,
+    read_until_ready,
+    run_cli,
+    serving,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -57,3 +75,95 @@ def test_no_cluster_at_the_address_is_said_within_seconds(short_dir):
     dead = RayConfig("127.0.0.1:1", short_dir, {}, {}, "warning")
     with pytest.raises(ConfigError, match=r"no Ray cluster answers at 127\.0\.0\.1:1"):
         RayLauncher(dead)
+
+
+@pytest.fixture
+def cluster():
+    """A Ray of somebody else's on this machine, with resources that keep the pools apart."""
+    port, env = (
+        free_port(),
+        {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"},
+    )
+    with tempfile.TemporaryDirectory(prefix="r-") as directory:
+        head = subprocess.Popen(
+            [
+                Path(sys.executable).with_name("ray"), "start", "--head", "--block",
+                "--node-ip-address", "127.0.0.1", "--port", str(port), "--num-cpus", "4",
+                "--resources", '{"attention_node": 1, "ffn_node": 2}', "--temp-dir", directory,
+                "--include-dashboard", "false", "--object-store-memory", "80000000",
+                "--disable-usage-stats",
+            ],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, start_new_session=True,
+        )  # fmt: skip
+        try:
+            yield port, env
+        finally:
+            processes = psutil.Process(head.pid).children(recursive=True)
+            for process in (*processes, head):
+                process.kill()
+            head.wait()
+            psutil.wait_procs(processes, 10)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+ASK_CLUSTER = """
+import json, ray, sys
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+groups = [g["state"] for g in ray.util.placement_group_table().values()]
+print(json.dumps([ray.available_resources(), groups]))
+"""
+
+
+def ask(port, env):
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_CLUSTER, f"127.0.0.1:{port}"],
+        capture_output=True, text=True, env=env, check=False, timeout=60,
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+
+
+def test_a_cluster_that_goes_on_gets_its_resources_and_placement_groups_back(cluster, short_dir):
+    port, env = cluster
+    give_up = time.monotonic() + 60
+    while (before := ask(port, env)) is None:
+        assert time.monotonic() < give_up, "the cluster did not start"
+    assert before[0]["ffn_node"] == 2
+    with serving(
+        short_dir, tiny_llama()[0], "--attention-workers", 1, "--ffn-workers", 2,
+        "--ray-address", f"127.0.0.1:{port}", "--data-transport", "tcp",
+        "--attention-resources", "CPU=1,attention_node=1", "--ffn-resources", "CPU=1,ffn_node=1",
+        env={"RAY_AUTH_MODE": "disabled"},
+    ) as server:  # fmt: skip
+        assert server.http.post("/v1/completions", json=BODY).status_code == 200
+        during = ask(port, env)
+        assert during[1] == ["CREATED", "CREATED"]
+        assert "ffn_node" not in during[0] and "attention_node" not in during[0]
+    after = ask(port, env)
+    assert set(after[1]) == {"REMOVED"}
+    assert after[0]["ffn_node"] == 2 and after[0]["CPU"] == before[0]["CPU"]
+
+
+def test_ctrl_c_for_the_whole_process_group_leaves_no_process_file_or_session(short_dir):
+    """A terminal signals everybody in the group, Ray's own processes as well."""
+    before = set(Path("/dev/shm").iterdir()) | set(Path("/tmp").glob("ray*"))
+    process = subprocess.Popen(
+        command("serve", tiny_llama()[0], "--port", 0),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(short_dir),
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        read_until_ready(process, 100)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert any("raylet" in " ".join(child.cmdline()) for child in children)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 0
+        assert_nothing_left(children, short_dir)
+        assert set(Path("/dev/shm").iterdir()) | set(Path("/tmp").glob("ray*")) <= before
+    finally:
+        process.kill()
+        process.communicate()

@@ -166,6 +166,9 @@ class Harness:
                 assert owners.setdefault(block, planned.key) == planned.key, (
                     "a block has two owners"
                 )
+        owned = [block for s in self.scheduler._running for block in s.block_ids]
+        assert len(owned) == len(set(owned))
+        assert len(owned) + self.scheduler.blocks.num_free == self.config.num_blocks
         keys = [planned.key for planned in flying]
         assert len(keys) == len(set(keys)), "a sequence is in two lanes"
         for planned in plan.sequences:
@@ -233,3 +236,19 @@ def test_under_any_workload_budgets_hold_blocks_are_conserved_and_nobody_starves
         if key not in cancelled:
             expected = min(out, 24 - prompt)
             assert harness.tokens[key] == [1000 + prompt + i for i in range(expected)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32), num_lanes=st.integers(1, 3))
+def test_under_endless_arrivals_nobody_is_overtaken_for_ever(seed, num_lanes):
+    """More work arrives than can be done; whoever came first is still done first, about."""
+    rng = random.Random(seed)
+    cfg = config(max_model_len=24, num_blocks=8, num_lanes=num_lanes, max_num_seqs=4)
+    harness = Harness(cfg, rng)
+    for key in range(400):
+        harness.scheduler.submit(request(key, rng.randint(1, 12), rng.randint(1, 10)))
+        harness.step()
+        newest = max(harness.finished, default=0)
+        waiting = [k for k in range(newest) if k not in harness.finished]
+        assert all(newest - k <= 3 * cfg.max_num_seqs for k in waiting), f"{waiting} starve"
+    assert len(harness.finished) > 20

@@ -70,11 +70,13 @@ def environment(temp_dir: Path, **extra: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def serving(temp_dir: Path, *arguments: object, seconds: float = 100.0) -> Iterator[Server]:
+def serving(
+    temp_dir: Path, *arguments: object, seconds: float = 100.0, env: dict[str, str] | None = None
+) -> Iterator[Server]:
     """Serve with these arguments on a free port; stop with SIGTERM and check what is left."""
     process = subprocess.Popen(
         command("serve", "--port", "0", *arguments),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(temp_dir),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(temp_dir, **(env or {})),
     )  # fmt: skip
     try:
         output = read_until_ready(process, seconds)

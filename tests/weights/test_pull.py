@@ -404,6 +404,29 @@ def test_offline_the_real_hub_client_fails_clearly(tmp_path):
     assert not (tmp_path / "org--tiny").exists()
 
 
+def test_offline_a_model_in_the_hub_clients_cache_is_taken(tmp_path):
+    repository = tmp_path / "hub" / "hub" / "models--org--tiny"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    for name in ("config.json", "tokenizer.json", "model.safetensors", "notes.txt"):
+        (snapshot / name).write_text(name)
+    code = (
+        "from pathlib import Path; import sys; from afd_server.weights.pull import pull; "
+        "print(pull('org/tiny', Path(sys.argv[1])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "models")],
+        capture_output=True, text=True, check=True,
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")},
+    )  # fmt: skip
+    pulled = Path(done.stdout.strip())
+    names = {path.name for path in pulled.iterdir()}
+    assert names == {"config.json", "tokenizer.json", "model.safetensors", "manifest.json"}
+    assert (pulled / "config.json").read_text() == "config.json"
+
+
 def test_a_malformed_hub_name_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match=r"'a/b/c' cannot be fetched"):
         fetch_model("a/b/c", tmp_path)

@@ -21,6 +21,7 @@ from afd_server.models.monolith import run_monolith
 from afd_server.transport.inproc import Faults
 from afd_server.transport.messages import DType, Payload
 from afd_server.weights.checkpoint import Checkpoint
+from afd_server.workers.attention import lanes
 from afd_server.workers.attention.sampler import sample
 from support.checkpoints import tiny_llama
 from support.pools import Pools, ipc_links, submit_message, tcp_links
@@ -49,10 +50,11 @@ def make_requests(count=6, temperature=0.0, seed=3, num_output=NUM_OUTPUT):
 class Monolith:
     """The same model in one process: one request, one token at a time."""
 
-    def __init__(self):
-        directory, _ = tiny_llama()
+    def __init__(self, dtype=torch.float32, **shape):
+        directory, _ = tiny_llama(**shape)
+        self.dtype = dtype
         self.spec = read_model_spec(directory)
-        reader = Checkpoint(directory, torch.float32)
+        reader = Checkpoint(directory, dtype)
         self.attention = LLAMA.attention(self.spec, reader, REFERENCE, 256)
         shard = column_shard(self.spec.intermediate_size, 0, 1)
         self.ffn = LLAMA.ffn(self.spec, reader, REFERENCE, shard)
@@ -60,7 +62,8 @@ class Monolith:
     def generate(self, request: Request) -> tuple[list[int], list[torch.Tensor]]:
         shape = (16, 16, self.spec.num_kv_heads, self.spec.head_dim)
         kv = tuple(
-            KVLayer(torch.zeros(shape), torch.zeros(shape)) for _ in range(self.spec.num_layers)
+            KVLayer(torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype))
+            for _ in range(self.spec.num_layers)
         )
         ids, computed, logits = list(request.prompt_ids), 0, []
         for _ in range(request.sampling.max_tokens):
@@ -127,38 +130,73 @@ def test_logits_of_the_split_model_are_the_monoliths(
         pools.close()
 
 
+@pytest.fixture
+def logits_of(monkeypatch):
+    """Every row of logits that a worker samples from, by (seed of the request, position)."""
+    recorded: dict[tuple[int, int], torch.Tensor] = {}
+
+    def record(logits, params, position):
+        recorded[params.seed, position] = logits.clone()
+        return sample(logits, params, position)
+
+    monkeypatch.setattr(lanes, "sample", record)
+    return recorded
+
+
+def assert_company_changes_nothing(pools, num_attention, requests, monolith, logits_of):
+    expected = {request.key: monolith.generate(request) for request in requests}
+    tokens = pools.run(requests, [r.key % num_attention for r in requests])
+    assert tokens == [expected[request.key][0] for request in requests]
+    for request in requests:
+        for step, logits in enumerate(expected[request.key][1]):
+            position = len(request.prompt_ids) + step
+            got = logits_of[request.sampling.seed, position]
+            assert (got - logits).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("num_lanes", [1, 2, 3, 4])
 @pytest.mark.parametrize(("num_attention", "num_ffn"), TOPOLOGIES)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_requests_in_company_get_the_monoliths_tokens(
-    num_lanes, num_attention, num_ffn, temperature, monolith
+def test_requests_in_company_get_the_monoliths_logits_and_tokens(
+    num_lanes, num_attention, num_ffn, temperature, monolith, logits_of
 ):
-    requests = make_requests(6, temperature)
-    expected = [monolith.generate(request)[0] for request in requests]
     pools = Pools(
         tiny_llama()[0], num_attention=num_attention, num_ffn=num_ffn, num_lanes=num_lanes
     )
-    assert pools.run(requests, [r.key % num_attention for r in requests]) == expected
+    requests = make_requests(6, temperature)
+    assert_company_changes_nothing(pools, num_attention, requests, monolith, logits_of)
 
 
 @pytest.mark.parametrize("kind", ["ipc", "tcp"])
-@pytest.mark.parametrize("num_lanes", [1, 4])
-def test_requests_in_company_over_sockets_get_the_monoliths_tokens(
-    kind, num_lanes, monolith, tmp_path
+@pytest.mark.parametrize("num_lanes", [1, 2, 3, 4])
+@pytest.mark.parametrize(("num_attention", "num_ffn"), TOPOLOGIES)
+def test_requests_in_company_over_sockets_get_the_monoliths_logits_and_tokens(
+    kind, num_lanes, num_attention, num_ffn, monolith, logits_of, tmp_path
 ):
-    requests = make_requests(5)
     pools = Pools(
         tiny_llama()[0],
-        num_attention=2,
-        num_ffn=2,
+        num_attention=num_attention,
+        num_ffn=num_ffn,
         num_lanes=num_lanes,
         link=links(kind, tmp_path),
     )
     try:
-        tokens = pools.run(requests, [r.key % 2 for r in requests])
+        requests = make_requests(4)
+        assert_company_changes_nothing(pools, num_attention, requests, monolith, logits_of)
     finally:
         pools.close()
-    assert tokens == [monolith.generate(request)[0] for request in requests]
+
+
+def test_tied_embeddings_are_split_as_well(logits_of):
+    shape = {"heads": 6, "kv_heads": 6, "tied": True}
+    pools = Pools(tiny_llama(**shape)[0], num_ffn=2)
+    assert_company_changes_nothing(pools, 1, make_requests(4), Monolith(**shape), logits_of)
+
+
+def test_bfloat16_workers_give_the_bits_of_a_bfloat16_monolith(logits_of):
+    pools = Pools(tiny_llama()[0], num_attention=2, dtype="bfloat16")
+    monolith = Monolith(torch.bfloat16)
+    assert_company_changes_nothing(pools, 2, make_requests(4), monolith, logits_of)
 
 
 def test_replicas_of_the_whole_ffn_give_the_monoliths_tokens(monolith):
