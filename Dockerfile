@@ -12,7 +12,7 @@ RUN apt-get update \
 ARG PIP_EXTRA_INDEX_URL
 WORKDIR /src
 RUN python -m venv /opt/afd-server
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml hatch_build.py constraints.txt README.md LICENSE ./
 COPY afd_server ./afd_server
 RUN /opt/afd-server/bin/pip install --no-cache-dir -c constraints.txt .
 

@@ -6,7 +6,9 @@ workers and gateway, and leaves nothing behind, whatever happens.
 
 import contextlib
 import ipaddress
+import json
 import logging
+import shlex
 import shutil
 import signal
 import socket
@@ -335,11 +337,16 @@ def _check(gateway: "subprocess.Popen[bytes]") -> None:
 
 
 def _announce(url: str, notation: str, model: str) -> None:
+    question = {
+        "model": model,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "max_tokens": 32,
+        "temperature": 0,
+    }
     print(
         f"ready: {url}  topology {notation}  model {model}\n"
-        f"""try:   curl {url}/v1/chat/completions -H 'content-type: application/json' -d """
-        f"""'{{"model": "{model}", "messages": [{{"role": "user", "content": """
-        f""""What is the capital of France?"}}], "max_tokens": 32, "temperature": 0}}'""",
+        f"try:   curl {url}/v1/chat/completions -H 'content-type: application/json' "
+        f"-d {shlex.quote(json.dumps(question))}",
         flush=True,
     )
 

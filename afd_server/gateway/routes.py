@@ -1,6 +1,7 @@
 """The OpenAI routes."""
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -11,6 +12,7 @@ from typing import TypeVar
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from afd_server.api import openai, sse
 from afd_server.core.errors import InvalidRequest, Overloaded
@@ -185,9 +187,7 @@ async def _answer(
     headers = {"x-afd-seed": str(seed), "x-request-id": writer.envelope.id}
     if body.stream:
         events = end_openly(_events(choices, writer, body.include_usage))
-        return StreamingResponse(
-            events, media_type="text/event-stream", headers={**headers, **SSE_HEADERS}
-        )
+        return _EventStream(choices, events, headers)
     with choices:
         states = await _unless_disconnected(request, lambda: run_to_end(choices))
     if states is None:
@@ -195,19 +195,37 @@ async def _answer(
     return JSONResponse(writer.whole(states, _usage(states)), headers=headers)
 
 
+class _EventStream(StreamingResponse):
+    """Streams an answer whose generation has begun, and ends the generation with the response.
+
+    It begins before the first byte is asked for, so that the next request is admitted with this
+    one counted; it ends even if the client has left by then and nothing is ever streamed.
+    """
+
+    def __init__(
+        self, choices: Choices, events: AsyncIterator[bytes], headers: dict[str, str]
+    ) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={**headers, **SSE_HEADERS})
+        self._choices = choices.__enter__()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.ExitStack() as ending:
+            ending.push(self._choices)
+            await super().__call__(scope, receive, send)
+
+
 async def _events(choices: Choices, writer: Writer, include_usage: bool) -> AsyncIterator[bytes]:
-    with choices:
-        for index in range(len(choices.states)):
-            for chunk in writer.start(index):
-                yield sse.json_event(chunk)
-        async for piece in choices.pieces(KEEP_ALIVE_S):
-            if piece is None:
-                yield sse.KEEP_ALIVE
-                continue
-            for chunk in writer.piece(piece, choices.states[piece.choice]):
-                yield sse.json_event(chunk)
-        if include_usage:
-            yield sse.json_event(writer.usage(_usage(choices.states)))
+    for index in range(len(choices.states)):
+        for chunk in writer.start(index):
+            yield sse.json_event(chunk)
+    async for piece in choices.pieces(KEEP_ALIVE_S):
+        if piece is None:
+            yield sse.KEEP_ALIVE
+            continue
+        for chunk in writer.piece(piece, choices.states[piece.choice]):
+            yield sse.json_event(chunk)
+    if include_usage:
+        yield sse.json_event(writer.usage(_usage(choices.states)))
 
 
 async def _unless_disconnected(
@@ -267,7 +285,8 @@ def _plans(
     drawn = secrets.randbits(63)
     plans = []
     for prompt_index, prompt in enumerate(prompts):
-        max_tokens = fit_max_tokens(service.admission, len(prompt), wanted_tokens)
+        param = "messages" if isinstance(body, openai.ChatCompletionRequest) else "prompt"
+        max_tokens = fit_max_tokens(service.admission, len(prompt), wanted_tokens, param)
         if wanted_tokens is None and default_tokens is not None:
             max_tokens = min(max_tokens, default_tokens)
         for choice in range(body.n):

@@ -15,9 +15,9 @@ from afd_server.models.base import Architecture, ColumnShard, FFNCall, MicroBatc
 class LlamaAttention:
     """The attention half: embeddings, norms, attention and the head.
 
-    Memory after loading: its own tensors in the compute dtype, plus a rotary table of
-    max_model_len · 2 · head_dim fp32. While loading, the largest single tensor in the
-    checkpoint's dtype comes on top.
+    Memory after loading: its own tensors as the kernels pack them (the compute dtype, or a byte
+    an element with int8), the embeddings in the compute dtype, and a rotary table of
+    max_model_len · 2 · head_dim fp32. While loading, twice the largest tensor comes on top.
     """
 
     def __init__(
@@ -87,8 +87,9 @@ class _AttentionLayer:
 class LlamaFFN:
     """The FFN half: gate, up and down projections of a column shard, for every layer.
 
-    Memory after loading: its own part of the tensors in the compute dtype. While loading, one
-    layer's part of the largest tensor comes on top.
+    Memory after loading: its own part of the tensors as the kernels pack them (the compute
+    dtype, or a byte an element with int8). While loading, twice one layer's part of the largest
+    tensor comes on top.
     """
 
     def __init__(

@@ -29,7 +29,9 @@ def check_capacity(config: AdmissionConfig, num_live: int, num_new: int) -> None
         )
 
 
-def fit_max_tokens(config: AdmissionConfig, num_prompt: int, wanted: int | None) -> int:
+def fit_max_tokens(
+    config: AdmissionConfig, num_prompt: int, wanted: int | None, prompt_param: str = "prompt"
+) -> int:
     """Return how many tokens may be generated: `wanted`, or all that the context leaves.
 
     Raises:
@@ -40,7 +42,7 @@ def fit_max_tokens(config: AdmissionConfig, num_prompt: int, wanted: int | None)
         raise InvalidRequest(
             f"the prompt has {num_prompt} tokens, the context holds {config.max_model_len} "
             "including at least one of output; shorten the prompt",
-            "prompt",
+            prompt_param,
         )
     if wanted is not None and wanted > room:
         raise InvalidRequest(

@@ -73,7 +73,9 @@ def expected_tokens():
 
 
 def test_the_printed_curl_line_works_when_pasted(short_dir):
-    with serving(short_dir, tiny_llama()[0], "--launcher", "local") as server:
+    name = 'the user\'s "own" name'
+    arguments = (tiny_llama()[0], "--launcher", "local", "--served-model-name", name)
+    with serving(short_dir, *arguments) as server:
         line = next(line for line in server.output.splitlines() if line.startswith("try:"))
         pasted = line.removeprefix("try:").strip()
         answer = subprocess.run(["bash", "-c", f"{pasted} -sS"], capture_output=True, check=True)

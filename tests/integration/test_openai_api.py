@@ -196,7 +196,7 @@ def error_of(response: httpx.Response) -> dict:
         ({"temperature": -1}, 400, "temperature"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"max_tokens": 100_000}, 400, "max_tokens"),
-        ({"messages": [{"role": "user", "content": "x" * 2000}]}, 400, "prompt"),
+        ({"messages": [{"role": "user", "content": "x" * 2000}]}, 400, "messages"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
         ({"stop_token_ids": [10**6]}, 400, "stop_token_ids"),
         ({"n": 9}, 400, "n"),
@@ -341,3 +341,18 @@ def test_a_full_server_refuses_at_once_and_says_when_to_return(server):
     assert int(refused.headers["retry-after"]) >= 1
     assert int(refused.headers["retry-after-ms"]) >= 1000
     server.wait_for(lambda: server.status()["live_requests"] == 0)
+
+
+def test_streams_that_come_at_once_are_admitted_one_by_one(server):
+    async def ask_all():
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+            body = {**LONG, "max_tokens": 100, "stream": True}
+            answers = await asyncio.gather(
+                *(http.post("/v1/completions", json=body) for _ in range(40))
+            )
+        return [answer.status_code for answer in answers]
+
+    codes = asyncio.run(ask_all())
+    assert set(codes) == {200, 503}
+    assert codes.count(200) == 12
+    server.wait_for(server.all_blocks_free)

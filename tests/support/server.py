@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-READY = re.compile(r"^ready: (\S+)  topology (\S+)  model (\S+)$", re.MULTILINE)
+READY = re.compile(r"^ready: (\S+)  topology (\S+)  model (.+)$", re.MULTILINE)
 
 
 class Server:
