@@ -56,7 +56,7 @@ def available_builds() -> list[str]:
 
 
 def native_int8(build: str | None = None) -> Kernels:
-    """Return the kernels with int8 products and native attention.
+    """Return the kernels with int8 products, everything else in float32.
 
     Args:
         build: one of `available_builds`; None for the best.
@@ -76,7 +76,11 @@ def native_int8(build: str | None = None) -> Kernels:
         name="native-int8",
         pack=pack_native,
         linear=_linear(library),
+        rms_norm=_rms_norm(library),
+        rope=_rope(library),
+        write_kv=_write_kv(library),
         paged_attention=_attention(library),
+        silu_mul=_silu_mul(library),
     )
 
 
@@ -157,3 +161,81 @@ def _attention(library: ctypes.CDLL) -> Callable[[Tensor, KVLayer, PagedRows], T
         return out if done else paged_attention(query, layer, rows)
 
     return attention
+
+
+def _rms_norm(library: ctypes.CDLL) -> Callable[[Tensor, Tensor, float], Tensor]:
+    function = library.afd_rms_norm
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [pointer, pointer, size, size, ctypes.c_float, pointer]
+    function.restype = None
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x, out = x.contiguous(), torch.empty(x.shape)
+        function(x.data_ptr(), weight.data_ptr(), *x.shape, eps, out.data_ptr())
+        return out
+
+    return rms_norm
+
+
+def _silu_mul(library: ctypes.CDLL) -> Callable[[Tensor], Tensor]:
+    function = library.afd_silu_mul
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [pointer, size, size, pointer]
+    function.restype = None
+
+    def silu_mul(gate_up: Tensor) -> Tensor:
+        gate_up = gate_up.contiguous()
+        num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty(num_rows, width)
+        function(gate_up.data_ptr(), num_rows, width, out.data_ptr())
+        return out
+
+    return silu_mul
+
+
+def _rope(library: ctypes.CDLL) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    function = library.afd_rope
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [pointer, size, pointer, pointer, size, size, size, pointer]
+    function.restype = None
+
+    def rope(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+        x, out = _heads_together(x), torch.empty(x.shape)
+        function(
+            x.data_ptr(),
+            x.stride(0),
+            table.data_ptr(),
+            positions.data_ptr(),
+            *x.shape,
+            out.data_ptr(),
+        )
+        return out
+
+    return rope
+
+
+def _write_kv(library: ctypes.CDLL) -> Callable[[KVLayer, Tensor, Tensor, Tensor], None]:
+    function = library.afd_write_rows
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [pointer, size, pointer, size, size, pointer]
+    function.restype = None
+
+    def write_kv(layer: KVLayer, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        for rows, blocks in ((keys, layer.keys), (values, layer.values)):
+            rows = _heads_together(rows)
+            width = rows.shape[1] * rows.shape[2]
+            function(
+                rows.data_ptr(),
+                rows.stride(0),
+                slots.data_ptr(),
+                rows.shape[0],
+                width,
+                blocks.data_ptr(),
+            )
+
+    return write_kv
+
+
+def _heads_together(x: Tensor) -> Tensor:
+    """Return [rows, heads, head_dim] with each row's heads in one run; rows may lie apart."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

@@ -9,7 +9,12 @@ from afd_server.core.errors import ConfigError
 from afd_server.kernels.cpu import NEEDS, available_builds, interleave, native_int8, pack_native
 from afd_server.kernels.fingerprint import kernel_fingerprint
 from afd_server.kernels.quant import linear_int8, pack_int8, quantise_rows
-from afd_server.kernels.reference import paged_attention, plan_paged_rows
+from afd_server.kernels.reference import (
+    REFERENCE,
+    paged_attention,
+    plan_paged_rows,
+    rope_table,
+)
 from afd_server.kernels.table import KVLayer
 
 BUILDS = available_builds()
@@ -101,6 +106,53 @@ def test_a_native_row_attends_alike_in_any_company(build, data):
     together = kernels.paged_attention(*paged.rows(list(range(len(lengths)))))
     chosen = data.draw(st.lists(st.sampled_from(range(len(lengths))), min_size=1, max_size=6))
     assert torch.equal(kernels.paged_attention(*paged.rows(chosen)), together[chosen])
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("width", [1, 16, 50, 96, 576])
+def test_native_norms_and_activations_are_the_references_row_by_row(build, width):
+    native = native_int8(build)
+    x, weight = draw(37, width, scale=4.0), draw(width, seed=1)
+    both = draw(37, 2 * width, seed=2, scale=20.0)
+    for got, expected in (
+        (native.rms_norm(x, weight, 1e-5), REFERENCE.rms_norm(x, weight, 1e-5)),
+        (native.silu_mul(both), REFERENCE.silu_mul(both)),
+    ):
+        assert torch.allclose(got, expected, rtol=2e-6, atol=2e-6)
+    for row in range(37):
+        one = slice(row, row + 1)
+        assert torch.equal(
+            native.rms_norm(x[one], weight, 1e-5)[0], native.rms_norm(x, weight, 1e-5)[row]
+        )
+        assert torch.equal(native.silu_mul(both[one])[0], native.silu_mul(both)[row])
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_silu_is_right_far_out(build):
+    gate = torch.tensor([[-1e30, -200.0, -90.0, -0.0, 0.0, 90.0, 200.0, 1e30]])
+    got = native_int8(build).silu_mul(torch.cat((gate, torch.ones_like(gate)), 1))
+    assert torch.allclose(
+        got, REFERENCE.silu_mul(torch.cat((gate, torch.ones_like(gate)), 1)), atol=1e-30
+    )
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize(("heads", "head_dim"), [(3, 64), (1, 2), (5, 48)])
+def test_native_rope_and_kv_writes_have_the_references_bits_also_on_views(build, heads, head_dim):
+    native, table = native_int8(build), rope_table(head_dim, 1e4, 50)
+    whole = draw(9, heads + 2, head_dim)
+    positions = torch.tensor([0, 3, 49, 7, 7, 1, 2, 30, 11])
+    for x in (whole[:, :heads], whole[:, 2:], whole.transpose(1, 2).contiguous().transpose(1, 2)):
+        assert torch.equal(native.rope(x, table, positions), REFERENCE.rope(x, table, positions))
+    layers = [
+        KVLayer(torch.zeros(4, 4, heads, head_dim), torch.zeros(4, 4, heads, head_dim))
+        for _ in "ab"
+    ]
+    slots = torch.tensor([5, 0, 15, 3, 4, 9, 10, 11, 2])
+    for kernels, layer in zip((native, REFERENCE), layers, strict=True):
+        kernels.write_kv(layer, slots, whole[:, :heads], whole[:, 2:])
+    assert torch.equal(layers[0].keys, layers[1].keys)
+    assert torch.equal(layers[0].values, layers[1].values)
 
 
 def test_all_builds_give_the_same_bits():

@@ -64,6 +64,18 @@ inline v16 exp_nonpositive(v16 x) {
   return alive ? p * power : splat(0.0f);
 }
 
+// Loads up to sixteen floats, zeros behind them.
+inline v16 load_some(const float* from, int64_t count) {
+  if (count >= 16) return load(from);
+  v16 value = {};
+  memcpy(&value, from, count * sizeof(float));
+  return value;
+}
+
+inline void store_some(float* to, v16 value, int64_t count) {
+  memcpy(to, &value, (count < 16 ? count : 16) * sizeof(float));
+}
+
 struct Rows {  // activations of one call, quantised
   std::vector<int8_t> values;  // [rows, padded]
   std::vector<float> scales;   // [rows, groups]
@@ -292,6 +304,59 @@ int32_t afd_paged_attention(const float* query, int64_t rows, int64_t heads, int
     }
   }
   return 1;
+}
+
+// out = weight · x / sqrt(mean(x²) + eps), row by row.
+void afd_rms_norm(const float* x, const float* weight, int64_t rows, int64_t width, float eps,
+                  float* out) {
+  for (int64_t row = 0; row < rows; row++, x += width, out += width) {
+    v16 squares = {};
+    for (int64_t i = 0; i < width; i += 16) {
+      const v16 part = load_some(x + i, width - i);
+      squares += part * part;
+    }
+    const float inverse = 1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(width) + eps);
+    for (int64_t i = 0; i < width; i += 16)
+      store_some(out + i, load_some(weight + i, width - i) * (load_some(x + i, width - i) * inverse),
+                 width - i);
+  }
+}
+
+// out[rows, width] = silu(gate) · up of rows that hold both, gate first.
+void afd_silu_mul(const float* gate_up, int64_t rows, int64_t width, float* out) {
+  for (int64_t row = 0; row < rows; row++, gate_up += 2 * width, out += width) {
+    for (int64_t i = 0; i < width; i += 16) {
+      const v16 gate = load_some(gate_up + i, width - i);
+      const v16 e = exp_nonpositive(gate > 0.0f ? -gate : gate);
+      const v16 sigmoid = (gate > 0.0f ? splat(1.0f) : e) / (e + 1.0f);
+      store_some(out + i, gate * sigmoid * load_some(gate_up + width + i, width - i), width - i);
+    }
+  }
+}
+
+// Rotates heads by their position. x [rows, heads, head_dim] with `stride` elements between rows;
+// table [positions, 2, head_dim], cosines then sines; out contiguous.
+void afd_rope(const float* x, int64_t stride, const float* table, const int64_t* positions,
+              int64_t rows, int64_t heads, int64_t head_dim, float* out) {
+  const int64_t half = head_dim / 2;
+  for (int64_t row = 0; row < rows; row++, x += stride) {
+    const float* cosines = table + positions[row] * 2 * head_dim;
+    const float* sines = cosines + head_dim;
+    for (int64_t head = 0; head < heads; head++, out += head_dim) {
+      const float* from = x + head * head_dim;
+      for (int64_t i = 0; i < half; i++) {
+        out[i] = from[i] * cosines[i] - from[half + i] * sines[i];
+        out[half + i] = from[half + i] * cosines[half + i] + from[i] * sines[half + i];
+      }
+    }
+  }
+}
+
+// Stores rows of `width` elements at flat slots of the blocks.
+void afd_write_rows(const float* rows_in, int64_t stride, const int64_t* slots, int64_t rows,
+                    int64_t width, float* blocks) {
+  for (int64_t row = 0; row < rows; row++)
+    memcpy(blocks + slots[row] * width, rows_in + row * stride, width * sizeof(float));
 }
 
 }  // extern "C"
