@@ -157,7 +157,7 @@ def _attention(library: ctypes.CDLL) -> Callable[[Tensor, KVLayer, PagedRows], T
             rows.block_tables.shape[1],
             out.data_ptr(),
         )
-        # head sizes that are no multiple of 16 are left to the reference, always
+        # head sizes that are not built in are left to the reference, always
         return out if done else paged_attention(query, layer, rows)
 
     return attention

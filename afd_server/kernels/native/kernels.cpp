@@ -192,9 +192,8 @@ void multiply_rest(const Product& p, int64_t first, int64_t rest) {
   }
 }
 
-struct Heads {  // one row's query heads of one key/value head, and what it may see
-  const float* query;      // [group, head_dim]
-  int64_t group, head_dim;
+struct Heads {  // some of one row's query heads of one key/value head, and what they may see
+  const float* query;      // [heads, head_dim]
   const float* keys;       // [blocks, block_size, kv_heads, head_dim], at this head
   const float* values;
   int64_t block_size, token_stride;
@@ -203,33 +202,41 @@ struct Heads {  // one row's query heads of one key/value head, and what it may 
   float scale;
 };
 
-constexpr int kMaxGroup = 16;
+// Heads attended together: their sums, kVectors registers each, should stay in registers.
+constexpr int most_heads(int vectors) { return vectors <= 4 ? 4 : vectors <= 8 ? 2 : 1; }
 constexpr int kKeyTile = 16;
 
 // Attends with an online softmax over tiles of 16 keys, in order.
-template <int kVectors>  // head_dim / 16
+template <int kVectors, int kHeads>  // head_dim / 16, query heads
 void attend(const Heads& h, float* out) {
-  v16 weighted[kMaxGroup][kVectors] = {};
-  float highest[kMaxGroup], total[kMaxGroup] = {};
-  for (int64_t g = 0; g < h.group; g++) highest[g] = -INFINITY;
+  constexpr int kHeadDim = 16 * kVectors;
+  v16 weighted[kHeads][kVectors] = {};
+  float highest[kHeads], total[kHeads] = {};
+  for (int g = 0; g < kHeads; g++) highest[g] = -INFINITY;
   for (int64_t begin = 0; begin < h.num_keys; begin += kKeyTile) {
-    const int count = static_cast<int>(h.num_keys - begin < kKeyTile ? h.num_keys - begin : kKeyTile);
+    const int count =
+        static_cast<int>(h.num_keys - begin < kKeyTile ? h.num_keys - begin : kKeyTile);
     int64_t at[kKeyTile];
-    float scores[kMaxGroup][kKeyTile];
+    float scores[kHeads][kKeyTile];
     for (int j = 0; j < count; j++) {
       const int64_t position = begin + j;
       at[j] = (h.blocks[position / h.block_size] * h.block_size + position % h.block_size) *
               h.token_stride;
-      v16 key[kVectors];
-      for (int i = 0; i < kVectors; i++) key[i] = load(h.keys + at[j] + 16 * i);
-      for (int64_t g = 0; g < h.group; g++) {
-        v16 product = load(h.query + g * h.head_dim) * key[0];
-        for (int i = 1; i < kVectors; i++)
-          product += load(h.query + g * h.head_dim + 16 * i) * key[i];
-        scores[g][j] = sum_lanes(product) * h.scale;
+      v16 product[kHeads];
+#pragma GCC unroll 16
+      for (int i = 0; i < kVectors; i++) {
+        const v16 key = load(h.keys + at[j] + 16 * i);
+#pragma GCC unroll 4
+        for (int g = 0; g < kHeads; g++) {
+          const v16 part = load(h.query + g * kHeadDim + 16 * i) * key;
+          product[g] = i == 0 ? part : product[g] + part;
+        }
       }
+#pragma GCC unroll 4
+      for (int g = 0; g < kHeads; g++) scores[g][j] = sum_lanes(product[g]) * h.scale;
     }
-    for (int64_t g = 0; g < h.group; g++) {
+#pragma GCC unroll 4
+    for (int g = 0; g < kHeads; g++) {
       for (int j = count; j < kKeyTile; j++) scores[g][j] = -INFINITY;
       float peak = highest[g];
       for (int j = 0; j < count; j++) peak = scores[g][j] > peak ? scores[g][j] : peak;
@@ -237,28 +244,48 @@ void attend(const Heads& h, float* out) {
       const float shrink = exp_nonpositive(splat(highest[g] - peak))[0];
       total[g] = total[g] * shrink + sum_lanes(weights);
       highest[g] = peak;
+#pragma GCC unroll 16
       for (int i = 0; i < kVectors; i++) weighted[g][i] *= shrink;
       store(scores[g], weights);
     }
-    for (int j = 0; j < count; j++)
+    for (int j = 0; j < count; j++) {
+#pragma GCC unroll 16
       for (int i = 0; i < kVectors; i++) {
         const v16 value = load(h.values + at[j] + 16 * i);
-        for (int64_t g = 0; g < h.group; g++) weighted[g][i] += value * scores[g][j];
+#pragma GCC unroll 4
+        for (int g = 0; g < kHeads; g++) weighted[g][i] += value * scores[g][j];
       }
+    }
   }
-  for (int64_t g = 0; g < h.group; g++)
+  for (int g = 0; g < kHeads; g++)
     for (int i = 0; i < kVectors; i++)
-      store(out + g * h.head_dim + 16 * i, weighted[g][i] / total[g]);
+      store(out + g * kHeadDim + 16 * i, weighted[g][i] / total[g]);
 }
 
-template <int kVectors>
-bool attend_if(const Heads& h, float* out) {
-  if constexpr (kVectors > 0) {
-    if (h.head_dim != 16 * kVectors) return attend_if<kVectors - 1>(h, out);
-    attend<kVectors>(h, out);
-    return true;
+// Attends for up to `heads` heads and returns for how many.
+template <int kVectors, int kHeads = most_heads(kVectors)>
+int64_t attend_some(int64_t heads, const Heads& h, float* out) {
+  if constexpr (kHeads > 1) {
+    if (heads < kHeads) return attend_some<kVectors, kHeads - 1>(heads, h, out);
   }
-  return false;
+  attend<kVectors, kHeads>(h, out);
+  return kHeads;
+}
+
+// The same for a head size known at run time; 0 if it is none of those built in.
+int64_t attend_any(int64_t head_dim, int64_t heads, const Heads& h, float* out) {
+  switch (head_dim) {
+    case 16: return attend_some<1>(heads, h, out);
+    case 32: return attend_some<2>(heads, h, out);
+    case 48: return attend_some<3>(heads, h, out);
+    case 64: return attend_some<4>(heads, h, out);
+    case 80: return attend_some<5>(heads, h, out);
+    case 96: return attend_some<6>(heads, h, out);
+    case 128: return attend_some<8>(heads, h, out);
+    case 192: return attend_some<12>(heads, h, out);
+    case 256: return attend_some<16>(heads, h, out);
+    default: return 0;
+  }
 }
 
 }  // namespace
@@ -282,25 +309,29 @@ void afd_linear_int8(const float* x, int64_t rows, int64_t width, int64_t padded
 }
 
 // Attention of `rows` queries [rows, heads, head_dim] over paged keys and values. Row i of the
-// order sees positions 0 … num_keys[i] − 1 of block_tables[i, ·]. Returns 0 if head_dim is no
-// multiple of 16 up to 256 or a group has more than 16 heads; then nothing was written.
+// order sees positions 0 … num_keys[i] − 1 of block_tables[i, ·]. Returns 0 if head_dim is none of
+// those built in; then nothing was written.
 int32_t afd_paged_attention(const float* query, int64_t rows, int64_t heads, int64_t head_dim,
                             const float* keys, const float* values, int64_t block_size,
                             int64_t kv_heads, const int64_t* order, const int64_t* num_keys,
                             const int64_t* block_tables, int64_t table_width, float* out) {
   const int64_t group = heads / kv_heads;
-  if (group > kMaxGroup) return 0;
   const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
   for (int64_t place = 0; place < rows; place++) {
-    const int64_t row = order[place];
-    for (int64_t head = 0; head < kv_heads; head++) {
-      const int64_t at = (row * heads + head * group) * head_dim;
-      const Heads h{query + at,         group,
-                    head_dim,           keys + head * head_dim,
-                    values + head * head_dim, block_size,
-                    kv_heads * head_dim, block_tables + place * table_width,
-                    num_keys[place],    scale};
-      if (!attend_if<16>(h, out + at)) return 0;
+    for (int64_t head = 0; head < heads;) {
+      const int64_t kv_head = head / group;
+      const int64_t at = (order[place] * heads + head) * head_dim;
+      const Heads h{query + at,
+                    keys + kv_head * head_dim,
+                    values + kv_head * head_dim,
+                    block_size,
+                    kv_heads * head_dim,
+                    block_tables + place * table_width,
+                    num_keys[place],
+                    scale};
+      const int64_t done = attend_any(head_dim, (kv_head + 1) * group - head, h, out + at);
+      if (done == 0) return 0;
+      head += done;
     }
   }
   return 1;
