@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from afd_server.cluster.launcher import (
@@ -61,6 +61,7 @@ def run_server(config: ServeConfig) -> int:
     with contextlib.suppress(_Stopped, SystemExit), contextlib.ExitStack() as cleanup:
         listener = cleanup.enter_context(_listener(config))
         directory = resolve(config.model, config.cache_directory)
+        stop.raises_at_once = False
         plan = _Plan(config, directory, read_model_spec(directory))
         runtime_dir = cleanup.enter_context(_runtime_directory())
         link = ZeroMQLink(plan.supervisor, plan.bind(runtime_dir, plan.supervisor, Role.SUPERVISOR))
@@ -68,7 +69,7 @@ def run_server(config: ServeConfig) -> int:
         clock = MonotonicClock()
         identity = Identity(plan.supervisor, plan.digest)
         endpoint = Endpoint(link, identity, clock, with_crc=plan.with_crc)
-        launcher = _launcher(config, runtime_dir)
+        launcher = _launcher(config, runtime_dir, stop.check)
         cleanup.callback(launcher.close)
         stop.listen()  # Ray installs handlers of its own
         gateway_spec = plan.gateway_spec(listener, link.address).to_json()
@@ -77,10 +78,10 @@ def run_server(config: ServeConfig) -> int:
         specs = plan.worker_specs(runtime_dir, link.address)
         parallel = FFNParallel[config.ffn_parallel.upper()]
         supervisor = Supervisor(specs, plan.gateway, parallel, launcher, endpoint, clock)
-        supervisor.start(config.start_timeout_s, lambda: _check(gateway))
+        supervisor.start(config.start_timeout_s, lambda: _check(gateway, stop))
         _announce(_url(listener), supervisor.topology.notation, plan.model_name)
         while True:
-            _check(gateway)
+            _check(gateway, stop)
             supervisor.turn()
     print("stopped", flush=True)
     return 0
@@ -91,12 +92,15 @@ class _Stopped(BaseException):
 
 
 class _StopRequest:
-    """Turns SIGINT and SIGTERM into `_Stopped`, wherever the main thread is.
+    """Remembers SIGINT and SIGTERM; a further one breaks the stopping off.
 
-    While everything is being stopped a further signal breaks the waiting off.
+    While a model is fetched it raises `_Stopped` at once, wherever the main thread is. Later it
+    only waits to be asked: inside of Ray's calls an exception from a signal handler is an error.
     """
 
     def __init__(self) -> None:
+        self._is_set = False
+        self.raises_at_once = True
         self.listen()
 
     def listen(self) -> None:
@@ -104,11 +108,18 @@ class _StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
 
+    def check(self) -> None:
+        """Raise `_Stopped` if a signal has come."""
+        if self._is_set:
+            raise _Stopped
+
     def _receive(self, _number: int, _frame: object) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
         print("stopping", flush=True)
-        raise _Stopped
+        self._is_set = True
+        if self.raises_at_once:
+            raise _Stopped
 
 
 class _Plan:
@@ -277,7 +288,7 @@ def _resolve_quantization(config: ServeConfig, dtype: str) -> str:
     return "int8" if built and dtype == "float32" else "none"
 
 
-def _launcher(config: ServeConfig, runtime_dir: Path) -> Launcher:
+def _launcher(config: ServeConfig, runtime_dir: Path, check: Callable[[], None]) -> Launcher:
     if config.launcher == "local":
         return LocalLauncher(config.log_level)
     if config.ray_address is None:
@@ -294,7 +305,8 @@ def _launcher(config: ServeConfig, runtime_dir: Path) -> Launcher:
             },
             counts={Role.ATTENTION: config.attention_workers, Role.FFN: config.ffn_workers},
             log_level=config.log_level,
-        )
+        ),
+        check,
     )
 
 
@@ -330,7 +342,8 @@ def _runtime_directory() -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _check(gateway: "subprocess.Popen[bytes]") -> None:
+def _check(gateway: "subprocess.Popen[bytes]", stop: _StopRequest) -> None:
+    stop.check()
     ending = describe_ending(gateway)
     if ending is not None:
         raise WorkerFailed(f"the gateway ended ({ending})")

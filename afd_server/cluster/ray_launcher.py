@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any  # Any: handles of an untyped library
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 NODE_ADDRESS = "{node}"  # in a worker's bind address: stands for its node's own
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum: nothing of ours goes through it
-PLACEMENT_S = 60.0
+PLACEMENT_S = 60
 CONNECT_S = 5.0
 
 
@@ -51,13 +52,18 @@ class RayConfig:
 class RayLauncher:
     """Workers as actors, each pool in a placement group of its own.
 
+    Args:
+        config: of Ray and the pools.
+        check: called while waiting for a place; raises to break off.
+
     Raises:
         ConfigError: no cluster answers at the address.
         WorkerFailed: the cluster has no room for the pools.
     """
 
-    def __init__(self, config: RayConfig) -> None:
+    def __init__(self, config: RayConfig, check: Callable[[], None]) -> None:
         self._config = config
+        self._check = check
         self._actors: dict[str, Any] = {}
         self._runs: dict[str, Any] = {}
         self._groups: dict[Role, PlacementGroup] = {}
@@ -151,11 +157,19 @@ class RayLauncher:
             bundles = [dict(self._config.resources[role]) for _ in range(count)]
             group = placement_group(bundles, strategy="PACK", name=f"afd-{role.name.lower()}")
             self._groups[role] = group
-            if not group.wait(PLACEMENT_S):
+            if not self._wait_for(group):
                 raise WorkerFailed(
                     f"Ray has no room for {count} {role.name.lower()} workers with "
                     f"{self._config.resources[role]} each; it has {ray.available_resources()}"
                 )
+
+    def _wait_for(self, group: PlacementGroup) -> bool:
+        """Wait until a group has its place, or tell that it got none."""
+        for _ in range(PLACEMENT_S):
+            self._check()
+            if group.wait(1):
+                return True
+        return False
 
 
 def _check_reachable(address: str) -> None:

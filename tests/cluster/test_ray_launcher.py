@@ -74,7 +74,7 @@ def test_no_cluster_at_the_address_is_said_within_seconds(short_dir):
 
     dead = RayConfig("127.0.0.1:1", short_dir, {}, {}, "warning")
     with pytest.raises(ConfigError, match=r"no Ray cluster answers at 127\.0\.0\.1:1"):
-        RayLauncher(dead)
+        RayLauncher(dead, lambda: None)
 
 
 @pytest.fixture
@@ -161,7 +161,9 @@ def test_ctrl_c_for_the_whole_process_group_leaves_no_process_file_or_session(sh
         children = psutil.Process(process.pid).children(recursive=True)
         assert any("raylet" in " ".join(child.cmdline()) for child in children)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(60) == 0
+        rest = process.communicate(timeout=60)[0].decode()
+        assert process.returncode == 0
+        assert "Error" not in rest, rest
         assert_nothing_left(children, short_dir)
         assert set(Path("/dev/shm").iterdir()) | set(Path("/tmp").glob("ray*")) <= before
     finally:

@@ -87,6 +87,7 @@ def serving(
         process.send_signal(signal.SIGTERM)
         rest = process.communicate(timeout=60)[0].decode()
         assert process.returncode == 0, rest
+        assert "Traceback" not in rest, rest
         assert_nothing_left(children, temp_dir)
     finally:
         if process.poll() is None:
