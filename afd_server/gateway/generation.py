@@ -4,7 +4,6 @@ Knows token ids only. A token is in the journal before anybody hears of it (inva
 counts only if it is the next one of the current attempt (I4).
 """
 
-import array
 import asyncio
 import logging
 import secrets
@@ -12,12 +11,12 @@ from dataclasses import dataclass, field
 
 from afd_server.core.clock import Clock
 from afd_server.core.errors import AFDError, ProtocolError, WorkerFailed
-from afd_server.core.request import SLO, FinishReason, SamplingParams
+from afd_server.core.request import SLO, FinishReason, Request, SamplingParams
 from afd_server.core.topology import Role, Topology
 from afd_server.policy.router import choose_worker
 from afd_server.telemetry.metrics import GatewayMetrics
 from afd_server.transport.endpoint import Endpoint
-from afd_server.transport.messages import Cancel, DType, Payload, Submit, TokenChunk
+from afd_server.transport.messages import Cancel, DType, TokenChunk, submit_of
 
 log = logging.getLogger(__name__)
 
@@ -233,7 +232,7 @@ class Generations:
 
     def _submit(self, entry: JournalEntry) -> None:
         assert entry.worker is not None
-        sent = self._endpoint.try_send(entry.worker, _submit_message(entry))
+        sent = self._endpoint.try_send(entry.worker, submit_of(_request_of(entry)))
         # a connection that is not up yet: try again at the next turn
         entry.asked_s = self._clock.now() if sent else None
 
@@ -258,24 +257,12 @@ def _tpot_s(entry: JournalEntry) -> float | None:
     return (entry.last_token_s - entry.first_token_s) / gaps
 
 
-def _submit_message(entry: JournalEntry) -> Submit:
-    sampling = entry.sampling
-    ids = array.array("i", entry.prompt_ids)
-    ids.extend(entry.emitted_ids)
-    ids.extend(sampling.stop_token_ids)
-    return Submit(
+def _request_of(entry: JournalEntry) -> Request:
+    return Request(
         key=entry.key,
+        prompt_ids=entry.prompt_ids,
+        sampling=entry.sampling,
         attempt=entry.attempt,
-        num_prompt=len(entry.prompt_ids),
-        num_emitted=len(entry.emitted_ids),
-        max_tokens=sampling.max_tokens,
-        top_k=sampling.top_k,
-        seed=sampling.seed,
-        choice=sampling.choice,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        ttft_s=entry.slo.ttft_s or 0.0,
-        tpot_s=entry.slo.tpot_s or 0.0,
-        tokens=Payload(DType.INT32, (len(ids),), ids.tobytes()),
+        emitted_ids=tuple(entry.emitted_ids),
+        slo=entry.slo,
     )

@@ -3,10 +3,12 @@
 Fields are ints, floats, short strings and enums; a message ends in at most one `Payload`.
 """
 
+import array
 from dataclasses import dataclass
 from enum import IntEnum
 from math import prod
 
+from afd_server.core.request import Request
 from afd_server.core.topology import Role, Topology
 
 Buffer = bytes | bytearray | memoryview
@@ -174,3 +176,27 @@ class TopologyUpdate:
 Message = (
     Submit | Cancel | TokenChunk | LoadReport | Dispatch | Combine | Heartbeat | TopologyUpdate
 )
+
+
+def submit_of(request: Request) -> Submit:
+    """Lay a request out for the wire."""
+    sampling = request.sampling
+    ids = array.array("i", request.prompt_ids)
+    ids.extend(request.emitted_ids)
+    ids.extend(sampling.stop_token_ids)
+    return Submit(
+        key=request.key,
+        attempt=request.attempt,
+        num_prompt=len(request.prompt_ids),
+        num_emitted=len(request.emitted_ids),
+        max_tokens=sampling.max_tokens,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        choice=sampling.choice,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        ttft_s=request.slo.ttft_s or 0.0,
+        tpot_s=request.slo.tpot_s or 0.0,
+        tokens=Payload(DType.INT32, (len(ids),), ids.tobytes()),
+    )

@@ -14,11 +14,9 @@ from afd_server.transport.endpoint import Endpoint, Identity
 from afd_server.transport.inproc import Faults, InProcessNetwork
 from afd_server.transport.messages import (
     Cancel,
-    DType,
-    Payload,
-    Submit,
     TokenChunk,
     TopologyUpdate,
+    submit_of,
 )
 from afd_server.transport.zeromq import ZeroMQLink
 from afd_server.workers.config import AttentionConfig, FFNConfig, WorkerSpec
@@ -31,29 +29,6 @@ from afd_server.workers.runtime import (
 
 SUPERVISOR = "supervisor"
 GATEWAY = "gateway"
-
-
-def submit_message(request: Request) -> Submit:
-    import array
-
-    sampling = request.sampling
-    ids = [*request.prompt_ids, *request.emitted_ids, *sampling.stop_token_ids]
-    return Submit(
-        key=request.key,
-        attempt=request.attempt,
-        num_prompt=len(request.prompt_ids),
-        num_emitted=len(request.emitted_ids),
-        max_tokens=sampling.max_tokens,
-        top_k=sampling.top_k,
-        seed=sampling.seed,
-        choice=sampling.choice,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        ttft_s=0.0,
-        tpot_s=0.0,
-        tokens=Payload(DType.INT32, (len(ids),), array.array("i", ids).tobytes()),
-    )
 
 
 class Pools:
@@ -178,7 +153,7 @@ class Pools:
 
     def submit(self, request: Request, slot: int = 0) -> None:
         self.tokens.setdefault(request.key, list(request.emitted_ids))
-        self.gateway.try_send(self.attention(slot), submit_message(request))
+        self.gateway.try_send(self.attention(slot), submit_of(request))
 
     def cancel(self, key: int, slot: int = 0, attempt: int = 1) -> None:
         self.gateway.try_send(self.attention(slot), Cancel(key, attempt))

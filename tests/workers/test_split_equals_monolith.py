@@ -19,12 +19,12 @@ from afd_server.models.base import MicroBatch, column_shard
 from afd_server.models.llama import LLAMA
 from afd_server.models.monolith import run_monolith
 from afd_server.transport.inproc import Faults
-from afd_server.transport.messages import DType, Payload
+from afd_server.transport.messages import DType, Payload, submit_of
 from afd_server.weights.checkpoint import Checkpoint
 from afd_server.workers.attention import lanes
 from afd_server.workers.attention.sampler import sample
 from support.checkpoints import tiny_llama
-from support.pools import Pools, ipc_links, submit_message, tcp_links
+from support.pools import Pools, ipc_links, tcp_links
 
 TOPOLOGIES = [(1, 1), (2, 1), (1, 2), (2, 2)]
 NUM_OUTPUT = 8
@@ -323,7 +323,7 @@ def test_a_stop_token_ends_a_request_before_max_tokens(monolith):
 def test_a_submit_that_makes_no_sense_fails_alone(wrong, monolith):
     pools = Pools(tiny_llama()[0])
     good = make_requests(1)[0]
-    submit = submit_message(Request(77, (5,), SamplingParams(max_tokens=3, temperature=0)))
+    submit = submit_of(Request(77, (5,), SamplingParams(max_tokens=3, temperature=0)))
     pools.gateway.send(pools.attention(), replace(submit, **wrong))
     assert pools.run([good]) == [monolith.generate(good)[0]]
     assert pools.refused == [77]
