@@ -61,12 +61,15 @@ class ServeConfig:
         None, "longest sequence in tokens, prompt and output; default: what the model was made for"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = _setting(
-        "auto", "of weights and activations; auto is float32, the exact one, on CPUs"
+        "auto", "of weights that are not quantised; auto is float32, the exact one, on CPUs"
     )
     quantization: Literal["auto", "none", "int8"] = _setting(
         "auto", "of weights and activations in products; auto: int8 with float32 where the native "
         "kernels were built"
     )  # fmt: skip
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16"] = _setting(
+        "auto", "of keys and values; auto: bfloat16 with int8 products, else as dtype"
+    )
     launcher: Literal["ray", "local"] = _setting(
         "ray", "start workers as Ray actors or as plain subprocesses"
     )

@@ -37,7 +37,7 @@ from afd_server.transport.endpoint import Endpoint, Identity
 from afd_server.transport.zeromq import ZeroMQLink
 from afd_server.weights.manifest import model_digest
 from afd_server.weights.pull import resolve
-from afd_server.workers.config import AttentionConfig, FFNConfig, WorkerSpec
+from afd_server.workers.config import AttentionConfig, FFNConfig, Numerics, WorkerSpec
 
 log = logging.getLogger(__name__)
 
@@ -137,8 +137,7 @@ class _Plan:
         self.digest = model_digest(directory)
         self.model_name = config.served_model_name or self._directory.name
         self.max_model_len = config.max_model_len or model.max_position
-        self.dtype = "float32" if config.dtype == "auto" else config.dtype
-        self.quantization = _resolve_quantization(config, self.dtype)
+        self.numerics = _resolve_numerics(config)
         tensor = config.ffn_parallel == "tensor"
         self.num_parts = config.ffn_workers if tensor else 1
         checksums = {"on": True, "off": False, "auto": config.data_transport == "tcp"}
@@ -200,8 +199,7 @@ class _Plan:
             bind=self.bind(runtime_dir, incarnation, role),
             model_path=str(self._directory),
             model_digest=self.digest,
-            dtype=self.dtype,
-            quantization=self.quantization,
+            numerics=self.numerics,
             compute_threads=config.compute_threads,
             with_crc=self.with_crc,
             attention=AttentionConfig(
@@ -223,7 +221,7 @@ class _Plan:
                 f"{model.max_position} tokens"
             )
         blocks = num_kv_blocks(
-            model.kv_elements_per_token * ITEM_BYTES[self.dtype],
+            model.kv_elements_per_token * ITEM_BYTES[self.numerics.kv],
             config.block_size,
             config.kv_cache_mb * 2**20,
         )
@@ -242,7 +240,7 @@ class _Plan:
                 f"ffn_workers is {config.ffn_workers}, but the FFN has only "
                 f"{model.intermediate_size} columns to share out; use --ffn-parallel replicate"
             )
-        payload = config.max_batch_tokens * model.hidden_size * ITEM_BYTES[self.dtype]
+        payload = config.max_batch_tokens * model.hidden_size * 4  # float32 partial sums
         if payload > MAX_PAYLOAD_BYTES:
             raise ConfigError(
                 f"max_batch_tokens {config.max_batch_tokens} makes activations of {payload} bytes, "
@@ -278,14 +276,24 @@ class _Plan:
             )
 
 
-def _resolve_quantization(config: ServeConfig, dtype: str) -> str:
-    """Choose int8 where it can be: float32 rows, and native kernels that were built."""
+def _resolve_numerics(config: ServeConfig) -> Numerics:
+    """Choose the formats: int8 where it can be, that is with native kernels that were built."""
+    native = any(NATIVE_LIBRARIES.glob("*.so"))
+    dtype = config.dtype if config.dtype == "bfloat16" else "float32"
     if config.quantization == "int8" and dtype != "float32":
         raise ConfigError(f"quantization int8 goes with dtype float32, not {dtype}")
-    if config.quantization != "auto":
-        return config.quantization
-    built = any(NATIVE_LIBRARIES.glob("*.so"))
-    return "int8" if built and dtype == "float32" else "none"
+    if config.quantization == "int8" and not native:
+        raise ConfigError(
+            f"quantization int8 needs the native kernels, and none are in {NATIVE_LIBRARIES}: "
+            "install g++ and reinstall, or use --quantization none"
+        )
+    quantised = config.quantization != "none" and native and dtype == "float32"
+    kv = config.kv_cache_dtype
+    return Numerics(
+        kernels="native" if native else "reference",
+        weights="int8" if quantised else dtype,
+        kv=("bfloat16" if quantised else dtype) if kv == "auto" else kv,
+    )
 
 
 def _launcher(config: ServeConfig, runtime_dir: Path, check: Callable[[], None]) -> Launcher:

@@ -32,6 +32,7 @@ OTHERS = {
     "max_model_len": 4096,
     "dtype": "bfloat16",
     "quantization": "int8",
+    "kv_cache_dtype": "float32",
     "launcher": "local",
     "ray_address": "10.0.0.1:6379",
     "attention_resources": "CPU=2",

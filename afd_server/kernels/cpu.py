@@ -1,25 +1,29 @@
 """The native CPU kernels: `native/kernels.cpp`, built at installation, called through ctypes.
 
 Tensors are passed by address, without copies. The library for the best instruction set of this
-machine is taken; all of them give the same bits.
+machine is taken; all of them give the same bits. Rows and activations are float32; weights are
+kept as int8, float32 or bfloat16, keys and values as float32 or bfloat16.
 """
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from afd_server.core.errors import ConfigError
-from afd_server.kernels.quant import Int8Weight, pack_int8
-from afd_server.kernels.reference import REFERENCE, paged_attention
-from afd_server.kernels.table import Kernels, KVLayer, PagedRows
+from afd_server.kernels import reference
+from afd_server.kernels.quant import GROUP, Int8Weight, pack_int8, quantised_row_bytes
+from afd_server.kernels.table import Kernels, KVLayer, PagedRows, RowFormat
 
 LIBRARIES = Path(__file__).parent / "native"
 COLUMNS = 16  # output channels interleaved in a packed block, as kernels.cpp has it
+
+WeightFormat = Literal["int8", "float32", "bfloat16"]
 
 # What each build needs of the CPU, best first.
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -30,19 +34,26 @@ NEEDS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class PackedWeight:
+class PackedInt8:
     """An int8 weight as the native kernel reads it.
 
     Attributes:
         blocks: [out / 16, padded / 4, 16, 4] uint8, each value + 128; padded with zeros.
-        scales: [out] float32.
-        num_rows, num_columns: `out` and `in`.
+        scales: [out / 16, groups, 16] float32.
+        num_rows: `out`.
     """
 
     blocks: Tensor
     scales: Tensor
     num_rows: int
-    num_columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFloat:
+    """A float32 or bfloat16 weight: blocks [out / 16, in, 16], padded with zeros."""
+
+    blocks: Tensor
+    num_rows: int
 
 
 def available_builds() -> list[str]:
@@ -55,10 +66,11 @@ def available_builds() -> list[str]:
     ]
 
 
-def native_int8(build: str | None = None) -> Kernels:
-    """Return the kernels with int8 products, everything else in float32.
+def native_kernels(weights: WeightFormat, build: str | None = None) -> Kernels:
+    """Return the native kernels for one format of weights.
 
     Args:
+        weights: how `pack` keeps them. int8 also quantises the rows that are multiplied.
         build: one of `available_builds`; None for the best.
 
     Raises:
@@ -68,56 +80,97 @@ def native_int8(build: str | None = None) -> Kernels:
     if not builds or (build is not None and build not in builds):
         raise ConfigError(
             f"no native CPU kernels ({build or 'any'}) in {LIBRARIES}: the installation found no "
-            "C++ compiler; install g++ and reinstall, or use --quantization none"
+            "C++ compiler; install g++ and reinstall"
         )
     library = ctypes.CDLL(str(_library_path(build or builds[0])))
-    return replace(
-        REFERENCE,
-        name="native-int8",
-        pack=pack_native,
-        linear=_linear(library),
+    quantised = weights == "int8"
+    return Kernels(
+        name=f"native-{weights}",
+        row_format=RowFormat(torch.uint8, quantised_row_bytes)
+        if quantised
+        else RowFormat(torch.float32, lambda width: width),
+        pack=pack_native_int8 if quantised else _pack_float(getattr(torch, weights)),
+        prepare=_quantise(library) if quantised else lambda x: x,
+        linear=_linear_int8(library) if quantised else _linear_float(library),
         rms_norm=_rms_norm(library),
+        add_norm=_add_norm_quantise(library) if quantised else _add_norm(library),
         rope=_rope(library),
         write_kv=_write_kv(library),
+        rope_write_kv=_rope_write_kv(library),
         paged_attention=_attention(library),
-        silu_mul=_silu_mul(library),
+        silu_mul=_silu_mul(library, quantised),
     )
 
 
-def pack_native(weight: Tensor) -> PackedWeight:
+def pack_native_int8(weight: Tensor) -> PackedInt8:
     """Quantise a weight [out, in] and interleave it for the native kernel."""
     return interleave(pack_int8(weight))
 
 
-def interleave(weight: Int8Weight) -> PackedWeight:
+def interleave(weight: Int8Weight) -> PackedInt8:
     """Lay an int8 weight out in blocks of 16 output channels by 4 columns."""
-    num_rows, padded = weight.values.shape
-    values = F.pad(weight.values, (0, 0, 0, -num_rows % COLUMNS))
-    shifted = (values.to(torch.int16) + 128).to(torch.uint8)
-    blocks = shifted.view(-1, COLUMNS, padded // 4, 4).transpose(1, 2).contiguous()
-    return PackedWeight(blocks, weight.scales.contiguous(), num_rows, weight.num_columns)
+    num_rows, groups, _ = weight.values.shape
+    values = F.pad(weight.values.flatten(1), (0, 0, 0, -num_rows % COLUMNS))
+    blocks = values.view(-1, COLUMNS, groups * GROUP // 4, 4).transpose(1, 2).contiguous()
+    shifted = blocks.view(torch.uint8).bitwise_xor_(128)  # adds 128 to a two's complement
+    scales = F.pad(weight.scales, (0, 0, 0, -num_rows % COLUMNS))
+    return PackedInt8(
+        shifted, scales.view(-1, COLUMNS, groups).transpose(1, 2).contiguous(), num_rows
+    )
+
+
+def _pack_float(dtype: torch.dtype) -> Callable[[Tensor], PackedFloat]:
+    def pack(weight: Tensor) -> PackedFloat:
+        padded = F.pad(weight.to(dtype), (0, 0, 0, -weight.shape[0] % COLUMNS))
+        blocks = padded.view(-1, COLUMNS, weight.shape[1]).transpose(1, 2).contiguous()
+        return PackedFloat(blocks, weight.shape[0])
+
+    return pack
 
 
 def _library_path(name: str) -> Path:
     return LIBRARIES / f"libafd_{name}.so"
 
 
-def _linear(library: ctypes.CDLL) -> Callable[[Tensor, object], Tensor]:
+_POINTER, _SIZE, _FLAG, _FLOAT = (
+    ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float,
+)  # fmt: skip
+
+
+def _quantise(library: ctypes.CDLL) -> Callable[[Tensor], Tensor]:
+    function = library.afd_quantise
+    function.argtypes = [_POINTER, _SIZE, _SIZE, _POINTER]
+    function.restype = None
+
+    def quantise(x: Tensor) -> Tensor:
+        x = x.contiguous()
+        out = _quantised_rows(*x.shape)
+        function(x.data_ptr(), *x.shape, out.data_ptr())
+        return out
+
+    return quantise
+
+
+def _quantised_rows(num_rows: int, width: int) -> Tensor:
+    return torch.empty(num_rows, quantised_row_bytes(width), dtype=torch.uint8)
+
+
+def _linear_int8(library: ctypes.CDLL) -> Callable[[Tensor, object], Tensor]:
     function = library.afd_linear_int8
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, size, size, size, pointer, pointer, size, pointer]
+    function.argtypes = [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, _POINTER]
     function.restype = None
 
     def linear(x: Tensor, weight: object) -> Tensor:
-        assert isinstance(weight, PackedWeight), "the weight was not packed for these kernels"
-        assert x.dtype is torch.float32, f"int8 products take float32 rows, not {x.dtype}"
-        x = x.contiguous()
-        out = x.new_empty(x.shape[0], weight.num_rows)
+        assert isinstance(weight, PackedInt8), "the weight was not packed for these kernels"
+        groups = weight.scales.shape[1]
+        assert x.dtype is torch.uint8 and x.shape[1] == groups * (4 + GROUP), (
+            f"rows of {x.dtype} [{x.shape[1]}] for {groups} groups; were they prepared?"
+        )
+        x, out = x.contiguous(), torch.empty(x.shape[0], weight.num_rows)
         function(
             x.data_ptr(),
             x.shape[0],
-            x.shape[1],
-            weight.blocks.shape[1] * 4,
+            groups,
             weight.blocks.data_ptr(),
             weight.scales.data_ptr(),
             weight.num_rows,
@@ -128,65 +181,132 @@ def _linear(library: ctypes.CDLL) -> Callable[[Tensor, object], Tensor]:
     return linear
 
 
+def _linear_float(library: ctypes.CDLL) -> Callable[[Tensor, object], Tensor]:
+    function = library.afd_linear_float
+    function.argtypes = [_POINTER, _SIZE, _SIZE, _POINTER, _FLAG, _SIZE, _POINTER]
+    function.restype = None
+
+    def linear(x: Tensor, weight: object) -> Tensor:
+        assert isinstance(weight, PackedFloat), "the weight was not packed for these kernels"
+        blocks = weight.blocks
+        assert x.dtype is torch.float32 and x.shape[1] == blocks.shape[1], (
+            f"rows of {x.dtype} [{x.shape[1]}] for {blocks.shape[1]} columns"
+        )
+        x, out = x.contiguous(), torch.empty(x.shape[0], weight.num_rows)
+        function(
+            x.data_ptr(),
+            *x.shape,
+            blocks.data_ptr(),
+            blocks.dtype is torch.bfloat16,
+            weight.num_rows,
+            out.data_ptr(),
+        )
+        return out
+
+    return linear
+
+
 def _attention(library: ctypes.CDLL) -> Callable[[Tensor, KVLayer, PagedRows], Tensor]:
     function = library.afd_paged_attention
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
     function.argtypes = [
-        pointer, size, size, size, pointer, pointer, size, size, pointer, pointer, pointer, size,
-        pointer,
+        _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _FLAG, _SIZE, _SIZE, _SIZE, _POINTER,
+        _POINTER, _POINTER, _SIZE, _SIZE, _POINTER,
     ]  # fmt: skip
-    function.restype = ctypes.c_int32
+    function.restype = _FLAG
 
     def attention(query: Tensor, layer: KVLayer, rows: PagedRows) -> Tensor:
         num_rows, num_heads, head_dim = query.shape
         block_size, num_kv_heads = layer.keys.shape[1:3]
-        query = query.contiguous()
-        out = query.new_empty(num_rows, num_heads * head_dim)
-        done = query.dtype is torch.float32 and function(
+        query, out = query.contiguous(), torch.empty(num_rows, num_heads * head_dim)
+        done = function(
             query.data_ptr(),
-            num_rows,
             num_heads,
             head_dim,
             layer.keys.data_ptr(),
             layer.values.data_ptr(),
+            layer.keys.dtype is torch.bfloat16,
             block_size,
             num_kv_heads,
-            rows.order.data_ptr(),
+            rows.block_tables.shape[0],
+            rows.row_starts.data_ptr(),
             rows.num_keys.data_ptr(),
             rows.block_tables.data_ptr(),
             rows.block_tables.shape[1],
+            0,
             out.data_ptr(),
         )
         # head sizes that are not built in are left to the reference, always
-        return out if done else paged_attention(query, layer, rows)
+        return out if done else reference.paged_attention(query, layer, rows)
 
     return attention
 
 
 def _rms_norm(library: ctypes.CDLL) -> Callable[[Tensor, Tensor, float], Tensor]:
     function = library.afd_rms_norm
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, pointer, size, size, ctypes.c_float, pointer]
+    function.argtypes = [_POINTER, _POINTER, _SIZE, _SIZE, _FLOAT, _POINTER]
     function.restype = None
 
     def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, out = x.contiguous(), torch.empty(x.shape)
-        function(x.data_ptr(), weight.data_ptr(), *x.shape, eps, out.data_ptr())
+        width = x.shape[-1]
+        num_rows = x.numel() // width
+        function(x.data_ptr(), weight.data_ptr(), num_rows, width, eps, out.data_ptr())
         return out
 
     return rms_norm
 
 
-def _silu_mul(library: ctypes.CDLL) -> Callable[[Tensor], Tensor]:
-    function = library.afd_silu_mul
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, size, size, pointer]
+AddNorm = Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+
+
+def _add_norm(library: ctypes.CDLL) -> AddNorm:
+    rms_norm = _rms_norm(library)
+
+    def add_norm(
+        x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total = x if delta is None else x + delta
+        return total, rms_norm(total, weight, eps)
+
+    return add_norm
+
+
+def _add_norm_quantise(library: ctypes.CDLL) -> AddNorm:
+    function = library.afd_add_norm_quantise
+    function.argtypes = [
+        _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _FLOAT, _POINTER, _POINTER,
+    ]  # fmt: skip
+    function.restype = None
+
+    def add_norm(
+        x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        x, out = x.contiguous(), _quantised_rows(*x.shape)
+        delta = None if delta is None else delta.contiguous()
+        total = x if delta is None else torch.empty(x.shape)
+        function(
+            x.data_ptr(),
+            None if delta is None else delta.data_ptr(),
+            weight.data_ptr(),
+            *x.shape,
+            eps,
+            total.data_ptr(),
+            out.data_ptr(),
+        )
+        return total, out
+
+    return add_norm
+
+
+def _silu_mul(library: ctypes.CDLL, quantised: bool) -> Callable[[Tensor], Tensor]:
+    function = library.afd_silu_mul_quantise if quantised else library.afd_silu_mul
+    function.argtypes = [_POINTER, _SIZE, _SIZE, _POINTER]
     function.restype = None
 
     def silu_mul(gate_up: Tensor) -> Tensor:
         gate_up = gate_up.contiguous()
         num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-        out = torch.empty(num_rows, width)
+        out = _quantised_rows(num_rows, width) if quantised else torch.empty(num_rows, width)
         function(gate_up.data_ptr(), num_rows, width, out.data_ptr())
         return out
 
@@ -195,8 +315,9 @@ def _silu_mul(library: ctypes.CDLL) -> Callable[[Tensor], Tensor]:
 
 def _rope(library: ctypes.CDLL) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     function = library.afd_rope
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, size, pointer, pointer, size, size, size, pointer]
+    function.argtypes = [
+        _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER,
+    ]  # fmt: skip
     function.restype = None
 
     def rope(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
@@ -216,8 +337,7 @@ def _rope(library: ctypes.CDLL) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 def _write_kv(library: ctypes.CDLL) -> Callable[[KVLayer, Tensor, Tensor, Tensor], None]:
     function = library.afd_write_rows
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, size, pointer, size, size, pointer]
+    function.argtypes = [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _FLAG]
     function.restype = None
 
     def write_kv(layer: KVLayer, slots: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -231,9 +351,44 @@ def _write_kv(library: ctypes.CDLL) -> Callable[[KVLayer, Tensor, Tensor, Tensor
                 rows.shape[0],
                 width,
                 blocks.data_ptr(),
+                blocks.dtype is torch.bfloat16,
             )
 
     return write_kv
+
+
+def _rope_write_kv(
+    library: ctypes.CDLL,
+) -> Callable[[Tensor, int, Tensor, Tensor, Tensor, KVLayer], Tensor]:
+    function = library.afd_rope_write_kv
+    function.argtypes = [
+        _POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER,
+        _FLAG, _POINTER,
+    ]  # fmt: skip
+    function.restype = None
+
+    def rope_write_kv(
+        qkv: Tensor, num_heads: int, table: Tensor, positions: Tensor, slots: Tensor, layer: KVLayer
+    ) -> Tensor:
+        num_kv_heads, head_dim = layer.keys.shape[2:]
+        qkv, query = qkv.contiguous(), torch.empty(qkv.shape[0], num_heads, head_dim)
+        function(
+            qkv.data_ptr(),
+            qkv.shape[0],
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            table.data_ptr(),
+            positions.data_ptr(),
+            slots.data_ptr(),
+            layer.keys.data_ptr(),
+            layer.values.data_ptr(),
+            layer.keys.dtype is torch.bfloat16,
+            query.data_ptr(),
+        )
+        return query
+
+    return rope_write_kv
 
 
 def _heads_together(x: Tensor) -> Tensor:

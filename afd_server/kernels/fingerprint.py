@@ -9,25 +9,25 @@ import hashlib
 import torch
 from torch import Tensor
 
-from afd_server.kernels.reference import plan_paged_rows
+from afd_server.kernels.reference import PagedRun, plan_paged_rows, rope_table
 from afd_server.kernels.table import Kernels, KVLayer
 
 
-def kernel_fingerprint(kernels: Kernels, dtype: torch.dtype) -> str:
-    """Hash torch's version, the instruction set, the dtype and the output of every kernel.
+def kernel_fingerprint(kernels: Kernels, dtype: torch.dtype, kv_dtype: torch.dtype) -> str:
+    """Hash torch's version, the instruction set, the dtypes and the output of every kernel.
 
     Returns:
         16 hex digits.
     """
     digest = hashlib.sha256()
     capability = torch.backends.cpu.get_cpu_capability()
-    digest.update(f"{torch.__version__} {capability} {kernels.name} {dtype}".encode())
-    for output in _test_outputs(kernels, dtype):
+    digest.update(f"{torch.__version__} {capability} {kernels.name} {dtype} {kv_dtype}".encode())
+    for output in _test_outputs(kernels, dtype, kv_dtype):
         digest.update(output.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _test_outputs(kernels: Kernels, dtype: torch.dtype) -> list[Tensor]:
+def _test_outputs(kernels: Kernels, dtype: torch.dtype, kv_dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(20250727)
 
     def draw(*shape: int) -> Tensor:
@@ -35,12 +35,18 @@ def _test_outputs(kernels: Kernels, dtype: torch.dtype) -> list[Tensor]:
 
     rows, norm = draw(35, 192), draw(192)
     weight = kernels.pack(draw(96, 192))
-    kv = KVLayer(draw(12, 16, 2, 32), draw(12, 16, 2, 32))
-    paged = plan_paged_rows([1, 16, 65, 150], [list(range(2, 12))] * 4, block_size=16)
+    kv = KVLayer(draw(12, 16, 2, 32).to(kv_dtype), draw(12, 16, 2, 32).to(kv_dtype))
+    runs = [PagedRun(stop - 1, 1, list(range(2, 12))) for stop in (1, 16, 65)]
+    paged = plan_paged_rows([*runs, PagedRun(140, 9, list(range(2, 12)))])
+    positions = torch.arange(12, dtype=torch.int64)
+    table = rope_table(32, 1e4, 12)
+    query = kernels.rope_write_kv(draw(12, 320), 6, table, positions, positions + 40, kv)
     return [
-        kernels.linear(rows, weight),
-        kernels.linear(rows[:1], weight),
+        kernels.linear(kernels.prepare(rows), weight),
+        kernels.linear(kernels.prepare(rows[:1]), weight),
         kernels.rms_norm(rows, norm, 1e-5),
+        *kernels.add_norm(rows, rows, norm, 1e-5),
         kernels.silu_mul(rows),
-        kernels.paged_attention(draw(4, 6, 32), kv, paged),
+        query,
+        kernels.paged_attention(query, kv, paged),
     ]

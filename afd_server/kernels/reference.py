@@ -5,14 +5,16 @@ one class each for 1, 2 and ≥ 4 rows). Here every product is made of calls of 
 padded with zeros, so a row's bits depend on that row alone.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afd_server.kernels.table import Kernels, KVLayer, LinearWeight, PagedRows
+from afd_server.kernels.table import Kernels, KVLayer, LinearWeight, PagedRows, RowFormat
 
 # 16 rows cost hardly more than 1 (the weights' memory traffic rules), and a prefill in tiles of
 # 16 was 22 % slower than in one call (fp32 576x1536, one Zen 5 core).
@@ -50,6 +52,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * normed.to(x.dtype)
 
 
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add what a sublayer gave, if anything, and norm the sum: returns the sum and its norm."""
+    total = x if delta is None else x + delta
+    return total, rms_norm(total, weight, eps)
+
+
 def rope_table(head_dim: int, theta: float, num_positions: int) -> Tensor:
     """Tabulate rotary angles: [num_positions, 2, head_dim] fp32, cosines then sines.
 
@@ -73,35 +81,53 @@ def rope(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
 
 def write_kv(layer: KVLayer, slots: Tensor, keys: Tensor, values: Tensor) -> None:
     """Store keys and values [tokens, kv_heads, head_dim] at flat slots [tokens], in place."""
-    layer.keys.view(-1, *keys.shape[1:]).index_copy_(0, slots, keys)
-    layer.values.view(-1, *values.shape[1:]).index_copy_(0, slots, values)
+    for rows, blocks in ((keys, layer.keys), (values, layer.values)):
+        blocks.view(-1, *rows.shape[1:]).index_copy_(0, slots, rows.to(blocks.dtype))
 
 
-def plan_paged_rows(
-    num_keys: Sequence[int], block_ids: Sequence[Sequence[int]], block_size: int
-) -> PagedRows:
-    """Lay out which keys each row sees.
+def rope_write_kv(
+    qkv: Tensor, num_heads: int, table: Tensor, positions: Tensor, slots: Tensor, layer: KVLayer
+) -> Tensor:
+    """Rotate queries and keys, store keys and values; return the queries.
 
     Args:
-        num_keys: for each row, how many positions it sees, itself included.
-        block_ids: for each row, the block table of its sequence.
-        block_size: positions in a block; divides `KEY_TILE`.
+        qkv: [tokens, (heads + 2 · kv_heads) · head_dim], queries first, then keys, then values.
+        num_heads: of the queries.
+        table: from `rope_table`.
+        positions: [tokens], of the rows in their sequences.
+        slots: [tokens], where keys and values go.
+        layer: the blocks, written in place.
+
+    Returns:
+        [tokens, heads, head_dim].
     """
-    assert KEY_TILE % block_size == 0, f"block_size {block_size} does not divide {KEY_TILE}"
-    blocks_per_tile = KEY_TILE // block_size
-    order = sorted(range(len(num_keys)), key=lambda row: -num_keys[row])
-    num_tiles = math.ceil(max(num_keys) / KEY_TILE)
-    width = num_tiles * blocks_per_tile
-    tables = torch.zeros(len(order), width, dtype=torch.int64)
-    for place, row in enumerate(order):
-        used = block_ids[row][:width]
-        tables[place, : len(used)] = torch.tensor(used, dtype=torch.int64)
-    active = tuple(sum(keys > tile * KEY_TILE for keys in num_keys) for tile in range(num_tiles))
+    num_kv_heads, head_dim = layer.keys.shape[2:]
+    heads = qkv.view(qkv.shape[0], -1, head_dim)
+    query, keys, values = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+    write_kv(layer, slots, rope(keys, table, positions), values)
+    return rope(query, table, positions)
+
+
+class PagedRun(NamedTuple):
+    """Tokens of one sequence in a micro-batch: positions start … start + length − 1."""
+
+    start: int
+    length: int
+    block_ids: Sequence[int]
+
+
+def plan_paged_rows(runs: Sequence[PagedRun]) -> PagedRows:
+    """Lay out which keys each row sees: those of its own sequence up to its own position."""
+    row_starts = [0, *itertools.accumulate(run.length for run in runs)]
+    num_keys = [
+        position + 1 for run in runs for position in range(run.start, run.start + run.length)
+    ]
+    width = max(len(run.block_ids) for run in runs)
+    tables = [[*run.block_ids, *(0,) * (width - len(run.block_ids))] for run in runs]
     return PagedRows(
-        order=torch.tensor(order, dtype=torch.int64),
-        num_keys=torch.tensor([num_keys[row] for row in order], dtype=torch.int64),
-        block_tables=tables,
-        active=active,
+        row_starts=torch.tensor(row_starts, dtype=torch.int64),
+        num_keys=torch.tensor(num_keys, dtype=torch.int64),
+        block_tables=torch.tensor(tables, dtype=torch.int64),
     )
 
 
@@ -121,39 +147,37 @@ def paged_attention(query: Tensor, layer: KVLayer, rows: PagedRows) -> Tensor:
         [tokens, heads · head_dim] in the query's dtype.
     """
     out = torch.empty_like(query)
-    ordered = query[rows.order]
+    lengths = rows.row_starts.diff()
+    tables = rows.block_tables.repeat_interleave(lengths, 0)  # [tokens, blocks]
     for start in range(0, query.shape[0], ROW_CHUNK):
         chunk = slice(start, start + ROW_CHUNK)
-        out[rows.order[chunk]] = _attend_chunk(ordered[chunk], layer, rows, start)
+        out[chunk] = _attend_chunk(query[chunk], layer, rows.num_keys[chunk], tables[chunk])
     return out.flatten(1)
 
 
-def _attend_chunk(query: Tensor, layer: KVLayer, rows: PagedRows, start: int) -> Tensor:
-    """Attend for a few rows, which stand at `start` in the order of `rows`."""
+def _attend_chunk(query: Tensor, layer: KVLayer, num_keys: Tensor, tables: Tensor) -> Tensor:
+    """Attend for a few rows: num_keys [rows], tables [rows, blocks]."""
     num_rows, num_heads, head_dim = query.shape
     block_size, num_kv_heads = layer.keys.shape[1:3]
-    group = num_heads // num_kv_heads
+    assert KEY_TILE % block_size == 0, f"block_size {block_size} does not divide {KEY_TILE}"
     blocks_per_tile = KEY_TILE // block_size
+    num_tiles = -(-int(num_keys.max()) // KEY_TILE)
+    tables = F.pad(tables, (0, max(0, num_tiles * blocks_per_tile - tables.shape[1])))
+    group = num_heads // num_kv_heads
     grouped = query.float().view(num_rows * num_kv_heads, group, head_dim) * head_dim**-0.5
-    highest = torch.full((num_rows * num_kv_heads, group, 1), -math.inf)
+    highest = torch.full((num_rows * num_kv_heads, group, 1), torch.finfo(torch.float32).min)
     total = torch.zeros_like(highest)
     weighted = torch.zeros_like(grouped)
-    for tile, num_active in enumerate(rows.active):
-        stop = min(num_active, start + num_rows)
-        if stop <= start:
-            break
-        blocks = slice(tile * blocks_per_tile, (tile + 1) * blocks_per_tile)
-        tables = rows.block_tables[start:stop, blocks]
-        end = (stop - start) * num_kv_heads
-        scores = torch.bmm(grouped[:end], _key_tile(layer.keys, tables).mT)  # [rows, group, 64]
-        scores.masked_fill_(_hidden_keys(rows.num_keys[start:stop], tile, num_kv_heads), -math.inf)
-        new_highest = torch.maximum(highest[:end], scores.amax(-1, keepdim=True))
+    for tile in range(num_tiles):
+        blocks = tables[:, tile * blocks_per_tile : (tile + 1) * blocks_per_tile]
+        scores = torch.bmm(grouped, _key_tile(layer.keys, blocks).mT)  # [rows, group, 64]
+        scores.masked_fill_(_hidden_keys(num_keys, tile, num_kv_heads), -math.inf)
+        new_highest = torch.maximum(highest, scores.amax(-1, keepdim=True))
         weights = torch.exp(scores - new_highest)
-        shrink = torch.exp(highest[:end] - new_highest)
-        total[:end] = total[:end] * shrink + weights.sum(-1, keepdim=True)
-        partial = torch.bmm(weights, _key_tile(layer.values, tables))
-        weighted[:end] = weighted[:end] * shrink + partial
-        highest[:end] = new_highest
+        shrink = torch.exp(highest - new_highest)
+        total = total * shrink + weights.sum(-1, keepdim=True)
+        weighted = weighted * shrink + torch.bmm(weights, _key_tile(layer.values, blocks))
+        highest = new_highest
     return (weighted / total).view(num_rows, num_heads, head_dim).to(query.dtype)
 
 
@@ -181,13 +205,22 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return (wide / (1.0 + torch.exp(-wide)) * up.float()).to(gate_up.dtype)
 
 
-REFERENCE = Kernels(
-    name="reference",
-    pack=pack,
-    linear=linear,
-    rms_norm=rms_norm,
-    rope=rope,
-    write_kv=write_kv,
-    paged_attention=paged_attention,
-    silu_mul=silu_mul,
-)
+def reference(dtype: torch.dtype) -> Kernels:
+    """Return these kernels for weights and rows of a dtype; prepared rows are the rows."""
+    return Kernels(
+        name="reference",
+        row_format=RowFormat(dtype, lambda width: width),
+        pack=pack,
+        prepare=lambda x: x,
+        linear=linear,
+        rms_norm=rms_norm,
+        add_norm=add_norm,
+        rope=rope,
+        write_kv=write_kv,
+        rope_write_kv=rope_write_kv,
+        paged_attention=paged_attention,
+        silu_mul=silu_mul,
+    )
+
+
+REFERENCE = reference(torch.float32)

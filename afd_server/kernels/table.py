@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -18,20 +19,15 @@ class KVLayer(NamedTuple):
 class PagedRows:
     """Which keys each row of a micro-batch may see.
 
-    Rows are put in order of falling context, so that the rows which still have keys in key
-    tile t are the first `active[t]` of them.
-
     Attributes:
-        order: [tokens] int64, the micro-batch's row at each place.
-        num_keys: [tokens] int64 in that order: a row sees positions 0 … num_keys − 1.
-        block_tables: [tokens, key tiles · blocks per tile] int64 in that order, padded with 0.
-        active: the number of rows with keys in each key tile.
+        row_starts: [sequences + 1] int64; sequence i has rows row_starts[i] … row_starts[i+1] − 1.
+        num_keys: [rows] int64: a row sees positions 0 … num_keys − 1 of its sequence.
+        block_tables: [sequences, blocks] int64, padded with 0.
     """
 
-    order: Tensor
+    row_starts: Tensor
     num_keys: Tensor
     block_tables: Tensor
-    active: tuple[int, ...]
 
 
 # A weight as its kernels keep it, made by `Kernels.pack` from [out, in]. Models never look inside.
@@ -39,18 +35,31 @@ LinearWeight = object
 
 
 @dataclass(frozen=True, slots=True)
+class RowFormat:
+    """What `linear` reads, and what travels to the FFN workers: [rows, size(width)] of a dtype."""
+
+    dtype: torch.dtype
+    size: Callable[[int], int]
+
+
+@dataclass(frozen=True, slots=True)
 class Kernels:
     """One implementation of every operation a model half needs.
 
     Every function keeps rows independent: a row's result has the same bits whatever else is
-    in the call. The semantics are those of `kernels.reference`.
+    in the call. The semantics are those of `kernels.reference`. Where a result is only ever
+    multiplied next it is made as *prepared rows* at once, in `row_format`.
     """
 
     name: str
+    row_format: RowFormat
     pack: Callable[[Tensor], LinearWeight]
+    prepare: Callable[[Tensor], Tensor]
     linear: Callable[[Tensor, LinearWeight], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     write_kv: Callable[[KVLayer, Tensor, Tensor, Tensor], None]
+    rope_write_kv: Callable[[Tensor, int, Tensor, Tensor, Tensor, KVLayer], Tensor]
     paged_attention: Callable[[Tensor, KVLayer, PagedRows], Tensor]
     silu_mul: Callable[[Tensor], Tensor]

@@ -11,10 +11,10 @@ from afd_server.kernels.table import Kernels, KVLayer, PagedRows
 
 
 class FFNCall(NamedTuple):
-    """What crosses A→F: the normed rows of one layer, [tokens, hidden], in the compute dtype."""
+    """What crosses A→F: the normed rows of one layer, prepared, [tokens, …] (`RowFormat`)."""
 
     layer: int
-    hidden: Tensor
+    rows: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +85,8 @@ class AttentionHalf(Protocol):
 class FFNHalf(Protocol):
     """The feed-forward weights of a worker's part, and nothing else."""
 
-    def partial_sum(self, layer: int, hidden: Tensor) -> Tensor:
-        """Return this part's share of the layer's FFN output, [rows, hidden] in its dtype."""
+    def partial_sum(self, layer: int, rows: Tensor) -> Tensor:
+        """Return this part's share of the layer's FFN output, [rows, hidden], of prepared rows."""
         ...
 
 

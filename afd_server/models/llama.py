@@ -42,21 +42,21 @@ class LlamaAttention:
 
     def attend(self, layer: int, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, FFNCall]:
         kernels, spec, weights = self._kernels, self._spec, self._layers[layer]
-        normed = kernels.rms_norm(hidden, weights.input_norm, spec.rms_norm_eps)
-        qkv = kernels.linear(normed, weights.qkv).view(hidden.shape[0], -1, spec.head_dim)
-        heads = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
-        query, keys, values = torch.split(qkv, heads, dim=1)
-        query = kernels.rope(query, self._rope_table, batch.positions)
-        keys = kernels.rope(keys, self._rope_table, batch.positions)
-        kernels.write_kv(batch.kv[layer], batch.slots, keys, values)
-        attended = kernels.paged_attention(query, batch.kv[layer], batch.rows)
-        hidden = hidden + kernels.linear(attended, weights.output)
-        return hidden, FFNCall(
-            layer, kernels.rms_norm(hidden, weights.post_attention_norm, spec.rms_norm_eps)
+        _, normed = kernels.add_norm(hidden, None, weights.input_norm, spec.rms_norm_eps)
+        qkv = kernels.linear(normed, weights.qkv)
+        kv, table = batch.kv[layer], self._rope_table
+        query = kernels.rope_write_kv(qkv, spec.num_heads, table, batch.positions, batch.slots, kv)
+        attended = kernels.prepare(kernels.paged_attention(query, kv, batch.rows))
+        hidden, normed = kernels.add_norm(
+            hidden,
+            kernels.linear(attended, weights.output),
+            weights.post_attention_norm,
+            spec.rms_norm_eps,
         )
+        return hidden, FFNCall(layer, normed)
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        normed = self._kernels.rms_norm(hidden[rows], self._norm, self._spec.rms_norm_eps)
+        _, normed = self._kernels.add_norm(hidden[rows], None, self._norm, self._spec.rms_norm_eps)
         return self._kernels.linear(normed, self._head).float()
 
 
@@ -100,9 +100,9 @@ class LlamaFFN:
             _FFNLayer(spec, reader, kernels, layer, shard) for layer in range(spec.num_layers)
         ]
 
-    def partial_sum(self, layer: int, hidden: Tensor) -> Tensor:
+    def partial_sum(self, layer: int, rows: Tensor) -> Tensor:
         weights = self._layers[layer]
-        inner = self._kernels.silu_mul(self._kernels.linear(hidden, weights.gate_up))
+        inner = self._kernels.silu_mul(self._kernels.linear(rows, weights.gate_up))
         return self._kernels.linear(inner, weights.down)
 
 

@@ -14,7 +14,7 @@ def run_monolith(attention: AttentionHalf, ffn: Sequence[FFNHalf], batch: MicroB
     try:
         call = next(step)
         while True:
-            parts = [half.partial_sum(call.layer, call.hidden) for half in ffn]
+            parts = [half.partial_sum(call.layer, call.rows) for half in ffn]
             call = step.send(add_in_part_order(parts))
     except StopIteration as stop:
         logits: Tensor = stop.value

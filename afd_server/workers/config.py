@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import TypeAdapter
 
@@ -38,6 +39,21 @@ class FFNConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Numerics:
+    """The formats of a pool.
+
+    Attributes:
+        kernels: `native`, or `reference` where no native ones were built.
+        weights: `int8`, `float32` or `bfloat16`. With int8 the rows of products are int8 as well.
+        kv: `float32` or `bfloat16`, of keys and values.
+    """
+
+    kernels: Literal["native", "reference"]
+    weights: Literal["int8", "float32", "bfloat16"]
+    kv: Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerSpec:
     """One worker process.
 
@@ -45,8 +61,7 @@ class WorkerSpec:
         supervisor, supervisor_address: whom to report to.
         bind: where to listen: `ipc://…` or `tcp://host:*`.
         model_digest: what the checkpoint at `model_path` must turn out to be.
-        dtype: `float32` or `bfloat16`, of weights, activations and KV.
-        quantization: of the products: `none` or `int8`.
+        numerics: what is computed in which format.
         compute_threads: of tensor operations; more threads than owned cores slow everything.
         with_crc: whether frames carry checksums.
     """
@@ -59,8 +74,7 @@ class WorkerSpec:
     bind: str
     model_path: str
     model_digest: str
-    dtype: str
-    quantization: str
+    numerics: Numerics
     compute_threads: int
     with_crc: bool
     attention: AttentionConfig

@@ -15,9 +15,9 @@ from afd_server.core.clock import Clock, MonotonicClock
 from afd_server.core.errors import AFDError, ConfigError, ModelError
 from afd_server.core.model_spec import ModelSpec, read_model_spec
 from afd_server.core.topology import Member, Role
-from afd_server.kernels.cpu import native_int8
+from afd_server.kernels.cpu import native_kernels
 from afd_server.kernels.fingerprint import kernel_fingerprint
-from afd_server.kernels.reference import REFERENCE
+from afd_server.kernels.reference import reference
 from afd_server.kernels.table import Kernels
 from afd_server.models.base import ColumnShard, column_shard
 from afd_server.models.catalogue import ARCHITECTURES
@@ -36,9 +36,9 @@ from afd_server.weights.manifest import model_digest
 from afd_server.workers.attention.ffn_client import FFNClient
 from afd_server.workers.attention.kv_store import KVStore
 from afd_server.workers.attention.worker import AttentionWorker
-from afd_server.workers.config import WorkerSpec
+from afd_server.workers.config import Numerics, WorkerSpec
 from afd_server.workers.ffn.worker import FFNWorker
-from afd_server.workers.tensors import TORCH_DTYPES
+from afd_server.workers.tensors import TORCH_DTYPES, row_dtype
 
 log = logging.getLogger(__name__)
 
@@ -171,16 +171,27 @@ def _load(spec: WorkerSpec, endpoint: Endpoint, clock: Clock) -> Worker:
         )
     model_spec = read_model_spec(spec.model_directory)
     build = build_attention_worker if spec.role is Role.ATTENTION else build_ffn_worker
-    kernels = native_int8() if spec.quantization == "int8" else REFERENCE
+    kernels = select_kernels(spec.numerics)
     worker = build(spec, model_spec, kernels, endpoint, clock)
     endpoint.identify(numerics_fingerprint(spec, kernels))
     return worker
 
 
+def select_kernels(numerics: Numerics) -> Kernels:
+    """Return the kernels for these formats.
+
+    Raises:
+        ConfigError: they were not built on this machine.
+    """
+    if numerics.kernels == "reference":
+        return reference(TORCH_DTYPES[numerics.weights])
+    return native_kernels(numerics.weights)
+
+
 def numerics_fingerprint(spec: WorkerSpec, kernels: Kernels) -> str:
     """Return the fingerprint of a worker: kernels, weights, and how the FFN is cut."""
     parts = (
-        kernel_fingerprint(kernels, TORCH_DTYPES[spec.dtype]),
+        kernel_fingerprint(kernels, row_dtype(spec.numerics), TORCH_DTYPES[spec.numerics.kv]),
         spec.model_digest,
         spec.compute_threads,
         spec.ffn.num_parts,
@@ -197,8 +208,9 @@ def build_attention_worker(
         ModelError: the checkpoint does not hold what the model needs.
         ConfigError: the KV cache cannot hold one sequence.
     """
-    config, dtype = spec.attention, TORCH_DTYPES[spec.dtype]
-    token_bytes = model_spec.kv_elements_per_token * dtype.itemsize
+    config, dtype = spec.attention, row_dtype(spec.numerics)
+    kv_dtype = TORCH_DTYPES[spec.numerics.kv]
+    token_bytes = model_spec.kv_elements_per_token * kv_dtype.itemsize
     num_blocks = num_kv_blocks(token_bytes, config.block_size, config.kv_cache_bytes)
     if num_blocks < 1:
         raise ConfigError(f"kv_cache_bytes {config.kv_cache_bytes} is less than one block")
@@ -215,8 +227,10 @@ def build_attention_worker(
     reader = Checkpoint(spec.model_directory, dtype)
     architecture = ARCHITECTURES[model_spec.model_type]
     model = architecture.attention(model_spec, reader, kernels, config.max_model_len)
-    kv = KVStore(model_spec, num_blocks, config.block_size, dtype)
-    ffn = FFNClient(spec.ffn, spec.slot, endpoint, clock, config.resend_s)
+    kv = KVStore(model_spec, num_blocks, config.block_size, kv_dtype)
+    ffn = FFNClient(
+        spec.ffn, spec.slot, model_spec.hidden_size, dtype, endpoint, clock, config.resend_s
+    )
     return AttentionWorker(
         model,
         kv,
@@ -237,8 +251,9 @@ def build_ffn_worker(
     Raises:
         ModelError: the checkpoint does not hold what the model needs.
     """
-    dtype = TORCH_DTYPES[spec.dtype]
     shard: ColumnShard = column_shard(model_spec.intermediate_size, spec.part, spec.ffn.num_parts)
-    reader = Checkpoint(spec.model_directory, dtype)
+    reader = Checkpoint(spec.model_directory, row_dtype(spec.numerics))
     model = ARCHITECTURES[model_spec.model_type].ffn(model_spec, reader, kernels, shard)
-    return FFNWorker(model, model_spec, spec.part, dtype, endpoint, spec.ffn.max_gather_rows)
+    return FFNWorker(
+        model, model_spec, spec.part, kernels.row_format, endpoint, spec.ffn.max_gather_rows
+    )

@@ -5,20 +5,27 @@ from torch import Tensor
 
 from afd_server.core.batch import StepPlan
 from afd_server.core.errors import ProtocolError
-from afd_server.kernels.reference import plan_paged_rows
+from afd_server.kernels.reference import PagedRun, plan_paged_rows
 from afd_server.kernels.table import KVLayer
 from afd_server.models.base import MicroBatch
 from afd_server.transport.messages import DType, Payload
+from afd_server.workers.config import Numerics
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _WIRE = {
+    torch.uint8: DType.UINT8,
     torch.float32: DType.FLOAT32,
     torch.bfloat16: DType.BFLOAT16,
     torch.int32: DType.INT32,
     torch.int64: DType.INT64,
 }
 _TORCH = {wire: dtype for dtype, wire in _WIRE.items()}
+
+
+def row_dtype(numerics: Numerics) -> torch.dtype:
+    """Return the dtype of activations: native kernels compute in float32 whatever is stored."""
+    return torch.float32 if numerics.kernels == "native" else TORCH_DTYPES[numerics.weights]
 
 
 def to_payload(tensor: Tensor) -> Payload:
@@ -43,14 +50,13 @@ def to_tensor(payload: Payload, dtype: torch.dtype) -> Tensor:
 
 def micro_batch(plan: StepPlan, kv: tuple[KVLayer, ...], block_size: int) -> MicroBatch:
     """Lay a plan out as tensors; rows come sequence by sequence, tokens in order."""
-    positions, slots, num_keys, tables, logit_rows = [], [], [], [], []
+    positions, slots, runs, logit_rows = [], [], [], []
     for planned in plan.sequences:
+        runs.append(PagedRun(planned.start, len(planned.token_ids), planned.block_ids))
         for position in range(planned.start, planned.start + len(planned.token_ids)):
             block = planned.block_ids[position // block_size]
             positions.append(position)
             slots.append(block * block_size + position % block_size)
-            num_keys.append(position + 1)
-            tables.append(planned.block_ids)
         if planned.samples:
             logit_rows.append(len(positions) - 1)
     token_ids = [token for planned in plan.sequences for token in planned.token_ids]
@@ -58,7 +64,7 @@ def micro_batch(plan: StepPlan, kv: tuple[KVLayer, ...], block_size: int) -> Mic
         token_ids=torch.tensor(token_ids, dtype=torch.int64),
         positions=torch.tensor(positions, dtype=torch.int64),
         slots=torch.tensor(slots, dtype=torch.int64),
-        rows=plan_paged_rows(num_keys, tables, block_size),
+        rows=plan_paged_rows(runs),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         kv=kv,
     )

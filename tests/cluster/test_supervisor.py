@@ -9,7 +9,7 @@ from afd_server.core.topology import FFNParallel, Member, Role
 from afd_server.transport.endpoint import Endpoint, Identity
 from afd_server.transport.inproc import InProcessNetwork
 from afd_server.transport.messages import Heartbeat, ProcessState, TopologyUpdate
-from afd_server.workers.config import AttentionConfig, FFNConfig, WorkerSpec
+from afd_server.workers.config import AttentionConfig, FFNConfig, Numerics, WorkerSpec
 
 SUPERVISOR = Member(Role.SUPERVISOR, 0, "sup", "", "")
 
@@ -18,7 +18,8 @@ def spec(role, slot):
     return WorkerSpec(
         role=role, slot=slot, incarnation=f"{role.name}{slot}", supervisor="sup",
         supervisor_address="", bind=f"ipc:///x/{role.name}{slot}.ipc", model_path="/m",
-        model_digest="d", dtype="float32", quantization="none", compute_threads=1, with_crc=True,
+        model_digest="d", numerics=Numerics("reference", "float32", "float32"), 
+        compute_threads=1, with_crc=True,
         attention=AttentionConfig(1, 64, 4, 8, 16, 1000), ffn=FFNConfig(FFNParallel.TENSOR, 1),
     )  # fmt: skip
 

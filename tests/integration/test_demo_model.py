@@ -44,7 +44,7 @@ def greedy(model, ids, count, eos=2):
 
 def test_the_monolith_equals_transformers_on_a_fixed_prompt(demo_directory, transformers_model):
     from afd_server.core.model_spec import read_model_spec
-    from afd_server.kernels.reference import REFERENCE, plan_paged_rows
+    from afd_server.kernels.reference import REFERENCE, PagedRun, plan_paged_rows
     from afd_server.kernels.table import KVLayer
     from afd_server.models.base import MicroBatch, column_shard
     from afd_server.models.llama import LLAMA
@@ -63,7 +63,7 @@ def test_the_monolith_equals_transformers_on_a_fixed_prompt(demo_directory, tran
     positions = list(range(len(ids)))
     batch = MicroBatch(
         torch.tensor(ids), torch.tensor(positions), torch.tensor(positions),
-        plan_paged_rows([p + 1 for p in positions], [[0, 1, 2, 3]] * len(ids), 16),
+        plan_paged_rows([PagedRun(0, len(ids), [0, 1, 2, 3])]),
         torch.tensor(positions), kv,
     )  # fmt: skip
     logits = run_monolith(attention, ffn, batch)

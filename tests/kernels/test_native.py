@@ -6,11 +6,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afd_server.core.errors import ConfigError
-from afd_server.kernels.cpu import NEEDS, available_builds, interleave, native_int8, pack_native
+from afd_server.kernels.cpu import (
+    NEEDS,
+    available_builds,
+    interleave,
+    native_kernels,
+    pack_native_int8,
+)
 from afd_server.kernels.fingerprint import kernel_fingerprint
-from afd_server.kernels.quant import linear_int8, pack_int8, quantise_rows
+from afd_server.kernels.quant import (
+    linear_int8,
+    pack_int8,
+    quantise_rows,
+    quantised_row_bytes,
+    split_rows,
+)
 from afd_server.kernels.reference import (
     REFERENCE,
+    PagedRun,
     paged_attention,
     plan_paged_rows,
     rope_table,
@@ -19,10 +32,15 @@ from afd_server.kernels.table import KVLayer
 
 BUILDS = available_builds()
 SHAPES = [(576, 960), (1536, 576), (64, 16), (64, 1), (96, 50), (1, 3), (65, 17), (200, 33)]
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def draw(*shape, seed=0, scale=1.0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def native(build, weights="int8"):
+    return native_kernels(weights, build)
 
 
 def test_the_machines_builds_were_installed():
@@ -31,136 +49,203 @@ def test_the_machines_builds_were_installed():
 
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize(("width", "columns"), SHAPES)
-def test_int8_products_have_the_bits_of_the_specification(build, width, columns):
-    kernels, weight = native_int8(build), pack_int8(draw(columns, width, seed=1))
-    for rows in (0, 1, 2, 5, 11, 12, 13, 24, 100):
-        x = draw(rows, width, seed=rows, scale=3.0)
-        if rows > 1:
+def test_quantised_rows_and_int8_products_have_the_bits_of_the_specification(build, width, columns):
+    kernels, weight = native(build), pack_int8(draw(columns, width, seed=1))
+    for num_rows in (0, 1, 2, 5, 11, 12, 13, 24, 100):
+        x = draw(num_rows, width, seed=num_rows, scale=3.0)
+        if num_rows > 1:
             x[1] = 0.0  # a row without any scale
-        assert torch.equal(kernels.linear(x, interleave(weight)), linear_int8(x, weight))
+        rows = kernels.prepare(x)
+        assert rows.shape == (num_rows, kernels.row_format.size(width))
+        assert torch.equal(rows, quantise_rows(x))
+        assert torch.equal(kernels.linear(rows, interleave(weight)), linear_int8(rows, weight))
 
 
 @pytest.mark.parametrize("build", BUILDS)
-def test_512_rows_are_512_single_rows(build):
-    kernels, weight = native_int8(build), pack_native(draw(960, 576, seed=1))
-    x = draw(512, 576, seed=2)
-    together = kernels.linear(x, weight)
+@pytest.mark.parametrize("weights", ["int8", "float32", "bfloat16"])
+def test_512_rows_are_512_single_rows(build, weights):
+    kernels = native(build, weights)
+    weight = kernels.pack(draw(70, 576, seed=1))
+    rows = kernels.prepare(draw(512, 576, seed=2))
+    together = kernels.linear(rows, weight)
     assert all(
-        torch.equal(kernels.linear(x[r : r + 1], weight)[0], together[r]) for r in range(512)
+        torch.equal(kernels.linear(rows[r : r + 1], weight)[0], together[r]) for r in range(512)
     )
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("weights", FLOATS)
+@pytest.mark.parametrize(("width", "columns"), SHAPES)
+def test_float_products_are_near_the_references(build, weights, width, columns):
+    kernels, weight = native(build, weights), draw(columns, width, seed=1)
+    for num_rows in (0, 1, 12, 13, 50):
+        x = draw(num_rows, width, seed=num_rows)
+        expected = x.double() @ weight.to(FLOATS[weights]).double().T
+        got = kernels.linear(kernels.prepare(x), kernels.pack(weight))
+        assert got.shape == (num_rows, columns)
+        assert torch.allclose(got.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @given(st.integers(1, 6), st.integers(1, 200), st.floats(1e-20, 1e20))
 @settings(max_examples=40, deadline=None)
-def test_quantised_rows_are_within_half_a_step(rows, width, scale):
-    x = draw(rows, width, seed=width) * scale
-    values, scales = quantise_rows(x)
+def test_quantised_rows_are_within_half_a_step(num_rows, width, scale):
+    x = draw(num_rows, width, seed=width) * scale
+    rows = quantise_rows(x)
+    assert rows.shape[1] == quantised_row_bytes(width)
+    values, scales = split_rows(rows)
     restored = (values * scales.unsqueeze(-1)).flatten(1)[:, :width]
-    assert values.abs().max() <= 127
     step = scales.repeat_interleave(64, 1)[:, :width]
     assert ((restored - x).abs() <= 0.5001 * step + 1e-30).all()
 
 
 def test_an_int8_product_is_near_the_float_product():
     x, weight = draw(20, 576), draw(300, 576, seed=1)
-    exact, got = x @ weight.T, linear_int8(x, pack_int8(weight))
-    assert (got - exact).norm() / exact.norm() < 0.012
+    exact, got = x @ weight.T, linear_int8(quantise_rows(x), pack_int8(weight))
+    assert (got - exact).norm() / exact.norm() < 0.010
+
+
+def test_a_row_that_was_not_prepared_is_refused():
+    kernels = native_kernels("int8")
+    with pytest.raises(AssertionError, match="prepared"):
+        kernels.linear(draw(2, 64), pack_native_int8(draw(16, 64)))
 
 
 class Paged:
-    def __init__(self, lengths, heads, kv_heads, head_dim, block_size=16):
+    """Sequences of some lengths in shuffled blocks, and a query for each position."""
+
+    def __init__(self, lengths, heads, kv_heads, head_dim, block_size=16, dtype=torch.float32):
         blocks = sum(-(-n // block_size) for n in lengths) + 2
-        self.layer = KVLayer(
-            draw(blocks, block_size, kv_heads, head_dim, seed=1),
-            draw(blocks, block_size, kv_heads, head_dim, seed=2),
-        )
+        shape = (blocks, block_size, kv_heads, head_dim)
+        self.layer = KVLayer(draw(*shape, seed=1).to(dtype), draw(*shape, seed=2).to(dtype))
         order = torch.randperm(blocks, generator=torch.Generator().manual_seed(3)).tolist()
         self.tables = [[order.pop() for _ in range(-(-n // block_size))] for n in lengths]
-        self.query = draw(len(lengths), heads, head_dim, seed=4)
-        self.lengths, self.block_size = lengths, block_size
+        self.queries = [draw(n, heads, head_dim, seed=4 + i) for i, n in enumerate(lengths)]
 
-    def rows(self, chosen):
-        lengths, tables = [self.lengths[i] for i in chosen], [self.tables[i] for i in chosen]
-        return self.query[chosen], self.layer, plan_paged_rows(lengths, tables, self.block_size)
+    def call(self, *runs):
+        """Arguments of an attention over runs (sequence, start, length)."""
+        query = torch.cat([self.queries[s][start : start + n] for s, start, n in runs])
+        plan = plan_paged_rows([PagedRun(start, n, self.tables[s]) for s, start, n in runs])
+        return query, self.layer, plan
 
 
 @pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+@pytest.mark.parametrize("block_size", [1, 16, 64])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"),
     [(9, 3, 64), (6, 2, 16), (8, 1, 256), (4, 4, 128), (5, 1, 48), (32, 1, 32), (4, 2, 20)],
 )
-def test_native_attention_is_the_references(build, heads, kv_heads, head_dim):
-    paged = Paged([1, 15, 16, 17, 64, 200, 33], heads, kv_heads, head_dim)
-    everything = list(range(7))
-    got = native_int8(build).paged_attention(*paged.rows(everything))
-    expected = paged_attention(*paged.rows(everything))
-    assert (got - expected).abs().max() < 2e-6
+def test_native_attention_is_the_references(build, dtype, block_size, heads, kv_heads, head_dim):
+    paged = Paged([1, 15, 16, 17, 64, 100, 33], heads, kv_heads, head_dim, block_size, dtype)
+    call = paged.call((0, 0, 1), (3, 10, 7), (2, 15, 1), (4, 0, 64), (5, 99, 1), (1, 3, 2))
+    got, expected = native(build).paged_attention(*call), paged_attention(*call)
+    assert (got - expected).abs().max() < 3e-6
 
 
 @pytest.mark.parametrize("build", BUILDS)
-@settings(max_examples=20, deadline=None)
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
-def test_a_native_row_attends_alike_in_any_company(build, data):
-    lengths = data.draw(st.lists(st.integers(1, 120), min_size=1, max_size=8))
-    paged, kernels = Paged(lengths, 9, 3, 64), native_int8(build)
-    together = kernels.paged_attention(*paged.rows(list(range(len(lengths)))))
-    chosen = data.draw(st.lists(st.sampled_from(range(len(lengths))), min_size=1, max_size=6))
-    assert torch.equal(kernels.paged_attention(*paged.rows(chosen)), together[chosen])
+def test_a_native_row_attends_alike_in_any_chunk_and_company(build, dtype, data):
+    lengths = data.draw(st.lists(st.integers(1, 90), min_size=1, max_size=5))
+    paged, kernels = Paged(lengths, 9, 3, 64, dtype=dtype), native(build)
+    wholes = [kernels.paged_attention(*paged.call((s, 0, n))) for s, n in enumerate(lengths)]
+    runs = []
+    for _ in range(data.draw(st.integers(1, 6))):
+        sequence = data.draw(st.integers(0, len(lengths) - 1))
+        start = data.draw(st.integers(0, lengths[sequence] - 1))
+        runs.append((sequence, start, data.draw(st.integers(1, lengths[sequence] - start))))
+    together = kernels.paged_attention(*paged.call(*runs))
+    assert torch.equal(together, torch.cat([wholes[s][a : a + n] for s, a, n in runs]))
+
+
+def test_stale_blocks_cannot_poison_a_row():
+    paged = Paged([20], 4, 2, 64)
+    kernels, call = native_kernels("int8"), paged.call((0, 5, 3))
+    before = kernels.paged_attention(*call)
+    for blocks in paged.layer:
+        kept = blocks[paged.tables[0][0], :8].clone()
+        blocks.fill_(float("nan"))
+        blocks[paged.tables[0][0], :8] = kept
+    assert torch.equal(kernels.paged_attention(*call), before)
 
 
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("width", [1, 16, 50, 96, 576])
 def test_native_norms_and_activations_are_the_references_row_by_row(build, width):
-    native = native_int8(build)
-    x, weight = draw(37, width, scale=4.0), draw(width, seed=1)
+    kernels, exact = native(build), native(build, "float32")
+    x, delta, weight = draw(37, width, scale=4.0), draw(37, width, seed=5), draw(width, seed=1)
     both = draw(37, 2 * width, seed=2, scale=20.0)
+    total, normed = exact.add_norm(x, delta, weight, 1e-5)
+    assert torch.equal(total, x + delta)
     for got, expected in (
-        (native.rms_norm(x, weight, 1e-5), REFERENCE.rms_norm(x, weight, 1e-5)),
-        (native.silu_mul(both), REFERENCE.silu_mul(both)),
+        (exact.rms_norm(x, weight, 1e-5), REFERENCE.rms_norm(x, weight, 1e-5)),
+        (normed, REFERENCE.rms_norm(x + delta, weight, 1e-5)),
+        (exact.silu_mul(both), REFERENCE.silu_mul(both)),
     ):
         assert torch.allclose(got, expected, rtol=2e-6, atol=2e-6)
+    assert torch.equal(kernels.silu_mul(both), quantise_rows(exact.silu_mul(both)))
+    for given_delta in (None, delta):
+        total, rows = kernels.add_norm(x, given_delta, weight, 1e-5)
+        expected_total, expected = exact.add_norm(x, given_delta, weight, 1e-5)
+        assert torch.equal(total, expected_total)
+        assert torch.equal(rows, quantise_rows(expected))
     for row in range(37):
         one = slice(row, row + 1)
-        assert torch.equal(
-            native.rms_norm(x[one], weight, 1e-5)[0], native.rms_norm(x, weight, 1e-5)[row]
-        )
-        assert torch.equal(native.silu_mul(both[one])[0], native.silu_mul(both)[row])
+        assert torch.equal(kernels.add_norm(x[one], delta[one], weight, 1e-5)[1][0], rows[row])
+        assert torch.equal(exact.silu_mul(both[one])[0], exact.silu_mul(both)[row])
 
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_silu_is_right_far_out(build):
     gate = torch.tensor([[-1e30, -200.0, -90.0, -0.0, 0.0, 90.0, 200.0, 1e30]])
-    got = native_int8(build).silu_mul(torch.cat((gate, torch.ones_like(gate)), 1))
-    assert torch.allclose(
-        got, REFERENCE.silu_mul(torch.cat((gate, torch.ones_like(gate)), 1)), atol=1e-30
-    )
+    both = torch.cat((gate, torch.ones_like(gate)), 1)
+    got = native(build, "float32").silu_mul(both)
+    assert torch.allclose(got, REFERENCE.silu_mul(both), atol=1e-30)
 
 
 @pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 @pytest.mark.parametrize(("heads", "head_dim"), [(3, 64), (1, 2), (5, 48)])
-def test_native_rope_and_kv_writes_have_the_references_bits_also_on_views(build, heads, head_dim):
-    native, table = native_int8(build), rope_table(head_dim, 1e4, 50)
+def test_native_rope_and_kv_writes_have_the_references_bits_also_on_views(
+    build, dtype, heads, head_dim
+):
+    kernels, table = native(build), rope_table(head_dim, 1e4, 50)
     whole = draw(9, heads + 2, head_dim)
     positions = torch.tensor([0, 3, 49, 7, 7, 1, 2, 30, 11])
     for x in (whole[:, :heads], whole[:, 2:], whole.transpose(1, 2).contiguous().transpose(1, 2)):
-        assert torch.equal(native.rope(x, table, positions), REFERENCE.rope(x, table, positions))
-    layers = [
-        KVLayer(torch.zeros(4, 4, heads, head_dim), torch.zeros(4, 4, heads, head_dim))
-        for _ in "ab"
-    ]
+        assert torch.equal(kernels.rope(x, table, positions), REFERENCE.rope(x, table, positions))
     slots = torch.tensor([5, 0, 15, 3, 4, 9, 10, 11, 2])
-    for kernels, layer in zip((native, REFERENCE), layers, strict=True):
-        kernels.write_kv(layer, slots, whole[:, :heads], whole[:, 2:])
-    assert torch.equal(layers[0].keys, layers[1].keys)
-    assert torch.equal(layers[0].values, layers[1].values)
+    written, fused = [], []
+    for each in (kernels, REFERENCE):
+        layer = KVLayer(*(torch.zeros(4, 4, heads, head_dim, dtype=dtype) for _ in "kv"))
+        each.write_kv(layer, slots, whole[:, :heads], whole[:, 2:])
+        written.append(layer)
+        layer = KVLayer(*(torch.zeros(4, 4, 1, head_dim, dtype=dtype) for _ in "kv"))
+        fused.append((each.rope_write_kv(whole.flatten(1), heads, table, positions, slots, layer),
+                      *layer))  # fmt: skip
+    for got, expected in zip((*written[0], *fused[0]), (*written[1], *fused[1]), strict=True):
+        assert torch.equal(got, expected)
 
 
-def test_all_builds_give_the_same_bits():
-    prints = {kernel_fingerprint(native_int8(build), torch.float32) for build in BUILDS}
+def test_rounding_to_bfloat16_is_torchs():
+    bits = torch.randint(-(2**31), 2**31, (4, 2, 64), generator=torch.Generator().manual_seed(0))
+    values = bits.to(torch.int32).view(torch.float32)
+    values[0, 0, :4] = torch.tensor([float("inf"), -float("inf"), 0.0, -0.0])
+    layer = KVLayer(*(torch.zeros(1, 4, 2, 64, dtype=torch.bfloat16) for _ in "kv"))
+    native_kernels("int8").write_kv(layer, torch.arange(4), values, values)
+    assert torch.equal(layer.keys[0].isnan(), values.isnan())
+    assert torch.equal(layer.keys[0].nan_to_num(1), values.to(torch.bfloat16).nan_to_num(1))
+
+
+@pytest.mark.parametrize("weights", ["int8", "float32", "bfloat16"])
+@pytest.mark.parametrize("kv", FLOATS.values(), ids=FLOATS)
+def test_all_builds_give_the_same_bits(weights, kv):
+    prints = {kernel_fingerprint(native(build, weights), torch.float32, kv) for build in BUILDS}
     assert len(prints) == 1
 
 
 def test_a_build_that_is_not_there_is_said():
     missing = next((name for name in NEEDS if name not in BUILDS), "avx1024")
-    with pytest.raises(ConfigError, match=r"g\+\+.*--quantization none"):
-        native_int8(missing)
+    with pytest.raises(ConfigError, match=r"g\+\+ and reinstall"):
+        native(missing)

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from afd_server.kernels.fingerprint import kernel_fingerprint
 from afd_server.kernels.reference import (
     REFERENCE,
+    PagedRun,
     linear,
     paged_attention,
     plan_paged_rows,
+    reference,
     rms_norm,
     rope,
     rope_table,
@@ -117,7 +119,7 @@ class PagedSequences:
 
     def attend(self, rows: list[tuple[int, int]]) -> torch.Tensor:
         """Attend for (sequence, position) rows in one call."""
-        plan = plan_paged_rows([p + 1 for _, p in rows], [self.tables[s] for s, _ in rows], BLOCK)
+        plan = plan_paged_rows([PagedRun(p, 1, self.tables[s]) for s, p in rows])
         return paged_attention(torch.stack([self.query[s][p] for s, p in rows]), self.layer, plan)
 
     def dense(self, sequence: int, position: int) -> torch.Tensor:
@@ -165,13 +167,16 @@ def test_what_lies_in_foreign_blocks_does_not_matter():
 
 
 def test_the_fingerprint_names_dtype_and_kernels_and_is_repeatable():
-    first = kernel_fingerprint(REFERENCE, torch.float32)
-    assert first == kernel_fingerprint(REFERENCE, torch.float32)
-    assert first != kernel_fingerprint(REFERENCE, torch.bfloat16)
+    exact, short = torch.float32, torch.bfloat16
+    first = kernel_fingerprint(REFERENCE, exact, exact)
+    assert first == kernel_fingerprint(REFERENCE, exact, exact)
+    assert first != kernel_fingerprint(REFERENCE, exact, short)
+    assert first != kernel_fingerprint(reference(short), short, short)
 
 
 def test_other_bits_give_another_fingerprint():
     from dataclasses import replace
 
     other = replace(REFERENCE, linear=lambda x, w: linear(x, w) * (1 + 2**-20))
-    assert kernel_fingerprint(other, torch.float32) != kernel_fingerprint(REFERENCE, torch.float32)
+    exact = torch.float32
+    assert kernel_fingerprint(other, exact, exact) != kernel_fingerprint(REFERENCE, exact, exact)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from afd_server.core.errors import ModelError
 from afd_server.core.model_spec import read_model_spec
-from afd_server.kernels.reference import REFERENCE, plan_paged_rows
+from afd_server.kernels.reference import REFERENCE, PagedRun, plan_paged_rows
 from afd_server.kernels.table import KVLayer
 from afd_server.models.base import ColumnShard, MicroBatch, column_shard
 from afd_server.models.llama import LLAMA
@@ -58,7 +58,7 @@ def batch_of(spec, kv, ids, start=0, table=tuple(range(16))):
         token_ids=torch.tensor(ids),
         positions=torch.tensor(list(positions)),
         slots=torch.tensor([table[p // 16] * 16 + p % 16 for p in positions]),
-        rows=plan_paged_rows([p + 1 for p in positions], [table] * len(ids), 16),
+        rows=plan_paged_rows([PagedRun(start, len(ids), table)]),
         logit_rows=torch.arange(len(ids)),
         kv=kv,
     )

@@ -8,7 +8,6 @@ from afd_server.core.clock import Clock, ManualClock, MonotonicClock
 from afd_server.core.model_spec import read_model_spec
 from afd_server.core.request import Request
 from afd_server.core.topology import FFNParallel, Member, Role, Topology
-from afd_server.kernels.reference import REFERENCE
 from afd_server.transport.base import Link
 from afd_server.transport.endpoint import Endpoint, Identity
 from afd_server.transport.inproc import Faults, InProcessNetwork
@@ -19,16 +18,18 @@ from afd_server.transport.messages import (
     submit_of,
 )
 from afd_server.transport.zeromq import ZeroMQLink
-from afd_server.workers.config import AttentionConfig, FFNConfig, WorkerSpec
+from afd_server.workers.config import AttentionConfig, FFNConfig, Numerics, WorkerSpec
 from afd_server.workers.runtime import (
     WorkerLoop,
     build_attention_worker,
     build_ffn_worker,
     numerics_fingerprint,
+    select_kernels,
 )
 
 SUPERVISOR = "supervisor"
 GATEWAY = "gateway"
+EXACT = Numerics("reference", "float32", "float32")
 
 
 class Pools:
@@ -42,7 +43,7 @@ class Pools:
         num_ffn: int = 1,
         num_lanes: int = 2,
         parallel: FFNParallel = FFNParallel.TENSOR,
-        dtype: str = "float32",
+        numerics: Numerics = EXACT,
         link: Callable[[str], Link] | None = None,
         faults: Faults | None = None,
         max_batch_tokens: int = 24,
@@ -62,8 +63,7 @@ class Pools:
             "bind": "",
             "model_path": str(model),
             "model_digest": "digest",
-            "dtype": dtype,
-            "quantization": "none",
+            "numerics": numerics,
             "compute_threads": 1,
             "with_crc": True,
             "attention": AttentionConfig(
@@ -111,8 +111,9 @@ class Pools:
             self._open(incarnation), Identity(incarnation, "digest"), self.clock, self._introduced
         )
         build = build_attention_worker if role is Role.ATTENTION else build_ffn_worker
-        worker = build(spec, self._model_spec, REFERENCE, endpoint, self.clock)
-        fingerprint = numerics_fingerprint(spec, REFERENCE)
+        kernels = select_kernels(spec.numerics)
+        worker = build(spec, self._model_spec, kernels, endpoint, self.clock)
+        fingerprint = numerics_fingerprint(spec, kernels)
         endpoint.identify(fingerprint)
         member = Member(role, slot, incarnation, endpoint.link.address, fingerprint)
         self.members[incarnation] = member

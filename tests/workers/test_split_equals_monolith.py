@@ -13,7 +13,7 @@ import torch
 from afd_server.core.model_spec import read_model_spec
 from afd_server.core.request import FinishReason, Request, SamplingParams
 from afd_server.core.topology import FFNParallel, Role
-from afd_server.kernels.reference import REFERENCE, plan_paged_rows
+from afd_server.kernels.reference import PagedRun, plan_paged_rows
 from afd_server.kernels.table import KVLayer
 from afd_server.models.base import MicroBatch, column_shard
 from afd_server.models.llama import LLAMA
@@ -23,8 +23,11 @@ from afd_server.transport.messages import DType, Payload, submit_of
 from afd_server.weights.checkpoint import Checkpoint
 from afd_server.workers.attention import lanes
 from afd_server.workers.attention.sampler import sample
+from afd_server.workers.config import Numerics
+from afd_server.workers.runtime import select_kernels
+from afd_server.workers.tensors import TORCH_DTYPES, row_dtype
 from support.checkpoints import tiny_llama
-from support.pools import Pools, ipc_links, tcp_links
+from support.pools import EXACT, Pools, ipc_links, tcp_links
 
 TOPOLOGIES = [(1, 1), (2, 1), (1, 2), (2, 2)]
 NUM_OUTPUT = 8
@@ -50,19 +53,20 @@ def make_requests(count=6, temperature=0.0, seed=3, num_output=NUM_OUTPUT):
 class Monolith:
     """The same model in one process: one request, one token at a time."""
 
-    def __init__(self, dtype=torch.float32, **shape):
+    def __init__(self, numerics=EXACT, **shape):
         directory, _ = tiny_llama(**shape)
-        self.dtype = dtype
+        self.kv_dtype = TORCH_DTYPES[numerics.kv]
         self.spec = read_model_spec(directory)
-        reader = Checkpoint(directory, dtype)
-        self.attention = LLAMA.attention(self.spec, reader, REFERENCE, 256)
+        reader = Checkpoint(directory, row_dtype(numerics))
+        kernels = select_kernels(numerics)
+        self.attention = LLAMA.attention(self.spec, reader, kernels, 256)
         shard = column_shard(self.spec.intermediate_size, 0, 1)
-        self.ffn = LLAMA.ffn(self.spec, reader, REFERENCE, shard)
+        self.ffn = LLAMA.ffn(self.spec, reader, kernels, shard)
 
     def generate(self, request: Request) -> tuple[list[int], list[torch.Tensor]]:
         shape = (16, 16, self.spec.num_kv_heads, self.spec.head_dim)
         kv = tuple(
-            KVLayer(torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype))
+            KVLayer(*(torch.zeros(shape, dtype=self.kv_dtype) for _ in range(2)))
             for _ in range(self.spec.num_layers)
         )
         ids, computed, logits = list(request.prompt_ids), 0, []
@@ -72,7 +76,7 @@ class Monolith:
                 torch.tensor(ids[computed:]),
                 torch.tensor(positions),
                 torch.tensor(positions),
-                plan_paged_rows([p + 1 for p in positions], [list(range(16))] * len(positions), 16),
+                plan_paged_rows([PagedRun(computed, len(positions), range(16))]),
                 torch.tensor([len(positions) - 1]),
                 kv,
             )
@@ -193,10 +197,24 @@ def test_tied_embeddings_are_split_as_well(logits_of):
     assert_company_changes_nothing(pools, 1, make_requests(4), Monolith(**shape), logits_of)
 
 
-def test_bfloat16_workers_give_the_bits_of_a_bfloat16_monolith(logits_of):
-    pools = Pools(tiny_llama()[0], num_attention=2, dtype="bfloat16")
-    monolith = Monolith(torch.bfloat16)
-    assert_company_changes_nothing(pools, 2, make_requests(4), monolith, logits_of)
+@pytest.mark.parametrize(
+    "numerics",
+    [
+        Numerics("reference", "bfloat16", "bfloat16"),
+        Numerics("native", "int8", "bfloat16"),
+        Numerics("native", "float32", "float32"),
+        Numerics("native", "bfloat16", "bfloat16"),
+    ],
+    ids=lambda numerics: f"{numerics.kernels}-{numerics.weights}",
+)
+def test_workers_of_any_numerics_give_the_bits_of_such_a_monolith(numerics, logits_of):
+    pools, requests = Pools(tiny_llama()[0], num_attention=2, numerics=numerics), make_requests(4)
+    monolith = Monolith(numerics)
+    assert_company_changes_nothing(pools, 2, requests, monolith, logits_of)
+    for request in requests:
+        for step, logits in enumerate(monolith.generate(request)[1]):
+            position = len(request.prompt_ids) + step
+            assert torch.equal(logits_of[request.sampling.seed, position], logits)
 
 
 def test_replicas_of_the_whole_ffn_give_the_monoliths_tokens(monolith):

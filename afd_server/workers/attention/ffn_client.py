@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from afd_server.core.clock import Clock
@@ -28,7 +29,7 @@ class _PendingCall:
     """
 
     stage: StageId
-    hidden: Tensor
+    num_rows: int
     payload: Payload
     epoch: int = 0
     targets: dict[int, str] = field(default_factory=dict)  # part → incarnation
@@ -40,13 +41,23 @@ class FFNClient:
     """Sends FFN calls to the workers that hold their parts and sums the answers.
 
     A call is keyed by (own incarnation, epoch, step, lane, layer, part), so it may be sent any
-    number of times: the first valid answer to each part counts (invariant I5).
+    number of times: the first valid answer to each part counts (invariant I5). Partial sums are
+    [rows, hidden_size] of `dtype`.
     """
 
     def __init__(
-        self, config: FFNConfig, slot: int, endpoint: Endpoint, clock: Clock, resend_s: float
+        self,
+        config: FFNConfig,
+        slot: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        endpoint: Endpoint,
+        clock: Clock,
+        resend_s: float,
     ) -> None:
         self._config = config
+        self._hidden_size = hidden_size
+        self._dtype = dtype
         self._slot = slot
         self._endpoint = endpoint
         self._clock = clock
@@ -57,7 +68,7 @@ class FFNClient:
     def dispatch(self, stage: StageId, call: FFNCall) -> None:
         """Send a lane's call on its way; the lane has no other one."""
         assert stage.lane not in self._pending, f"lane {stage.lane} already waits"
-        pending = _PendingCall(stage, call.hidden, to_payload(call.hidden))
+        pending = _PendingCall(stage, call.rows.shape[0], to_payload(call.rows))
         self._pending[stage.lane] = pending
         self._assign(pending)
 
@@ -86,10 +97,10 @@ class FFNClient:
             pending.resend_at = self._clock.now() + RETRY_REFUSED_S
             return None
         try:
-            partial = to_tensor(combine.partial, pending.hidden.dtype)
+            partial = to_tensor(combine.partial, self._dtype)
         except ProtocolError:
             partial = None
-        if partial is None or partial.shape != pending.hidden.shape:
+        if partial is None or partial.shape != (pending.num_rows, self._hidden_size):
             self.counters["bad_partial"] += 1  # the resend timer asks again
             return None
         pending.partials[combine.part] = partial

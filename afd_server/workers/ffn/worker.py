@@ -10,6 +10,7 @@ from torch import Tensor
 
 from afd_server.core.errors import ProtocolError
 from afd_server.core.model_spec import ModelSpec
+from afd_server.kernels.table import RowFormat
 from afd_server.models.base import FFNHalf
 from afd_server.policy.gather import gather
 from afd_server.transport.endpoint import Endpoint, Received
@@ -23,7 +24,7 @@ class _WaitingCall:
 
     key: tuple[str, int, int, int, int, int]
     layer: int
-    activations: Tensor
+    activations: Tensor  # prepared rows, [rows, …]
 
     @property
     def rows(self) -> int:
@@ -37,7 +38,7 @@ class FFNWorker:
         model: the part's weights.
         spec: of the model, to check calls against.
         part: which part this is; calls for another are refused.
-        dtype: of the activations.
+        row_format: of the rows that calls carry.
         endpoint: towards the attention pool.
         max_gather_rows: most rows computed together.
     """
@@ -47,14 +48,14 @@ class FFNWorker:
         model: FFNHalf,
         spec: ModelSpec,
         part: int,
-        dtype: torch.dtype,
+        row_format: RowFormat,
         endpoint: Endpoint,
         max_gather_rows: int,
     ) -> None:
         self._model = model
         self._spec = spec
         self._part = part
-        self._dtype = dtype
+        self._row_format = row_format
         self._endpoint = endpoint
         self._max_gather_rows = max_gather_rows
         self._waiting: dict[tuple[str, int, int, int, int, int], _WaitingCall] = {}
@@ -129,6 +130,7 @@ class FFNWorker:
         if dispatch.layer >= self._spec.num_layers:
             raise ProtocolError(f"layer {dispatch.layer} of {self._spec.num_layers}", "range")
         shape = dispatch.activations.shape
-        if len(shape) != 2 or shape[0] == 0 or shape[1] != self._spec.hidden_size:
-            raise ProtocolError(f"shape {shape}, hidden is {self._spec.hidden_size}", "shape")
-        return to_tensor(dispatch.activations, self._dtype)
+        width = self._row_format.size(self._spec.hidden_size)
+        if len(shape) != 2 or shape[0] == 0 or shape[1] != width:
+            raise ProtocolError(f"shape {shape}, a row is {width}", "shape")
+        return to_tensor(dispatch.activations, self._row_format.dtype)
