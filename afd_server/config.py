@@ -50,7 +50,9 @@ class ServeConfig:
         "smollm2-135m-instruct", "a Hugging Face model directory, or a name that `pull` knows"
     )
     attention_workers: int = _setting(1, "workers with the attention half")
-    ffn_workers: int = _setting(1, "workers with the FFN half")
+    ffn_workers: int = _setting(
+        1, "workers with the FFN half; 0: the attention workers hold it too (colocated)"
+    )
     ffn_parallel: Literal["tensor", "replicate"] = _setting(
         "tensor", "each FFN worker holds a column shard of every FFN, or a full replica"
     )
@@ -108,13 +110,15 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         at_least_one = (
-            "attention_workers", "ffn_workers", "lanes", "max_num_seqs", "max_batch_tokens",
+            "attention_workers", "lanes", "max_num_seqs", "max_batch_tokens",
             "kv_cache_mb", "max_live_requests", "compute_threads",
         )  # fmt: skip
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in at_least_one:
             if values[name] < 1:
                 raise ConfigError(f"{name} is {values[name]}, must be at least 1")
+        if self.ffn_workers < 0:
+            raise ConfigError(f"ffn_workers is {self.ffn_workers}, must be at least 0")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"max_model_len is {self.max_model_len}, must be at least 2")
         if not 0 <= self.port <= 65535:

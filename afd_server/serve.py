@@ -76,8 +76,7 @@ def run_server(config: ServeConfig) -> int:
         gateway = start_process(["gateway"], gateway_spec, pass_fds=(listener.fileno(),))
         cleanup.callback(lambda: stop_processes([gateway], config.shutdown_timeout_s + 5))
         specs = plan.worker_specs(runtime_dir, link.address)
-        parallel = FFNParallel[config.ffn_parallel.upper()]
-        supervisor = Supervisor(specs, plan.gateway, parallel, launcher, endpoint, clock)
+        supervisor = Supervisor(specs, plan.gateway, plan.parallel, launcher, endpoint, clock)
         supervisor.start(config.start_timeout_s, lambda: _check(gateway, stop))
         _announce(_url(listener), supervisor.topology.notation, plan.model_name)
         while True:
@@ -138,8 +137,10 @@ class _Plan:
         self.model_name = config.served_model_name or self._directory.name
         self.max_model_len = config.max_model_len or model.max_position
         self.numerics = _resolve_numerics(config)
-        tensor = config.ffn_parallel == "tensor"
-        self.num_parts = config.ffn_workers if tensor else 1
+        self.parallel = FFNParallel[config.ffn_parallel.upper()]
+        if config.ffn_workers == 0:
+            self.parallel = FFNParallel.COLOCATED
+        self.num_parts = config.ffn_workers if self.parallel is FFNParallel.TENSOR else 1
         checksums = {"on": True, "off": False, "auto": config.data_transport == "tcp"}
         self.with_crc = checksums[config.frame_checksums]
         self._check(model)
@@ -180,7 +181,7 @@ class _Plan:
             max_live_requests=config.max_live_requests,
             num_attention=config.attention_workers,
             num_ffn=config.ffn_workers,
-            num_ffn_parts=self.num_parts,
+            num_ffn_parts=min(config.ffn_workers, self.num_parts),
             with_crc=self.with_crc,
             shutdown_timeout_s=config.shutdown_timeout_s,
             log_level=config.log_level,
@@ -210,7 +211,7 @@ class _Plan:
                 block_size=config.block_size,
                 kv_cache_bytes=config.kv_cache_mb * 2**20,
             ),
-            ffn=FFNConfig(FFNParallel[config.ffn_parallel.upper()], self.num_parts),
+            ffn=FFNConfig(self.parallel, self.num_parts),
         )
 
     def _check(self, model: ModelSpec) -> None:

@@ -225,7 +225,7 @@ WRONG = [
     ("port", "-1", "0 … 65535"),
     ("lanes", "0", "at least 1"),
     ("attention_workers", "0", "at least 1"),
-    ("ffn_workers", "-1", "at least 1"),
+    ("ffn_workers", "-1", "at least 0"),
     ("max_num_seqs", "0", "at least 1"),
     ("max_batch_tokens", "0", "at least 1"),
     ("kv_cache_mb", "0", "at least 1"),

@@ -18,6 +18,7 @@ class FFNParallel(IntEnum):
 
     TENSOR = 1  # every worker holds a column shard; a call goes to all, their sums are added
     REPLICATE = 2  # every worker holds everything; a call goes to one
+    COLOCATED = 3  # no FFN pool: the attention workers hold everything themselves
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import torch
 from afd_server.core.clock import Clock, MonotonicClock
 from afd_server.core.errors import AFDError, ConfigError, ModelError
 from afd_server.core.model_spec import ModelSpec, read_model_spec
-from afd_server.core.topology import Member, Role
+from afd_server.core.topology import FFNParallel, Member, Role
 from afd_server.kernels.cpu import native_kernels
 from afd_server.kernels.fingerprint import kernel_fingerprint
 from afd_server.kernels.reference import reference
@@ -33,9 +33,10 @@ from afd_server.transport.messages import (
 from afd_server.transport.zeromq import ZeroMQLink
 from afd_server.weights.checkpoint import Checkpoint
 from afd_server.weights.manifest import model_digest
+from afd_server.workers.attention.colocated import ColocatedFFN
 from afd_server.workers.attention.ffn_client import FFNClient
 from afd_server.workers.attention.kv_store import KVStore
-from afd_server.workers.attention.worker import AttentionWorker
+from afd_server.workers.attention.worker import AttentionWorker, FFNPath
 from afd_server.workers.config import Numerics, WorkerSpec
 from afd_server.workers.ffn.worker import FFNWorker
 from afd_server.workers.tensors import TORCH_DTYPES, row_dtype
@@ -228,9 +229,12 @@ def build_attention_worker(
     architecture = ARCHITECTURES[model_spec.model_type]
     model = architecture.attention(model_spec, reader, kernels, config.max_model_len)
     kv = KVStore(model_spec, num_blocks, config.block_size, kv_dtype)
-    ffn = FFNClient(
+    ffn: FFNPath = FFNClient(
         spec.ffn, spec.slot, model_spec.hidden_size, dtype, endpoint, clock, config.resend_s
     )
+    if spec.ffn.parallel is FFNParallel.COLOCATED:
+        shard = column_shard(model_spec.intermediate_size, 0, 1)
+        ffn = ColocatedFFN(architecture.ffn(model_spec, reader, kernels, shard))
     return AttentionWorker(
         model,
         kv,

@@ -26,6 +26,7 @@ def tokens_of(server):
     ("notation", "arguments"),
     [
         ("2A2F", ["--attention-workers", 2, "--ffn-workers", 2]),
+        ("2A0F", ["--attention-workers", 2, "--ffn-workers", 0]),
         ("1A3F", ["--ffn-workers", 3, "--ffn-parallel", "replicate", "--lanes", 4]),
         ("1A1F", ["--data-transport", "tcp"]),
     ],
@@ -38,7 +39,7 @@ def test_any_topology_and_transport_gives_the_same_tokens(short_dir, notation, a
         status = run_cli(short_dir, "status", "--url", server.url)
         assert status.returncode == 0
         assert notation in status.stdout
-        assert "ffn/0" in status.stdout
+        assert ("ffn/0" in status.stdout) == (notation != "2A0F")
     assert got == expected_tokens()
 
 

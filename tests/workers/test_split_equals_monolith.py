@@ -217,6 +217,18 @@ def test_workers_of_any_numerics_give_the_bits_of_such_a_monolith(numerics, logi
             assert torch.equal(logits_of[request.sampling.seed, position], logits)
 
 
+@pytest.mark.parametrize("num_lanes", [1, 3])
+def test_colocated_workers_give_the_monoliths_logits_and_tokens(num_lanes, monolith, logits_of):
+    pools = Pools(
+        tiny_llama()[0],
+        num_attention=2,
+        num_ffn=0,
+        num_lanes=num_lanes,
+        parallel=FFNParallel.COLOCATED,
+    )
+    assert_company_changes_nothing(pools, 2, make_requests(6), monolith, logits_of)
+
+
 def test_replicas_of_the_whole_ffn_give_the_monoliths_tokens(monolith):
     requests = make_requests()
     pools = Pools(tiny_llama()[0], num_ffn=3, num_lanes=3, parallel=FFNParallel.REPLICATE)

@@ -65,12 +65,22 @@ class FFNClient:
         self._pending: dict[int, _PendingCall] = {}  # by lane
         self.counters: Counter[str] = Counter()
 
-    def dispatch(self, stage: StageId, call: FFNCall) -> None:
-        """Send a lane's call on its way; the lane has no other one."""
+    @property
+    def num_resends(self) -> int:
+        """Return how often something was sent again."""
+        return self.counters["resends"]
+
+    def dispatch(self, stage: StageId, call: FFNCall) -> bool:
+        """Send a lane's call on its way; the lane has no other one.
+
+        Returns:
+            False: its sum is not there yet.
+        """
         assert stage.lane not in self._pending, f"lane {stage.lane} already waits"
         pending = _PendingCall(stage, call.rows.shape[0], to_payload(call.rows))
         self._pending[stage.lane] = pending
         self._assign(pending)
+        return False
 
     def accept(self, received: Received, combine: Combine) -> int | None:
         """Take in an answer.

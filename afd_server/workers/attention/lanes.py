@@ -10,6 +10,8 @@ from afd_server.models.forward import Forward, forward
 from afd_server.workers.attention.sampler import sample
 from afd_server.workers.tensors import micro_batch
 
+Outcome = tuple[StageId, FFNCall] | StepResult  # of a stage: the next call, or the step's end
+
 
 class Lane:
     """Carries one micro-batch through all layers; never waits for another lane."""
@@ -33,7 +35,7 @@ class Lane:
         self._forward = forward(model, micro_batch(plan, kv, block_size))
         return self._staged(next(self._forward))
 
-    def resume(self, ffn_output: Tensor) -> tuple[StageId, FFNCall] | StepResult:
+    def resume(self, ffn_output: Tensor) -> Outcome:
         """Go on with a layer's FFN output, [tokens, hidden], to the next call or the end."""
         assert self._plan is not None and self._forward is not None, f"lane {self.index} is idle"
         try:

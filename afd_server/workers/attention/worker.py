@@ -6,14 +6,17 @@ One synchronous object driven by `workers.runtime`: messages in, one piece of wo
 import logging
 from collections import deque
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from afd_server.core.batch import Emitted, StepResult
 from afd_server.core.errors import ProtocolError
 from afd_server.core.request import SLO, FinishReason, Request, SamplingParams
+from afd_server.core.stage import StageId
 from afd_server.core.topology import Role
-from afd_server.models.base import AttentionHalf
+from afd_server.models.base import AttentionHalf, FFNCall
 from afd_server.policy.scheduler import Scheduler
 from afd_server.transport.endpoint import Endpoint, Received
 from afd_server.transport.messages import (
@@ -25,11 +28,43 @@ from afd_server.transport.messages import (
     Submit,
     TokenChunk,
 )
-from afd_server.workers.attention.ffn_client import FFNClient
 from afd_server.workers.attention.kv_store import KVStore
-from afd_server.workers.attention.lanes import Lane
+from afd_server.workers.attention.lanes import Lane, Outcome
 
 log = logging.getLogger(__name__)
+
+
+class FFNPath(Protocol):
+    """The way to the FFN half, over the wire (`FFNClient`) or beside (`ColocatedFFN`)."""
+
+    @property
+    def num_resends(self) -> int:
+        """Return how often something was sent again."""
+        ...
+
+    def dispatch(self, stage: StageId, call: FFNCall) -> bool:
+        """Take a lane's call; tell whether its sum is there already."""
+        ...
+
+    def accept(self, received: Received, combine: Combine) -> int | None:
+        """Take in an answer; return the lane whose call is complete now, or None."""
+        ...
+
+    def take(self, lane: int) -> Tensor:
+        """Return the sum of a complete call, [tokens, hidden]."""
+        ...
+
+    def reassign(self) -> None:
+        """Follow a new topology."""
+        ...
+
+    def resend_due(self) -> None:
+        """Send again what has gone unanswered for too long."""
+        ...
+
+    def next_resend_s(self) -> float | None:
+        """Return the seconds until `resend_due` has something to do; None if nothing waits."""
+        ...
 
 
 class AttentionWorker:
@@ -42,7 +77,7 @@ class AttentionWorker:
         num_lanes: micro-batches in flight.
         vocab_size: token ids at or above it are refused.
         max_model_len: so are sequences of this length.
-        ffn: reaches the FFN pool.
+        ffn: reaches the FFN half.
         endpoint: towards the gateway.
     """
 
@@ -54,7 +89,7 @@ class AttentionWorker:
         num_lanes: int,
         vocab_size: int,
         max_model_len: int,
-        ffn: FFNClient,
+        ffn: FFNPath,
         endpoint: Endpoint,
     ) -> None:
         self._model = model
@@ -84,7 +119,7 @@ class AttentionWorker:
                 self._runnable.append(self._lanes[lane])
 
     def advance(self) -> bool:
-        """Run one lane to its next boundary.
+        """Run one lane to the next boundary that its FFN calls have to cross, or to its end.
 
         Returns:
             Whether another lane could run at once.
@@ -99,16 +134,17 @@ class AttentionWorker:
                 self._idle.append(lane)
                 return bool(self._runnable)
             self._num_rows += plan.num_tokens
-            self._ffn.dispatch(*lane.start(plan, self._model, self._kv.layers, self._kv.block_size))
+            outcome: Outcome = lane.start(plan, self._model, self._kv.layers, self._kv.block_size)
         else:
             outcome = lane.resume(self._ffn.take(lane.index))
-            if isinstance(outcome, StepResult):
-                self._report(self._scheduler.commit(outcome))
-                self._runnable.append(lane)
-                self._wake_idle()
-            else:
-                self._ffn.dispatch(*outcome)
-        return bool(self._runnable)
+        while not isinstance(outcome, StepResult):
+            if not self._ffn.dispatch(*outcome):
+                return bool(self._runnable)
+            outcome = lane.resume(self._ffn.take(lane.index))
+        self._report(self._scheduler.commit(outcome))
+        self._runnable.append(lane)
+        self._wake_idle()
+        return True
 
     def wait_s(self) -> float | None:
         """Return how long the worker may sleep without missing a resend; None: for ever."""
@@ -140,7 +176,7 @@ class AttentionWorker:
             preemptions=scheduler.num_preemptions,
             rows=self._num_rows,
             bad_frames=num_bad_frames,
-            resends=self._ffn.counters["resends"],
+            resends=self._ffn.num_resends,
         )
 
     def _submit(self, gateway: str, submit: Submit) -> None:
