@@ -99,6 +99,9 @@ def native_kernels(weights: WeightFormat, build: str | None = None) -> Kernels:
         rope_write_kv=_rope_write_kv(library),
         paged_attention=_attention(library),
         silu_mul=_silu_mul(library, quantised),
+        argmax=_argmax(library),
+        gumbel_argmax=_gumbel_argmax(library),
+        select=_select(library),
     )
 
 
@@ -132,8 +135,8 @@ def _library_path(name: str) -> Path:
     return LIBRARIES / f"libafd_{name}.so"
 
 
-_POINTER, _SIZE, _FLAG, _FLOAT = (
-    ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float,
+_POINTER, _SIZE, _FLAG, _FLOAT, _DOUBLE = (
+    ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_double,
 )  # fmt: skip
 
 
@@ -389,6 +392,57 @@ def _rope_write_kv(
         return query
 
     return rope_write_kv
+
+
+def _argmax(library: ctypes.CDLL) -> Callable[[Tensor], int]:
+    function = library.afd_argmax
+    function.argtypes = [_POINTER, _SIZE]
+    function.restype = _SIZE
+
+    def argmax(logits: Tensor) -> int:
+        logits = logits.contiguous()
+        return int(function(logits.data_ptr(), logits.shape[0]))
+
+    return argmax
+
+
+def _gumbel_argmax(
+    library: ctypes.CDLL,
+) -> Callable[[Tensor, Tensor | None, float, int], int]:
+    function = library.afd_gumbel_argmax
+    function.argtypes = [_POINTER, _SIZE, _POINTER, _SIZE, _DOUBLE, ctypes.c_uint64]
+    function.restype = _SIZE
+
+    def gumbel_argmax(logits: Tensor, ids: Tensor | None, temperature: float, key: int) -> int:
+        logits = logits.contiguous()
+        chosen, count = (None, 0) if ids is None else (ids.data_ptr(), ids.shape[0])
+        token = function(logits.data_ptr(), logits.shape[0], chosen, count, temperature, key)
+        return int(token)
+
+    return gumbel_argmax
+
+
+def _select(library: ctypes.CDLL) -> Callable[[Tensor, float, int, float, float], Tensor]:
+    function = library.afd_select
+    function.argtypes = [_POINTER, _SIZE, _DOUBLE, _SIZE, _DOUBLE, _DOUBLE, _POINTER]
+    function.restype = _SIZE
+
+    def select(
+        logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+    ) -> Tensor:
+        logits, ids = logits.contiguous(), torch.empty(logits.shape[0], dtype=torch.int64)
+        count = function(
+            logits.data_ptr(),
+            logits.shape[0],
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            ids.data_ptr(),
+        )
+        return ids[:count]
+
+    return select
 
 
 def _heads_together(x: Tensor) -> Tensor:

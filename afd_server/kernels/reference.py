@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from afd_server.kernels import sampling
 from afd_server.kernels.table import Kernels, KVLayer, LinearWeight, PagedRows, RowFormat
 
 # 16 rows cost hardly more than 1 (the weights' memory traffic rules), and a prefill in tiles of
@@ -220,6 +221,9 @@ def reference(dtype: torch.dtype) -> Kernels:
         rope_write_kv=rope_write_kv,
         paged_attention=paged_attention,
         silu_mul=silu_mul,
+        argmax=sampling.argmax,
+        gumbel_argmax=sampling.gumbel_argmax,
+        select=sampling.select,
     )
 
 

@@ -47,8 +47,8 @@ class Kernels:
     """One implementation of every operation a model half needs.
 
     Every function keeps rows independent: a row's result has the same bits whatever else is
-    in the call. The semantics are those of `kernels.reference`. Where a result is only ever
-    multiplied next it is made as *prepared rows* at once, in `row_format`.
+    in the call. The semantics are those of `kernels.reference` and `kernels.sampling`. Where a
+    result is only ever multiplied next it is made as *prepared rows* at once, in `row_format`.
     """
 
     name: str
@@ -63,3 +63,6 @@ class Kernels:
     rope_write_kv: Callable[[Tensor, int, Tensor, Tensor, Tensor, KVLayer], Tensor]
     paged_attention: Callable[[Tensor, KVLayer, PagedRows], Tensor]
     silu_mul: Callable[[Tensor], Tensor]
+    argmax: Callable[[Tensor], int]
+    gumbel_argmax: Callable[[Tensor, Tensor | None, float, int], int]
+    select: Callable[[Tensor, float, int, float, float], Tensor]

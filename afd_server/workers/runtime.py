@@ -36,6 +36,7 @@ from afd_server.weights.manifest import model_digest
 from afd_server.workers.attention.colocated import ColocatedFFN
 from afd_server.workers.attention.ffn_client import FFNClient
 from afd_server.workers.attention.kv_store import KVStore
+from afd_server.workers.attention.sampler import Sampler
 from afd_server.workers.attention.worker import AttentionWorker, FFNPath
 from afd_server.workers.config import Numerics, WorkerSpec
 from afd_server.workers.ffn.worker import FFNWorker
@@ -239,6 +240,7 @@ def build_attention_worker(
         model,
         kv,
         scheduler,
+        Sampler(kernels),
         config.num_lanes,
         model_spec.vocab_size,
         config.max_model_len,

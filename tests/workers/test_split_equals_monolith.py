@@ -21,8 +21,7 @@ from afd_server.models.monolith import run_monolith
 from afd_server.transport.inproc import Faults
 from afd_server.transport.messages import DType, Payload, submit_of
 from afd_server.weights.checkpoint import Checkpoint
-from afd_server.workers.attention import lanes
-from afd_server.workers.attention.sampler import sample
+from afd_server.workers.attention.sampler import Sampler
 from afd_server.workers.config import Numerics
 from afd_server.workers.runtime import select_kernels
 from afd_server.workers.tensors import TORCH_DTYPES, row_dtype
@@ -59,6 +58,7 @@ class Monolith:
         self.spec = read_model_spec(directory)
         reader = Checkpoint(directory, row_dtype(numerics))
         kernels = select_kernels(numerics)
+        self.sampler = Sampler(kernels)
         self.attention = LLAMA.attention(self.spec, reader, kernels, 256)
         shard = column_shard(self.spec.intermediate_size, 0, 1)
         self.ffn = LLAMA.ffn(self.spec, reader, kernels, shard)
@@ -82,7 +82,7 @@ class Monolith:
             )
             logits.append(run_monolith(self.attention, [self.ffn], batch)[0])
             computed = len(ids)
-            ids.append(sample(logits[-1], request.sampling, len(ids)))
+            ids.append(self.sampler.sample(logits[-1], request.sampling, len(ids)))
         return ids[len(request.prompt_ids) :], logits
 
 
@@ -139,11 +139,12 @@ def logits_of(monkeypatch):
     """Every row of logits that a worker samples from, by (seed of the request, position)."""
     recorded: dict[tuple[int, int], torch.Tensor] = {}
 
-    def record(logits, params, position):
+    def record(sampler, logits, params, position):
         recorded[params.seed, position] = logits.clone()
-        return sample(logits, params, position)
+        return original(sampler, logits, params, position)
 
-    monkeypatch.setattr(lanes, "sample", record)
+    original = Sampler.sample
+    monkeypatch.setattr(Sampler, "sample", record)
     return recorded
 
 

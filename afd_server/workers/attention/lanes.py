@@ -7,7 +7,7 @@ from afd_server.core.stage import StageId
 from afd_server.kernels.table import KVLayer
 from afd_server.models.base import AttentionHalf, FFNCall
 from afd_server.models.forward import Forward, forward
-from afd_server.workers.attention.sampler import sample
+from afd_server.workers.attention.sampler import Sampler
 from afd_server.workers.tensors import micro_batch
 
 Outcome = tuple[StageId, FFNCall] | StepResult  # of a stage: the next call, or the step's end
@@ -16,8 +16,9 @@ Outcome = tuple[StageId, FFNCall] | StepResult  # of a stage: the next call, or 
 class Lane:
     """Carries one micro-batch through all layers; never waits for another lane."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, sampler: Sampler) -> None:
         self.index = index
+        self._sampler = sampler
         self._plan: StepPlan | None = None
         self._forward: Forward | None = None
 
@@ -42,17 +43,16 @@ class Lane:
             return self._staged(self._forward.send(ffn_output))
         except StopIteration as stop:
             plan, self._plan, self._forward = self._plan, None, None
-            return StepResult(plan, _sample_all(plan, stop.value))
+            return StepResult(plan, self._sample_all(plan, stop.value))
 
     def _staged(self, call: FFNCall) -> tuple[StageId, FFNCall]:
         assert self._plan is not None
         return StageId(self._plan.step, self.index, call.layer), call
 
-
-def _sample_all(plan: StepPlan, logits: Tensor) -> tuple[int, ...]:
-    """Sample each row of [rows, vocab] for the sequence that asked for it, in plan order."""
-    sampling = [planned for planned in plan.sequences if planned.samples]
-    return tuple(
-        sample(row, planned.sampling, planned.start + len(planned.token_ids))
-        for row, planned in zip(logits, sampling, strict=True)
-    )
+    def _sample_all(self, plan: StepPlan, logits: Tensor) -> tuple[int, ...]:
+        """Sample each row of [rows, vocab] for the sequence that asked for it, in plan order."""
+        sampling = [planned for planned in plan.sequences if planned.samples]
+        return tuple(
+            self._sampler.sample(row, planned.sampling, planned.start + len(planned.token_ids))
+            for row, planned in zip(logits, sampling, strict=True)
+        )

@@ -30,6 +30,7 @@ from afd_server.transport.messages import (
 )
 from afd_server.workers.attention.kv_store import KVStore
 from afd_server.workers.attention.lanes import Lane, Outcome
+from afd_server.workers.attention.sampler import Sampler
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class AttentionWorker:
         model: the attention half.
         kv: as many blocks as the scheduler hands out.
         scheduler: decides; this class does.
+        sampler: turns logits into tokens.
         num_lanes: micro-batches in flight.
         vocab_size: token ids at or above it are refused.
         max_model_len: so are sequences of this length.
@@ -86,6 +88,7 @@ class AttentionWorker:
         model: AttentionHalf,
         kv: KVStore,
         scheduler: Scheduler,
+        sampler: Sampler,
         num_lanes: int,
         vocab_size: int,
         max_model_len: int,
@@ -100,7 +103,7 @@ class AttentionWorker:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._connected: set[str] = set()
-        self._lanes = [Lane(index) for index in range(num_lanes)]
+        self._lanes = [Lane(index, sampler) for index in range(num_lanes)]
         self._idle: list[Lane] = list(self._lanes)
         self._runnable: deque[Lane] = deque()  # idle with a chance of work, or with their sum in
         self._owners: dict[tuple[int, int], str] = {}  # (key, attempt) → gateway

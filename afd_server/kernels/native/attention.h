@@ -1,0 +1,188 @@
+// Attention over paged keys and values, for decoding and prefill alike.
+#pragma once
+
+#include <vector>
+
+#include "vectors.h"
+
+namespace afd {
+
+constexpr int kKeyTile = 16;
+
+// Query heads that share a key/value head and read its keys together. Their sums, head_dim / 16
+// registers each, should stay in registers.
+constexpr int most_queries(int vectors) { return vectors >= 16 ? 1 : 24 / vectors < 6 ? 24 / vectors : 6; }
+
+struct Query {
+  const float* from;   // [head_dim]
+  float* to;           // [head_dim]
+  int64_t first, stop; // sees positions first … stop − 1
+};
+
+template <typename KV>
+struct KVHead {  // one key/value head of one sequence
+  const KV* keys;      // [blocks, block_size, kv_heads, head_dim], at this head
+  const KV* values;
+  const int64_t* blocks;
+  int block_bits;  // log2 of the block size
+  int64_t token_stride;
+
+  // Where a position's key is; its value is as far from `values`.
+  int64_t at(int64_t position) const {
+    const int64_t block = blocks[position >> block_bits];
+    return ((block << block_bits) + (position & ((int64_t{1} << block_bits) - 1))) * token_stride;
+  }
+
+  // Heads of a token lie apart from those of the next one: too short for the hardware to follow.
+  void prefetch(int64_t at, int head_dim) const {
+    for (int i = 0; i < head_dim; i += 64 / static_cast<int>(sizeof(KV))) {
+      __builtin_prefetch(keys + at + i);
+      __builtin_prefetch(values + at + i);
+    }
+  }
+};
+
+// Attends with an online softmax over tiles of 16 keys, in order. Tiles start at multiples of 16
+// and hidden keys weigh exactly nothing, so a query's bits do not depend on the others.
+template <typename KV, int kVectors, int kQueries>
+void attend(const KVHead<KV>& kv, const Query* queries, float scale) {
+  constexpr int kHeadDim = 16 * kVectors;
+  alignas(64) float query[kQueries][kHeadDim];
+  v16 weighted[kQueries][kVectors] = {};
+  float highest[kQueries], total[kQueries] = {};
+  int64_t first = queries[0].first, stop = queries[0].stop;
+  for (int q = 0; q < kQueries; q++) {
+    for (int i = 0; i < kHeadDim; i++) query[q][i] = queries[q].from[i] * scale;
+    highest[q] = -FLT_MAX;
+    first = queries[q].first < first ? queries[q].first : first;
+    stop = queries[q].stop > stop ? queries[q].stop : stop;
+  }
+  const v16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int64_t begin = first / kKeyTile * kKeyTile; begin < stop; begin += kKeyTile) {
+    int64_t at[kKeyTile];
+    for (int j = 0; j < kKeyTile; j++) {
+      // outside of what is seen, any seen key will do: it is hidden below
+      const int64_t position = begin + j < stop ? begin + j : stop - 1;
+      at[j] = kv.at(position < first ? first : position);
+      const int64_t next = begin + kKeyTile + j < stop ? begin + kKeyTile + j : stop - 1;
+      kv.prefetch(kv.at(next), kHeadDim);
+    }
+    v16 product[kQueries][kKeyTile];
+    for (int j = 0; j < kKeyTile; j++) {
+      v16 sum[kQueries];
+#pragma GCC unroll 16
+      for (int i = 0; i < kVectors; i++) {
+        const v16 key = load(kv.keys + at[j] + 16 * i);
+#pragma GCC unroll 6
+        for (int q = 0; q < kQueries; q++) {
+          const v16 part = load(query[q] + 16 * i);
+          sum[q] = i == 0 ? part * key : fma(part, key, sum[q]);
+        }
+      }
+#pragma GCC unroll 6
+      for (int q = 0; q < kQueries; q++) product[q][j] = sum[q];
+    }
+    alignas(64) float weights[kQueries][kKeyTile];
+#pragma GCC unroll 6
+    for (int q = 0; q < kQueries; q++) {
+      const v16 position = lanes + static_cast<float>(begin - queries[q].first);
+      const float seen = static_cast<float>(queries[q].stop - queries[q].first);
+      v16 scores = sum_each(product[q]);
+      scores = position < seen ? scores : splat(-INFINITY);
+      scores = position < 0.0f ? splat(-INFINITY) : scores;
+      const float tile_highest = largest_lane(scores);
+      const float peak = tile_highest > highest[q] ? tile_highest : highest[q];
+      const v16 weight = exp_nonpositive(scores - peak);
+      const float shrink = exp_nonpositive(splat(highest[q] - peak))[0];
+      total[q] = total[q] * shrink + sum_lanes(weight);
+      highest[q] = peak;
+#pragma GCC unroll 16
+      for (int i = 0; i < kVectors; i++) weighted[q][i] *= shrink;
+      store(weights[q], weight);
+    }
+    for (int j = 0; j < kKeyTile; j++) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kVectors; i++) {
+        const v16 value = load(kv.values + at[j] + 16 * i);
+#pragma GCC unroll 6
+        for (int q = 0; q < kQueries; q++)
+          weighted[q][i] = fma(splat(weights[q][j]), value, weighted[q][i]);
+      }
+    }
+  }
+  for (int q = 0; q < kQueries; q++)
+    for (int i = 0; i < kVectors; i++)  // adding 0 makes a zero's sign the same in any company
+      store(queries[q].to + 16 * i, weighted[q][i] / total[q] + 0.0f);
+}
+
+// Attends for up to `count` queries and returns for how many.
+template <typename KV, int kVectors, int kQueries = most_queries(kVectors)>
+int64_t attend_some(int64_t count, const KVHead<KV>& kv, const Query* queries, float scale) {
+  if constexpr (kQueries > 1) {
+    if (count < kQueries) return attend_some<KV, kVectors, kQueries - 1>(count, kv, queries, scale);
+  }
+  attend<KV, kVectors, kQueries>(kv, queries, scale);
+  return kQueries;
+}
+
+// The same for a head size known at run time; 0 if it is none of those built in.
+template <typename KV>
+int64_t attend_any(int64_t head_dim, int64_t count, const KVHead<KV>& kv, const Query* queries,
+                   float scale) {
+  switch (head_dim) {
+    case 16: return attend_some<KV, 1>(count, kv, queries, scale);
+    case 32: return attend_some<KV, 2>(count, kv, queries, scale);
+    case 48: return attend_some<KV, 3>(count, kv, queries, scale);
+    case 64: return attend_some<KV, 4>(count, kv, queries, scale);
+    case 80: return attend_some<KV, 5>(count, kv, queries, scale);
+    case 96: return attend_some<KV, 6>(count, kv, queries, scale);
+    case 128: return attend_some<KV, 8>(count, kv, queries, scale);
+    case 192: return attend_some<KV, 12>(count, kv, queries, scale);
+    case 256: return attend_some<KV, 16>(count, kv, queries, scale);
+    default: return 0;
+  }
+}
+
+struct Sequences {  // whose rows stand together in a micro-batch
+  int64_t count;
+  const int64_t* row_starts;    // [count + 1]
+  const int64_t* num_keys;      // [rows]
+  const int64_t* block_tables;  // [count, table_width]
+  int64_t table_width;
+  int64_t window;  // a row sees at most so many positions; 0: all
+};
+
+template <typename KV>
+int32_t attend_all(const float* query, int64_t heads, int64_t head_dim, const KV* keys,
+                   const KV* values, int64_t block_size, int64_t kv_heads, const Sequences& s,
+                   float* out) {
+  const int64_t group = heads / kv_heads;
+  const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+  const int block_bits = __builtin_ctzll(block_size);
+  std::vector<Query> queries;
+  for (int64_t sequence = 0; sequence < s.count; sequence++) {
+    for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++) {
+      const KVHead<KV> kv{keys + kv_head * head_dim, values + kv_head * head_dim,
+                          s.block_tables + sequence * s.table_width, block_bits,
+                          kv_heads * head_dim};
+      queries.clear();
+      for (int64_t row = s.row_starts[sequence]; row < s.row_starts[sequence + 1]; row++) {
+        const int64_t stop = s.num_keys[row];
+        const int64_t first = s.window > 0 && stop > s.window ? stop - s.window : 0;
+        for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
+          const int64_t at = (row * heads + head) * head_dim;
+          queries.push_back({query + at, out + at, first, stop});
+        }
+      }
+      const int64_t count = static_cast<int64_t>(queries.size());
+      for (int64_t at = 0; at < count;) {
+        const int64_t done = attend_any(head_dim, count - at, kv, queries.data() + at, scale);
+        if (done == 0) return 0;
+        at += done;
+      }
+    }
+  }
+  return 1;
+}
+
+}  // namespace afd

@@ -1,0 +1,69 @@
+// What is done to each row by itself: norms, activations, rotary embedding, KV writes.
+#pragma once
+
+#include <vector>
+
+#include "vectors.h"
+
+namespace afd {
+
+inline float inverse_rms(const float* x, int64_t width, float eps) {
+  v16 squares = {};
+  for (int64_t i = 0; i < width; i += 16) {
+    const v16 part = load_some(x + i, width - i);
+    squares += part * part;
+  }
+  return 1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(width) + eps);
+}
+
+inline void norm_row(const float* x, const float* weight, int64_t width, float eps, float* out) {
+  const float inverse = inverse_rms(x, width, eps);
+  for (int64_t i = 0; i < width; i += 16)
+    store_some(out + i, load_some(weight + i, width - i) * (load_some(x + i, width - i) * inverse),
+               width - i);
+}
+
+inline void silu_mul_row(const float* gate_up, int64_t width, float* out) {
+  for (int64_t i = 0; i < width; i += 16) {
+    const v16 gate = load_some(gate_up + i, width - i);
+    const v16 e = exp_nonpositive(gate > 0.0f ? -gate : gate);
+    const v16 sigmoid = (gate > 0.0f ? splat(1.0f) : e) / (e + 1.0f);
+    store_some(out + i, gate * sigmoid * load_some(gate_up + width + i, width - i), width - i);
+  }
+}
+
+inline void rotate(const float* from, const float* angles, int64_t head_dim, float* to) {
+  const int64_t half = head_dim / 2;
+  const float *cosines = angles, *sines = angles + head_dim;
+  for (int64_t i = 0; i < half; i++) {
+    to[i] = from[i] * cosines[i] - from[half + i] * sines[i];
+    to[half + i] = from[half + i] * cosines[half + i] + from[i] * sines[half + i];
+  }
+}
+
+template <typename KV>
+void rope_write(const float* qkv, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                const float* table, const int64_t* positions, const int64_t* slots, KV* keys,
+                KV* values, float* query) {
+  const int64_t width = kv_heads * head_dim;
+  std::vector<float> rotated(width);
+  for (int64_t row = 0; row < rows; row++) {
+    const float* angles = table + positions[row] * 2 * head_dim;
+    for (int64_t head = 0; head < heads; head++, qkv += head_dim, query += head_dim)
+      rotate(qkv, angles, head_dim, query);
+    for (int64_t head = 0; head < kv_heads; head++, qkv += head_dim)
+      rotate(qkv, angles, head_dim, rotated.data() + head * head_dim);
+    store_rounded(keys + slots[row] * width, rotated.data(), width);
+    store_rounded(values + slots[row] * width, qkv, width);
+    qkv += width;
+  }
+}
+
+template <typename KV>
+void write_rows(const float* rows_in, int64_t stride, const int64_t* slots, int64_t rows,
+                int64_t width, KV* blocks) {
+  for (int64_t row = 0; row < rows; row++)
+    store_rounded(blocks + slots[row] * width, rows_in + row * stride, width);
+}
+
+}  // namespace afd

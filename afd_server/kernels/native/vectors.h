@@ -1,0 +1,150 @@
+// Sixteen floats at a time, the same in every build: fixed order, fused only where it says so.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__FMA__)
+#include <immintrin.h>
+#endif
+
+namespace afd {
+
+typedef float v16 __attribute__((vector_size(64), aligned(4)));
+typedef float v8 __attribute__((vector_size(32)));
+typedef float v4 __attribute__((vector_size(16)));
+typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t u16 __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
+typedef int8_t b16 __attribute__((vector_size(16), aligned(1)));
+
+inline v16 load(const float* from) {
+  v16 value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
+
+inline void store(float* to, v16 value) { memcpy(to, &value, sizeof value); }
+
+inline v16 splat(float value) { return v16{} + value; }
+
+// a · b + c, rounded once.
+inline v16 fma(v16 a, v16 b, v16 c) {
+#if defined(__AVX512F__)
+  return (v16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  __m256 x[2], y[2], z[2];
+  memcpy(x, &a, sizeof a);
+  memcpy(y, &b, sizeof b);
+  memcpy(z, &c, sizeof c);
+  for (int i = 0; i < 2; i++) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
+  memcpy(&c, z, sizeof c);
+  return c;
+#else
+  for (int i = 0; i < 16; i++) c[i] = std::fma(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
+inline v16 larger(v16 a, v16 b) { return a > b ? a : b; }
+
+// Combines sixteen lanes as a tree: 16 to 8 to 4 to 2 to 1.
+inline float sum_lanes(v16 x) {
+  v8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+         __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+  v4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+inline float largest_lane(v16 x) {
+  v8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
+  v8 b = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+  a = a > b ? a : b;
+  v4 c = __builtin_shufflevector(a, a, 0, 1, 2, 3), d = __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  c = c > d ? c : d;
+  const float even = c[0] > c[2] ? c[0] : c[2], odd = c[1] > c[3] ? c[1] : c[3];
+  return even > odd ? even : odd;
+}
+
+// Sums the lanes of each of sixteen vectors: lane j of the result is the sum of x[j]. A tree of
+// neighbours, which costs three operations a vector where `sum_lanes` costs ten.
+inline v16 sum_each(v16* x) {
+  for (int i = 0; i < 8; i++) {
+    const v16 a = x[2 * i], b = x[2 * i + 1];
+    x[i] = __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+  }
+  for (int i = 0; i < 4; i++) {
+    const v16 a = x[2 * i], b = x[2 * i + 1];
+    x[i] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+  for (int i = 0; i < 2; i++) {
+    const v16 a = x[2 * i], b = x[2 * i + 1];
+    x[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+           __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  }
+  return __builtin_shufflevector(x[0], x[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+         __builtin_shufflevector(x[0], x[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+
+// e^x for x <= 0, to about 1 unit in the last place; 0 below -87.
+inline v16 exp_nonpositive(v16 x) {
+  const i16 alive = x > -87.0f;
+  x = alive ? x : splat(0.0f);
+  const v16 scaled = x * 1.44269504f - 0.5f;
+  const i16 n = __builtin_convertvector(scaled, i16);  // truncates: rounds x·log2(e), as x <= 0
+  const v16 whole = __builtin_convertvector(n, v16);
+  const v16 r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  v16 p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r) + 1.0f;
+  const v16 power = (v16)((n + 127) << 23);
+  return alive ? p * power : splat(0.0f);
+}
+
+// Loads up to sixteen floats, zeros behind them.
+inline v16 load_some(const float* from, int64_t count) {
+  if (count >= 16) return load(from);
+  v16 value = {};
+  if (count > 0) memcpy(&value, from, count * sizeof(float));
+  return value;
+}
+
+inline void store_some(float* to, v16 value, int64_t count) {
+  memcpy(to, &value, (count < 16 ? count : 16) * sizeof(float));
+}
+
+// What keys, values and weights are stored as.
+struct bf16 {
+  uint16_t bits;
+};
+
+inline v16 load(const bf16* from) {
+  h16 value;
+  memcpy(&value, from, sizeof value);
+  return (v16)(__builtin_convertvector(value, u16) << 16);
+}
+
+// Rounds to nearest, ties to even; a NaN stays one.
+inline void store_rounded(bf16* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i++) {
+    uint32_t bits;
+    memcpy(&bits, from + i, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    to[i].bits = static_cast<uint16_t>(is_nan ? 0x7fc0 : rounded);
+  }
+}
+
+inline void store_rounded(float* to, const float* from, int64_t count) {
+  memcpy(to, from, count * sizeof(float));
+}
+
+}  // namespace afd
