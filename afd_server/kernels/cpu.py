@@ -18,7 +18,7 @@ from torch import Tensor
 from afd_server.core.errors import ConfigError
 from afd_server.kernels import reference
 from afd_server.kernels.quant import GROUP, Int8Weight, pack_int8, quantised_row_bytes
-from afd_server.kernels.table import Kernels, KVLayer, PagedRows, RowFormat
+from afd_server.kernels.table import Kernels, KVLayer, LinearWeight, PagedRows, RowFormat
 
 LIBRARIES = Path(__file__).parent / "native"
 COLUMNS = 16  # output channels interleaved in a packed block, as kernels.cpp has it
@@ -90,6 +90,9 @@ def native_kernels(weights: WeightFormat, build: str | None = None) -> Kernels:
         if quantised
         else RowFormat(torch.float32, lambda width: width),
         pack=pack_native_int8 if quantised else _pack_float(getattr(torch, weights)),
+        pack_parts=("blocks", "scales", "num_rows") if quantised else ("blocks", "num_rows"),
+        dump=_dump,
+        unpack=_unpack,
         prepare=_quantise(library) if quantised else lambda x: x,
         linear=_linear_int8(library) if quantised else _linear_float(library),
         rms_norm=_rms_norm(library),
@@ -129,6 +132,19 @@ def _pack_float(dtype: torch.dtype) -> Callable[[Tensor], PackedFloat]:
         return PackedFloat(blocks, weight.shape[0])
 
     return pack
+
+
+def _dump(weight: LinearWeight) -> dict[str, Tensor]:
+    assert isinstance(weight, PackedInt8 | PackedFloat), "the weight was not packed for these"
+    parts = {"blocks": weight.blocks, "num_rows": torch.tensor(weight.num_rows)}
+    return parts | ({"scales": weight.scales} if isinstance(weight, PackedInt8) else {})
+
+
+def _unpack(parts: dict[str, Tensor]) -> PackedInt8 | PackedFloat:
+    blocks, num_rows = parts["blocks"], int(parts["num_rows"])
+    if "scales" in parts:
+        return PackedInt8(blocks, parts["scales"], num_rows)
+    return PackedFloat(blocks, num_rows)
 
 
 def _library_path(name: str) -> Path:

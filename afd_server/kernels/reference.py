@@ -31,8 +31,7 @@ def pack(weight: Tensor) -> LinearWeight:
 
 def linear(x: Tensor, weight: LinearWeight) -> Tensor:
     """Multiply rows by a weight: [rows, in] · [out, in]ᵀ → [rows, out], in x's dtype."""
-    assert isinstance(weight, Tensor), "the weight was not packed for these kernels"
-    num_rows = x.shape[0]
+    weight, num_rows = _tensor(weight), x.shape[0]
     if num_rows == 0:
         return x.new_empty(0, weight.shape[0])
     padding = -num_rows % LINEAR_TILE_ROWS
@@ -44,6 +43,11 @@ def linear(x: Tensor, weight: LinearWeight) -> Tensor:
         tile = slice(start, start + LINEAR_TILE_ROWS)
         out[tile] = F.linear(padded[tile], weight)
     return out[:num_rows]
+
+
+def _tensor(weight: LinearWeight) -> Tensor:
+    assert isinstance(weight, Tensor), "the weight was not packed for these kernels"
+    return weight
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -212,6 +216,9 @@ def reference(dtype: torch.dtype) -> Kernels:
         name="reference",
         row_format=RowFormat(dtype, lambda width: width),
         pack=pack,
+        pack_parts=("weight",),
+        dump=lambda weight: {"weight": _tensor(weight)},
+        unpack=lambda parts: parts["weight"],
         prepare=lambda x: x,
         linear=linear,
         rms_norm=rms_norm,

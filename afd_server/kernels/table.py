@@ -49,11 +49,15 @@ class Kernels:
     Every function keeps rows independent: a row's result has the same bits whatever else is
     in the call. The semantics are those of `kernels.reference` and `kernels.sampling`. Where a
     result is only ever multiplied next it is made as *prepared rows* at once, in `row_format`.
+    `dump` takes a packed weight apart into the tensors named by `pack_parts`; `unpack` undoes it.
     """
 
     name: str
     row_format: RowFormat
     pack: Callable[[Tensor], LinearWeight]
+    pack_parts: tuple[str, ...]
+    dump: Callable[[LinearWeight], dict[str, Tensor]]
+    unpack: Callable[[dict[str, Tensor]], LinearWeight]
     prepare: Callable[[Tensor], Tensor]
     linear: Callable[[Tensor, LinearWeight], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]

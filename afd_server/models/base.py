@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from afd_server.core.model_spec import ModelSpec
-from afd_server.kernels.table import Kernels, KVLayer, PagedRows
+from afd_server.kernels.table import Kernels, KVLayer, LinearWeight, PagedRows
 
 
 class FFNCall(NamedTuple):
@@ -64,6 +64,18 @@ class TensorReader(Protocol):
         ...
 
 
+class WeightSource(TensorReader, Protocol):
+    """Gives tensors, and weights as the kernels pack them."""
+
+    def pack(self, name: str, make: Callable[[], Tensor]) -> LinearWeight:
+        """Return the packed form of the weight [out, in] of this name.
+
+        `make` reads it from the checkpoint, with its errors; it is not called for a weight that
+        was kept from an earlier start.
+        """
+        ...
+
+
 class AttentionHalf(Protocol):
     """Embeddings, norms, attention and the head: all that touches a request."""
 
@@ -94,8 +106,8 @@ class FFNHalf(Protocol):
 class Architecture:
     """How to build the halves of one model_type."""
 
-    attention: Callable[[ModelSpec, TensorReader, Kernels, int], AttentionHalf]
-    ffn: Callable[[ModelSpec, TensorReader, Kernels, ColumnShard], FFNHalf]
+    attention: Callable[[ModelSpec, WeightSource, Kernels, int], AttentionHalf]
+    ffn: Callable[[ModelSpec, WeightSource, Kernels, ColumnShard], FFNHalf]
 
 
 # Shards start at multiples of this many columns: whole vectors for every kernel, and whole groups

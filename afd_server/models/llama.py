@@ -9,7 +9,7 @@ from torch import Tensor
 from afd_server.core.model_spec import ModelSpec
 from afd_server.kernels.reference import rope_table
 from afd_server.kernels.table import Kernels
-from afd_server.models.base import Architecture, ColumnShard, FFNCall, MicroBatch, TensorReader
+from afd_server.models.base import Architecture, ColumnShard, FFNCall, MicroBatch, WeightSource
 
 
 class LlamaAttention:
@@ -21,21 +21,24 @@ class LlamaAttention:
     """
 
     def __init__(
-        self, spec: ModelSpec, reader: TensorReader, kernels: Kernels, max_model_len: int
+        self, spec: ModelSpec, weights: WeightSource, kernels: Kernels, max_model_len: int
     ) -> None:
         self.num_layers = spec.num_layers
         self._spec = spec
         self._kernels = kernels
         self._rope_table = rope_table(spec.head_dim, spec.rope_theta, max_model_len)
         vocabulary = (spec.vocab_size, spec.hidden_size)
-        self._embeddings = reader.read("model.embed_tokens.weight", vocabulary)
-        self._layers = [
-            _AttentionLayer(spec, reader, kernels, layer) for layer in range(spec.num_layers)
-        ]
-        self._norm = reader.read("model.norm.weight", (spec.hidden_size,))
-        tied = spec.tie_embeddings
-        head = self._embeddings if tied else reader.read("lm_head.weight", vocabulary)
-        self._head = kernels.pack(head)
+        self._embeddings = weights.read("model.embed_tokens.weight", vocabulary)
+        self._layers = [_AttentionLayer(spec, weights, layer) for layer in range(spec.num_layers)]
+        self._norm = weights.read("model.norm.weight", (spec.hidden_size,))
+        self._head = weights.pack(
+            "lm_head",
+            lambda: (
+                self._embeddings
+                if spec.tie_embeddings
+                else weights.read("lm_head.weight", vocabulary)
+            ),
+        )
 
     def embed(self, token_ids: Tensor) -> Tensor:
         return self._embeddings[token_ids]
@@ -63,25 +66,28 @@ class LlamaAttention:
 class _AttentionLayer:
     """The weights of one layer; query, key and value projections stacked, [out, hidden]."""
 
-    def __init__(self, spec: ModelSpec, reader: TensorReader, kernels: Kernels, layer: int) -> None:
+    def __init__(self, spec: ModelSpec, weights: WeightSource, layer: int) -> None:
         prefix = f"model.layers.{layer}"
         hidden, query = spec.hidden_size, spec.num_heads * spec.head_dim
         key_value = (spec.num_kv_heads * spec.head_dim, hidden)
         attention = f"{prefix}.self_attn"
-        self.input_norm = reader.read(f"{prefix}.input_layernorm.weight", (hidden,))
-        self.post_attention_norm = reader.read(
+        self.input_norm = weights.read(f"{prefix}.input_layernorm.weight", (hidden,))
+        self.post_attention_norm = weights.read(
             f"{prefix}.post_attention_layernorm.weight", (hidden,)
         )
-        self.qkv = kernels.pack(
-            torch.cat(
+        self.qkv = weights.pack(
+            f"{attention}.qkv",
+            lambda: torch.cat(
                 (
-                    reader.read(f"{attention}.q_proj.weight", (query, hidden)),
-                    reader.read(f"{attention}.k_proj.weight", key_value),
-                    reader.read(f"{attention}.v_proj.weight", key_value),
+                    weights.read(f"{attention}.q_proj.weight", (query, hidden)),
+                    weights.read(f"{attention}.k_proj.weight", key_value),
+                    weights.read(f"{attention}.v_proj.weight", key_value),
                 )
-            )
+            ),
         )
-        self.output = kernels.pack(reader.read(f"{attention}.o_proj.weight", (hidden, query)))
+        self.output = weights.pack(
+            f"{attention}.o", lambda: weights.read(f"{attention}.o_proj.weight", (hidden, query))
+        )
 
 
 class LlamaFFN:
@@ -93,12 +99,10 @@ class LlamaFFN:
     """
 
     def __init__(
-        self, spec: ModelSpec, reader: TensorReader, kernels: Kernels, shard: ColumnShard
+        self, spec: ModelSpec, weights: WeightSource, kernels: Kernels, shard: ColumnShard
     ) -> None:
         self._kernels = kernels
-        self._layers = [
-            _FFNLayer(spec, reader, kernels, layer, shard) for layer in range(spec.num_layers)
-        ]
+        self._layers = [_FFNLayer(spec, weights, layer, shard) for layer in range(spec.num_layers)]
 
     def partial_sum(self, layer: int, rows: Tensor) -> Tensor:
         weights = self._layers[layer]
@@ -112,25 +116,25 @@ class _FFNLayer:
     def __init__(
         self,
         spec: ModelSpec,
-        reader: TensorReader,
-        kernels: Kernels,
+        weights: WeightSource,
         layer: int,
         shard: ColumnShard,
     ) -> None:
         prefix = f"model.layers.{layer}.mlp"
         up = (spec.intermediate_size, spec.hidden_size)
-        self.gate_up = kernels.pack(
-            torch.cat(
+        down = (spec.hidden_size, spec.intermediate_size)
+        self.gate_up = weights.pack(
+            f"{prefix}.gate_up",
+            lambda: torch.cat(
                 (
-                    reader.read_rows(f"{prefix}.gate_proj.weight", up, *shard),
-                    reader.read_rows(f"{prefix}.up_proj.weight", up, *shard),
+                    weights.read_rows(f"{prefix}.gate_proj.weight", up, *shard),
+                    weights.read_rows(f"{prefix}.up_proj.weight", up, *shard),
                 )
-            )
+            ),
         )
-        self.down = kernels.pack(
-            reader.read_columns(
-                f"{prefix}.down_proj.weight", (spec.hidden_size, spec.intermediate_size), *shard
-            )
+        self.down = weights.pack(
+            f"{prefix}.down",
+            lambda: weights.read_columns(f"{prefix}.down_proj.weight", down, *shard),
         )
 
 

@@ -33,6 +33,7 @@ from afd_server.transport.messages import (
 from afd_server.transport.zeromq import ZeroMQLink
 from afd_server.weights.checkpoint import Checkpoint
 from afd_server.weights.manifest import model_digest
+from afd_server.weights.packed import PackedWeights, pack_path
 from afd_server.workers.attention.colocated import ColocatedFFN
 from afd_server.workers.attention.ffn_client import FFNClient
 from afd_server.workers.attention.kv_store import KVStore
@@ -226,16 +227,17 @@ def build_attention_worker(
             block_size=config.block_size,
         )
     )
-    reader = Checkpoint(spec.model_directory, dtype)
+    weights = _weights(spec, kernels)
     architecture = ARCHITECTURES[model_spec.model_type]
-    model = architecture.attention(model_spec, reader, kernels, config.max_model_len)
+    model = architecture.attention(model_spec, weights, kernels, config.max_model_len)
     kv = KVStore(model_spec, num_blocks, config.block_size, kv_dtype)
     ffn: FFNPath = FFNClient(
         spec.ffn, spec.slot, model_spec.hidden_size, dtype, endpoint, clock, config.resend_s
     )
     if spec.ffn.parallel is FFNParallel.COLOCATED:
         shard = column_shard(model_spec.intermediate_size, 0, 1)
-        ffn = ColocatedFFN(architecture.ffn(model_spec, reader, kernels, shard))
+        ffn = ColocatedFFN(architecture.ffn(model_spec, weights, kernels, shard))
+    weights.keep()
     return AttentionWorker(
         model,
         kv,
@@ -258,8 +260,19 @@ def build_ffn_worker(
         ModelError: the checkpoint does not hold what the model needs.
     """
     shard: ColumnShard = column_shard(model_spec.intermediate_size, spec.part, spec.ffn.num_parts)
-    reader = Checkpoint(spec.model_directory, row_dtype(spec.numerics))
-    model = ARCHITECTURES[model_spec.model_type].ffn(model_spec, reader, kernels, shard)
+    weights = _weights(spec, kernels)
+    model = ARCHITECTURES[model_spec.model_type].ffn(model_spec, weights, kernels, shard)
+    weights.keep()
     return FFNWorker(
         model, model_spec, spec.part, kernels.row_format, endpoint, spec.ffn.max_gather_rows
     )
+
+
+def _weights(spec: WorkerSpec, kernels: Kernels) -> PackedWeights:
+    """Return the weights of this worker's part, from the checkpoint or from an earlier start."""
+    directory = spec.model_directory
+    path = None
+    if spec.numerics.kernels == "native":  # the reference keeps tensors as the checkpoint does
+        part = (spec.role.name, spec.ffn.parallel.name, spec.part, spec.ffn.num_parts)
+        path = pack_path(directory, spec.model_digest, kernels.name, part)
+    return PackedWeights(Checkpoint(directory, row_dtype(spec.numerics)), kernels, path)

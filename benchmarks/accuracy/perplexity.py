@@ -23,6 +23,7 @@ from afd_server.models.base import MicroBatch, column_shard
 from afd_server.models.catalogue import ARCHITECTURES
 from afd_server.models.monolith import run_monolith
 from afd_server.weights.checkpoint import Checkpoint
+from afd_server.weights.packed import PackedWeights
 from afd_server.weights.pull import resolve
 from afd_server.workers.attention.kv_store import KVStore
 from afd_server.workers.config import Numerics
@@ -42,11 +43,12 @@ class Scorer:
     """The model in one numerics."""
 
     def __init__(self, directory: Path, spec: ModelSpec, numerics: Numerics, num_tokens: int):
-        reader, kernels = Checkpoint(directory, row_dtype(numerics)), select_kernels(numerics)
+        kernels = select_kernels(numerics)
+        weights = PackedWeights(Checkpoint(directory, row_dtype(numerics)), kernels, None)
         architecture = ARCHITECTURES[spec.model_type]
-        self._attention = architecture.attention(spec, reader, kernels, num_tokens)
+        self._attention = architecture.attention(spec, weights, kernels, num_tokens)
         shard = column_shard(spec.intermediate_size, 0, 1)
-        self._ffn = [architecture.ffn(spec, reader, kernels, shard)]
+        self._ffn = [architecture.ffn(spec, weights, kernels, shard)]
         self._kv = KVStore(spec, -(-num_tokens // BLOCK), BLOCK, TORCH_DTYPES[numerics.kv])
 
     def perplexity(self, ids: list[int]) -> float:

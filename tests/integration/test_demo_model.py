@@ -50,8 +50,10 @@ def test_the_monolith_equals_transformers_on_a_fixed_prompt(demo_directory, tran
     from afd_server.models.llama import LLAMA
     from afd_server.models.monolith import run_monolith
     from afd_server.weights.checkpoint import Checkpoint
+    from afd_server.weights.packed import PackedWeights
 
-    spec, reader = read_model_spec(demo_directory), Checkpoint(demo_directory, torch.float32)
+    spec = read_model_spec(demo_directory)
+    reader = PackedWeights(Checkpoint(demo_directory, torch.float32), REFERENCE, None)
     attention = LLAMA.attention(spec, reader, REFERENCE, 128)
     ffn = [
         LLAMA.ffn(spec, reader, REFERENCE, column_shard(spec.intermediate_size, p, 2))

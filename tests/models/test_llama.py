@@ -18,6 +18,7 @@ from afd_server.models.base import ColumnShard, MicroBatch, column_shard
 from afd_server.models.llama import LLAMA
 from afd_server.models.monolith import run_monolith
 from afd_server.weights.checkpoint import Checkpoint
+from afd_server.weights.packed import PackedWeights
 from support.checkpoints import tiny_llama, write_tiny_llama
 
 SHAPES = [
@@ -43,8 +44,12 @@ class RecordingReader:
         return read
 
 
+def weights_of(reader):
+    return PackedWeights(reader, REFERENCE, None)
+
+
 def halves(directory, num_parts=1):
-    spec, reader = read_model_spec(directory), Checkpoint(directory, torch.float32)
+    spec, reader = read_model_spec(directory), weights_of(Checkpoint(directory, torch.float32))
     ffn = [
         LLAMA.ffn(spec, reader, REFERENCE, column_shard(spec.intermediate_size, part, num_parts))
         for part in range(num_parts)
@@ -103,9 +108,10 @@ def test_each_half_reads_only_its_own_tensors_and_together_they_read_all():
     directory, _ = tiny_llama()
     spec = read_model_spec(directory)
     attention, ffn = RecordingReader(directory), RecordingReader(directory)
-    LLAMA.attention(spec, attention, REFERENCE, 64)
+    LLAMA.attention(spec, weights_of(attention), REFERENCE, 64)
     for part in range(3):
-        LLAMA.ffn(spec, ffn, REFERENCE, column_shard(spec.intermediate_size, part, 3))
+        shard = column_shard(spec.intermediate_size, part, 3)
+        LLAMA.ffn(spec, weights_of(ffn), REFERENCE, shard)
     assert not any(".mlp." in name for name in attention.elements)
     assert all(".mlp." in name for name in ffn.elements)
     with safe_open(directory / "model.safetensors", framework="pt") as file:
@@ -121,11 +127,12 @@ from afd_server.kernels.reference import REFERENCE
 from afd_server.models.base import column_shard
 from afd_server.models.llama import LLAMA
 from afd_server.weights.checkpoint import Checkpoint
+from afd_server.weights.packed import PackedWeights
 directory, role = Path(sys.argv[1]), sys.argv[2]
 spec = read_model_spec(directory)
 torch.ones(64, 64) @ torch.ones(64, 64)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-reader = Checkpoint(directory, torch.float32)
+reader = PackedWeights(Checkpoint(directory, torch.float32), REFERENCE, None)
 if role == "attention":
     half = LLAMA.attention(spec, reader, REFERENCE, 64)
 else:

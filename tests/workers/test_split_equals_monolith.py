@@ -21,6 +21,7 @@ from afd_server.models.monolith import run_monolith
 from afd_server.transport.inproc import Faults
 from afd_server.transport.messages import DType, Payload, submit_of
 from afd_server.weights.checkpoint import Checkpoint
+from afd_server.weights.packed import PackedWeights
 from afd_server.workers.attention.sampler import Sampler
 from afd_server.workers.config import Numerics
 from afd_server.workers.runtime import select_kernels
@@ -56,8 +57,8 @@ class Monolith:
         directory, _ = tiny_llama(**shape)
         self.kv_dtype = TORCH_DTYPES[numerics.kv]
         self.spec = read_model_spec(directory)
-        reader = Checkpoint(directory, row_dtype(numerics))
         kernels = select_kernels(numerics)
+        reader = PackedWeights(Checkpoint(directory, row_dtype(numerics)), kernels, None)
         self.sampler = Sampler(kernels)
         self.attention = LLAMA.attention(self.spec, reader, kernels, 256)
         shard = column_shard(self.spec.intermediate_size, 0, 1)

@@ -1,0 +1,89 @@
+"""Weights as the kernels want them, packed once and kept in a file beside the model.
+
+The file holds one worker's part in one format of one set of kernels; whatever differs makes
+another file. It can be deleted at any time.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from afd_server.kernels.table import Kernels, LinearWeight
+from afd_server.models.base import TensorReader
+
+log = logging.getLogger(__name__)
+
+PACK_VERSION = 1  # of the kernels' layouts: raise it when one of them changes
+
+
+def pack_path(directory: Path, *identity: object) -> Path:
+    """Return where a part is kept: all that decides over its content is in `identity`."""
+    digest = hashlib.sha256(repr((PACK_VERSION, *identity)).encode()).hexdigest()[:16]
+    return directory / ".packed" / f"{digest}.safetensors"
+
+
+class PackedWeights:
+    """Gives a model half its weights, packed now or read from the file of an earlier start.
+
+    Args:
+        reader: of the checkpoint.
+        kernels: that pack and use the weights.
+        path: of the file, from `pack_path`; None to keep nothing.
+    """
+
+    def __init__(self, reader: TensorReader, kernels: Kernels, path: Path | None) -> None:
+        self._reader = reader
+        self._kernels = kernels
+        self._path = path
+        self._kept = {} if path is None else _read(path)
+        self._made: dict[str, Tensor] = {}
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._reader.read(name, shape)
+
+    def read_rows(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+        return self._reader.read_rows(name, shape, start, stop)
+
+    def read_columns(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+        return self._reader.read_columns(name, shape, start, stop)
+
+    def pack(self, name: str, make: Callable[[], Tensor]) -> LinearWeight:
+        parts = {part: self._kept.pop(f"{name}:{part}", None) for part in self._kernels.pack_parts}
+        found = {part: tensor for part, tensor in parts.items() if tensor is not None}
+        if len(found) == len(parts):
+            return self._kernels.unpack(found)
+        weight = self._kernels.pack(make())
+        if self._path is not None:
+            tensors = self._kernels.dump(weight)
+            self._made |= {f"{name}:{part}": tensor for part, tensor in tensors.items()}
+        return weight
+
+    def keep(self) -> None:
+        """Write what was packed to the file; called once everything was."""
+        if self._path is None or not self._made:
+            return
+        temporary = self._path.with_suffix(f".{os.getpid()}")
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            save_file(self._made, temporary)
+            temporary.replace(self._path)
+        except OSError as error:
+            log.warning("packed weights cannot be kept in %s: %s", self._path.parent, error)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        self._made = {}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path) if path.is_file() else {}
+    except (OSError, SafetensorError) as error:
+        log.warning("%s is damaged and will be written anew: %s", path, error)
+        return {}
