@@ -1,0 +1,170 @@
+"""Every native kernel by itself, on the demo model's shapes, beside what one core can do at best.
+
+python benchmarks/kernels/micro.py --output result.json
+"""
+
+import argparse
+import ctypes
+import json
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from afd_server.kernels.cpu import available_builds, native_kernels
+from afd_server.kernels.reference import PagedRun, plan_paged_rows, rope_table
+from afd_server.kernels.sampling import noise_key
+from afd_server.kernels.table import Kernels, KVLayer
+
+HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 576, 1536, 9, 3, 64, 49152
+PRODUCTS = {
+    "qkv": (HIDDEN, (HEADS + 2 * KV_HEADS) * HEAD_DIM),
+    "o": (HEADS * HEAD_DIM, HIDDEN),
+    "gate_up": (HIDDEN, 2 * INNER),
+    "down": (INNER, HIDDEN),
+    "lm_head": (HIDDEN, VOCAB),
+}
+COLD_BYTES = 64e6  # cycled through, so that weights come from memory as in a real step
+
+
+def median_s(call: Callable[[int], object], repeats: int) -> float:
+    for number in range(3):
+        call(number)
+    times = []
+    for number in range(repeats):
+        begin = time.perf_counter()
+        call(number)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def ceilings() -> dict[str, float]:
+    """Bytes/s and multiply-adds/s of one core."""
+    source = Path(__file__).with_name("ceilings.cpp")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "ceilings.so"
+        command = ["g++", "-O3", "-march=native", "-fPIC", "-shared", source, "-o", library]
+        subprocess.run(list(map(str, command)), check=True)
+        native = ctypes.CDLL(str(library))
+    for function in (native.read_rate, native.int8_rate, native.float_rate):
+        function.restype = ctypes.c_double
+    native.read_rate.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    data = torch.ones(256 << 20, dtype=torch.uint8)
+    return {
+        "read_bytes_s": max(native.read_rate(data.data_ptr(), data.numel()) for _ in range(5)),
+        "int8_mac_s": max(native.int8_rate() for _ in range(5)),
+        "float32_mac_s": max(native.float_rate() for _ in range(5)),
+    }
+
+
+def product(kernels: Kernels, width: int, columns: int, rows: int) -> dict[str, float]:
+    copies = max(1, int(COLD_BYTES // (width * columns)))
+    weights = [kernels.pack(torch.randn(columns, width)) for _ in range(copies)]
+    x = kernels.prepare(torch.randn(rows, width))
+    seconds = median_s(lambda n: kernels.linear(x, weights[n % copies]), 9 + 40 * (columns < 5000))
+    num_bytes = sum(part.nbytes for part in kernels.dump(weights[0]).values())
+    return {"us": seconds * 1e6, "bytes_s": num_bytes / seconds,
+            "mac_s": rows * width * columns / seconds}  # fmt: skip
+
+
+def attention(
+    kernels: Kernels, dtype: torch.dtype, sequences: int, length: int, rows: int
+) -> dict[str, float]:
+    """`sequences` of `length` tokens, the last `rows` of which attend."""
+    blocks = -(-length // 16)
+    shape = (sequences * blocks, 16, KV_HEADS, HEAD_DIM)
+    token_bytes = 2 * KV_HEADS * HEAD_DIM * dtype.itemsize
+    copies = max(1, int(COLD_BYTES // (sequences * length * token_bytes)))
+    layers = [
+        KVLayer(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for _ in range(copies)
+    ]
+    runs = [
+        PagedRun(length - rows, rows, range(s * blocks, (s + 1) * blocks)) for s in range(sequences)
+    ]
+    plan, query = plan_paged_rows(runs), torch.randn(sequences * rows, HEADS, HEAD_DIM)
+    seconds = median_s(lambda n: kernels.paged_attention(query, layers[n % copies], plan), 30)
+    macs = int(plan.num_keys.sum()) * HEADS * HEAD_DIM * 2
+    return {"us": seconds * 1e6, "bytes_s": sequences * length * token_bytes / seconds,
+            "mac_s": macs / seconds}  # fmt: skip
+
+
+def row_kernels(kernels: Kernels, rows: int) -> dict[str, float]:
+    """Microseconds of what is done to each row by itself."""
+    x, norm = torch.randn(rows, HIDDEN), torch.ones(HIDDEN)
+    gate_up, logits = torch.randn(rows, 2 * INNER), torch.randn(VOCAB) * 3
+    qkv = torch.randn(rows, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    table, positions = rope_table(HEAD_DIM, 1e4, 512), torch.arange(rows)
+    layer = KVLayer(*(torch.zeros(32, 16, KV_HEADS, HEAD_DIM).bfloat16() for _ in "kv"))
+    calls = {
+        "add_norm_quantise": lambda n: kernels.add_norm(x, x, norm, 1e-5),
+        "quantise": lambda n: kernels.prepare(x),
+        "rope_write_kv": lambda n: kernels.rope_write_kv(
+            qkv, HEADS, table, positions, positions, layer
+        ),
+        "silu_mul_quantise": lambda n: kernels.silu_mul(gate_up),
+    }
+    if rows == 1:
+        calls |= {
+            "argmax": lambda n: kernels.argmax(logits),
+            "gumbel_argmax": lambda n: kernels.gumbel_argmax(logits, None, 1.0, noise_key(n, 0, 0)),
+            "select top_k 40": lambda n: kernels.select(logits, 1.0, 40, 1.0, 0.0),
+        }
+    return {name: median_s(call, 200) * 1e6 for name, call in calls.items()}
+
+
+def show(name: str, got: dict[str, float], read_bytes_s: float, mac_s: float) -> None:
+    print(
+        f"{name:38}{got['us']:9.0f} us"
+        f"{got['bytes_s'] / 1e9:7.1f} GB/s ({got['bytes_s'] / read_bytes_s:4.0%})"
+        f"{got['mac_s'] / 1e9:8.1f} GMAC/s ({got['mac_s'] / mac_s:4.0%})"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--build", choices=available_builds())
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    top = ceilings()
+    print("one core:", ", ".join(f"{name} {value / 1e9:.1f} G" for name, value in top.items()))
+    results: dict[str, object] = {"ceilings": top}
+    int8 = native_kernels("int8", options.build)
+    rows_of = (1, 4, 8, 16, 32, 128, 512)
+    for weights in ("int8", "bfloat16"):
+        kernels = native_kernels(weights, options.build)
+        peak = top["int8_mac_s" if weights == "int8" else "float32_mac_s"]
+        for name, (width, columns) in PRODUCTS.items():
+            for rows in rows_of if name != "lm_head" else rows_of[:5]:
+                got = product(kernels, width, columns, rows)
+                results[f"{weights} {name} {rows}"] = got
+                show(f"{weights} {name}, {rows} rows", got, top["read_bytes_s"], peak)
+    for dtype in (torch.float32, torch.bfloat16):
+        for sequences, length, rows in ((1, 256, 1), (16, 256, 1), (32, 256, 1), (1, 512, 512)):
+            got = attention(int8, dtype, sequences, length, rows)
+            name = f"attention {str(dtype)[6:]} {sequences} x {length}, {rows} rows"
+            results[name] = got
+            show(name, got, top["read_bytes_s"], top["float32_mac_s"])
+    for rows in (1, 16, 128):
+        results[f"rows {rows}"] = row_kernels(int8, rows)
+        print(rows, "rows:", {k: round(v, 1) for k, v in row_kernels(int8, rows).items()}, "us")
+    if options.output:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        model = next(
+            (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+             if line.startswith("model name")), platform.machine())  # fmt: skip
+        facts = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit,
+                 "cpu": model, "build": options.build or available_builds()[0]}  # fmt: skip
+        options.output.write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
