@@ -235,7 +235,7 @@ def _attention(library: ctypes.CDLL) -> Callable[[Tensor, KVLayer, PagedRows], T
 
     def attention(query: Tensor, layer: KVLayer, rows: PagedRows) -> Tensor:
         num_rows, num_heads, head_dim = query.shape
-        block_size, num_kv_heads = layer.keys.shape[1:3]
+        num_kv_heads, block_size = layer.keys.shape[1:3]
         query, out = query.contiguous(), torch.empty(num_rows, num_heads * head_dim)
         done = function(
             query.data_ptr(),
@@ -356,20 +356,21 @@ def _rope(library: ctypes.CDLL) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 def _write_kv(library: ctypes.CDLL) -> Callable[[KVLayer, Tensor, Tensor, Tensor], None]:
     function = library.afd_write_rows
-    function.argtypes = [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _FLAG]
+    function.argtypes = [
+        _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _FLAG,
+    ]  # fmt: skip
     function.restype = None
 
     def write_kv(layer: KVLayer, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         for rows, blocks in ((keys, layer.keys), (values, layer.values)):
             rows = _heads_together(rows)
-            width = rows.shape[1] * rows.shape[2]
             function(
                 rows.data_ptr(),
                 rows.stride(0),
                 slots.data_ptr(),
-                rows.shape[0],
-                width,
+                *rows.shape,
                 blocks.data_ptr(),
+                blocks.shape[2],
                 blocks.dtype is torch.bfloat16,
             )
 
@@ -382,14 +383,14 @@ def _rope_write_kv(
     function = library.afd_rope_write_kv
     function.argtypes = [
         _POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER,
-        _FLAG, _POINTER,
+        _SIZE, _FLAG, _POINTER,
     ]  # fmt: skip
     function.restype = None
 
     def rope_write_kv(
         qkv: Tensor, num_heads: int, table: Tensor, positions: Tensor, slots: Tensor, layer: KVLayer
     ) -> Tensor:
-        num_kv_heads, head_dim = layer.keys.shape[2:]
+        num_kv_heads, block_size, head_dim = layer.keys.shape[1:]
         qkv, query = qkv.contiguous(), torch.empty(qkv.shape[0], num_heads, head_dim)
         function(
             qkv.data_ptr(),
@@ -402,6 +403,7 @@ def _rope_write_kv(
             slots.data_ptr(),
             layer.keys.data_ptr(),
             layer.values.data_ptr(),
+            block_size,
             layer.keys.dtype is torch.bfloat16,
             query.data_ptr(),
         )

@@ -35,7 +35,7 @@ def _test_outputs(kernels: Kernels, dtype: torch.dtype, kv_dtype: torch.dtype) -
 
     rows, norm = draw(35, 192), draw(192)
     weight = kernels.pack(draw(96, 192))
-    kv = KVLayer(draw(12, 16, 2, 32).to(kv_dtype), draw(12, 16, 2, 32).to(kv_dtype))
+    kv = KVLayer(draw(12, 2, 16, 32).to(kv_dtype), draw(12, 2, 16, 32).to(kv_dtype))
     runs = [PagedRun(stop - 1, 1, list(range(2, 12))) for stop in (1, 16, 65)]
     paged = plan_paged_rows([*runs, PagedRun(140, 9, list(range(2, 12)))])
     positions = torch.arange(12, dtype=torch.int64)

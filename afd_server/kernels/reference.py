@@ -86,8 +86,10 @@ def rope(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
 
 def write_kv(layer: KVLayer, slots: Tensor, keys: Tensor, values: Tensor) -> None:
     """Store keys and values [tokens, kv_heads, head_dim] at flat slots [tokens], in place."""
+    block_size = layer.keys.shape[2]
+    block_ids, offsets = slots // block_size, slots % block_size
     for rows, blocks in ((keys, layer.keys), (values, layer.values)):
-        blocks.view(-1, *rows.shape[1:]).index_copy_(0, slots, rows.to(blocks.dtype))
+        blocks[block_ids, :, offsets] = rows.to(blocks.dtype)
 
 
 def rope_write_kv(
@@ -106,7 +108,7 @@ def rope_write_kv(
     Returns:
         [tokens, heads, head_dim].
     """
-    num_kv_heads, head_dim = layer.keys.shape[2:]
+    num_kv_heads, _, head_dim = layer.keys.shape[1:]
     heads = qkv.view(qkv.shape[0], -1, head_dim)
     query, keys, values = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     write_kv(layer, slots, rope(keys, table, positions), values)
@@ -163,7 +165,7 @@ def paged_attention(query: Tensor, layer: KVLayer, rows: PagedRows) -> Tensor:
 def _attend_chunk(query: Tensor, layer: KVLayer, num_keys: Tensor, tables: Tensor) -> Tensor:
     """Attend for a few rows: num_keys [rows], tables [rows, blocks]."""
     num_rows, num_heads, head_dim = query.shape
-    block_size, num_kv_heads = layer.keys.shape[1:3]
+    num_kv_heads, block_size = layer.keys.shape[1:3]
     assert KEY_TILE % block_size == 0, f"block_size {block_size} does not divide {KEY_TILE}"
     blocks_per_tile = KEY_TILE // block_size
     num_tiles = -(-int(num_keys.max()) // KEY_TILE)
@@ -188,8 +190,8 @@ def _attend_chunk(query: Tensor, layer: KVLayer, num_keys: Tensor, tables: Tenso
 
 def _key_tile(blocks: Tensor, tables: Tensor) -> Tensor:
     """Copy one key tile for each row and head together: [rows · kv_heads, 64, head_dim] fp32."""
-    tile = blocks[tables].flatten(1, 2)  # [rows, 64, kv_heads, head_dim]
-    return tile.transpose(1, 2).float().reshape(-1, KEY_TILE, blocks.shape[-1])
+    tile = blocks[tables].transpose(1, 2)  # [rows, kv_heads, blocks, block_size, head_dim]
+    return tile.float().reshape(-1, KEY_TILE, blocks.shape[-1])
 
 
 def _hidden_keys(num_keys: Tensor, tile: int, num_kv_heads: int) -> Tensor:

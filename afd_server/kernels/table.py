@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 class KVLayer(NamedTuple):
-    """Keys and values of one layer, each [num_blocks, block_size, num_kv_heads, head_dim]."""
+    """Keys and values of one layer, each [num_blocks, num_kv_heads, block_size, head_dim].
+
+    A head's keys of a block lie together: what attention reads next is what it reads next to.
+    """
 
     keys: Tensor
     values: Tensor

@@ -78,7 +78,7 @@ def attention(
 ) -> dict[str, float]:
     """`sequences` of `length` tokens, the last `rows` of which attend."""
     blocks = -(-length // 16)
-    shape = (sequences * blocks, 16, KV_HEADS, HEAD_DIM)
+    shape = (sequences * blocks, KV_HEADS, 16, HEAD_DIM)
     token_bytes = 2 * KV_HEADS * HEAD_DIM * dtype.itemsize
     copies = max(1, int(COLD_BYTES // (sequences * length * token_bytes)))
     layers = [
@@ -100,7 +100,7 @@ def row_kernels(kernels: Kernels, rows: int) -> dict[str, float]:
     gate_up, logits = torch.randn(rows, 2 * INNER), torch.randn(VOCAB) * 3
     qkv = torch.randn(rows, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
     table, positions = rope_table(HEAD_DIM, 1e4, 512), torch.arange(rows)
-    layer = KVLayer(*(torch.zeros(32, 16, KV_HEADS, HEAD_DIM).bfloat16() for _ in "kv"))
+    layer = KVLayer(*(torch.zeros(32, KV_HEADS, 16, HEAD_DIM).bfloat16() for _ in "kv"))
     calls = {
         "add_norm_quantise": lambda n: kernels.add_norm(x, x, norm, 1e-5),
         "quantise": lambda n: kernels.prepare(x),

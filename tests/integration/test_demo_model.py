@@ -60,7 +60,7 @@ def test_the_monolith_equals_transformers_on_a_fixed_prompt(demo_directory, tran
         for p in (0, 1)
     ]
     ids = list(range(1000, 1048))
-    shape = (4, 16, spec.num_kv_heads, spec.head_dim)
+    shape = (4, spec.num_kv_heads, 16, spec.head_dim)
     kv = tuple(KVLayer(torch.zeros(shape), torch.zeros(shape)) for _ in range(spec.num_layers))
     positions = list(range(len(ids)))
     batch = MicroBatch(

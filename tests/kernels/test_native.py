@@ -115,7 +115,7 @@ class Paged:
 
     def __init__(self, lengths, heads, kv_heads, head_dim, block_size=16, dtype=torch.float32):
         blocks = sum(-(-n // block_size) for n in lengths) + 2
-        shape = (blocks, block_size, kv_heads, head_dim)
+        shape = (blocks, kv_heads, block_size, head_dim)
         self.layer = KVLayer(draw(*shape, seed=1).to(dtype), draw(*shape, seed=2).to(dtype))
         order = torch.randperm(blocks, generator=torch.Generator().manual_seed(3)).tolist()
         self.tables = [[order.pop() for _ in range(-(-n // block_size))] for n in lengths]
@@ -164,9 +164,9 @@ def test_stale_blocks_cannot_poison_a_row():
     kernels, call = native_kernels("int8"), paged.call((0, 5, 3))
     before = kernels.paged_attention(*call)
     for blocks in paged.layer:
-        kept = blocks[paged.tables[0][0], :8].clone()
+        kept = blocks[paged.tables[0][0], :, :8].clone()
         blocks.fill_(float("nan"))
-        blocks[paged.tables[0][0], :8] = kept
+        blocks[paged.tables[0][0], :, :8] = kept
     assert torch.equal(kernels.paged_attention(*call), before)
 
 
@@ -218,10 +218,10 @@ def test_native_rope_and_kv_writes_have_the_references_bits_also_on_views(
     slots = torch.tensor([5, 0, 15, 3, 4, 9, 10, 11, 2])
     written, fused = [], []
     for each in (kernels, REFERENCE):
-        layer = KVLayer(*(torch.zeros(4, 4, heads, head_dim, dtype=dtype) for _ in "kv"))
+        layer = KVLayer(*(torch.zeros(4, heads, 4, head_dim, dtype=dtype) for _ in "kv"))
         each.write_kv(layer, slots, whole[:, :heads], whole[:, 2:])
         written.append(layer)
-        layer = KVLayer(*(torch.zeros(4, 4, 1, head_dim, dtype=dtype) for _ in "kv"))
+        layer = KVLayer(*(torch.zeros(4, 1, 4, head_dim, dtype=dtype) for _ in "kv"))
         fused.append((each.rope_write_kv(whole.flatten(1), heads, table, positions, slots, layer),
                       *layer))  # fmt: skip
     for got, expected in zip((*written[0], *fused[0]), (*written[1], *fused[1]), strict=True):
@@ -232,10 +232,11 @@ def test_rounding_to_bfloat16_is_torchs():
     bits = torch.randint(-(2**31), 2**31, (4, 2, 64), generator=torch.Generator().manual_seed(0))
     values = bits.to(torch.int32).view(torch.float32)
     values[0, 0, :4] = torch.tensor([float("inf"), -float("inf"), 0.0, -0.0])
-    layer = KVLayer(*(torch.zeros(1, 4, 2, 64, dtype=torch.bfloat16) for _ in "kv"))
+    layer = KVLayer(*(torch.zeros(1, 2, 4, 64, dtype=torch.bfloat16) for _ in "kv"))
     native_kernels("int8").write_kv(layer, torch.arange(4), values, values)
-    assert torch.equal(layer.keys[0].isnan(), values.isnan())
-    assert torch.equal(layer.keys[0].nan_to_num(1), values.to(torch.bfloat16).nan_to_num(1))
+    keys = layer.keys[0].transpose(0, 1)
+    assert torch.equal(keys.isnan(), values.isnan())
+    assert torch.equal(keys.nan_to_num(1), values.to(torch.bfloat16).nan_to_num(1))
 
 
 @pytest.mark.parametrize("weights", ["int8", "float32", "bfloat16"])

@@ -103,7 +103,7 @@ class PagedSequences:
         generator = torch.Generator().manual_seed(seed)
         num_blocks = sum(-(-length // BLOCK) for length in lengths) + 3
         ids = torch.randperm(num_blocks, generator=generator).tolist()
-        shape = (num_blocks, BLOCK, heads[1], head_dim)
+        shape = (num_blocks, heads[1], BLOCK, head_dim)
         self.layer = KVLayer(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
         self.tables, self.keys, self.values, self.query = [], [], [], []
         for length in lengths:

@@ -70,7 +70,7 @@ def batch_of(spec, kv, ids, start=0, table=tuple(range(16))):
 
 
 def empty_kv(spec):
-    shape = (20, 16, spec.num_kv_heads, spec.head_dim)
+    shape = (20, spec.num_kv_heads, 16, spec.head_dim)
     return tuple(KVLayer(torch.zeros(shape), torch.zeros(shape)) for _ in range(spec.num_layers))
 
 

@@ -65,7 +65,7 @@ class Monolith:
         self.ffn = LLAMA.ffn(self.spec, reader, kernels, shard)
 
     def generate(self, request: Request) -> tuple[list[int], list[torch.Tensor]]:
-        shape = (16, 16, self.spec.num_kv_heads, self.spec.head_dim)
+        shape = (16, self.spec.num_kv_heads, 16, self.spec.head_dim)
         kv = tuple(
             KVLayer(*(torch.zeros(shape, dtype=self.kv_dtype) for _ in range(2)))
             for _ in range(self.spec.num_layers)

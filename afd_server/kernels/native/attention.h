@@ -21,19 +21,19 @@ struct Query {
 
 template <typename KV>
 struct KVHead {  // one key/value head of one sequence
-  const KV* keys;      // [blocks, block_size, kv_heads, head_dim], at this head
+  const KV* keys;  // [blocks, kv_heads, block_size, head_dim], at this head
   const KV* values;
   const int64_t* blocks;
   int block_bits;  // log2 of the block size
-  int64_t token_stride;
+  int64_t block_stride, head_dim;
 
   // Where a position's key is; its value is as far from `values`.
   int64_t at(int64_t position) const {
-    const int64_t block = blocks[position >> block_bits];
-    return ((block << block_bits) + (position & ((int64_t{1} << block_bits) - 1))) * token_stride;
+    const int64_t offset = position & ((int64_t{1} << block_bits) - 1);
+    return blocks[position >> block_bits] * block_stride + offset * head_dim;
   }
 
-  // Heads of a token lie apart from those of the next one: too short for the hardware to follow.
+  // The hardware does not know which block comes next.
   void prefetch(int64_t at, int head_dim) const {
     for (int i = 0; i < head_dim; i += 64 / static_cast<int>(sizeof(KV))) {
       __builtin_prefetch(keys + at + i);
@@ -57,16 +57,22 @@ void attend(const KVHead<KV>& kv, const Query* queries, float scale) {
     first = queries[q].first < first ? queries[q].first : first;
     stop = queries[q].stop > stop ? queries[q].stop : stop;
   }
-  const v16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  for (int64_t begin = first / kKeyTile * kKeyTile; begin < stop; begin += kKeyTile) {
-    int64_t at[kKeyTile];
+  int64_t next[kKeyTile];
+  const auto locate = [&](int64_t begin, int64_t* places) {
+    if (begin >= stop) return;
     for (int j = 0; j < kKeyTile; j++) {
       // outside of what is seen, any seen key will do: it is hidden below
       const int64_t position = begin + j < stop ? begin + j : stop - 1;
-      at[j] = kv.at(position < first ? first : position);
-      const int64_t next = begin + kKeyTile + j < stop ? begin + kKeyTile + j : stop - 1;
-      kv.prefetch(kv.at(next), kHeadDim);
+      places[j] = kv.at(position < first ? first : position);
+      kv.prefetch(places[j], kHeadDim);
     }
+  };
+  locate(first / kKeyTile * kKeyTile, next);
+  const v16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int64_t begin = first / kKeyTile * kKeyTile; begin < stop; begin += kKeyTile) {
+    int64_t at[kKeyTile];
+    memcpy(at, next, sizeof at);
+    locate(begin + kKeyTile, next);
     v16 product[kQueries][kKeyTile];
     for (int j = 0; j < kKeyTile; j++) {
       v16 sum[kQueries];
@@ -162,9 +168,10 @@ int32_t attend_all(const float* query, int64_t heads, int64_t head_dim, const KV
   std::vector<Query> queries;
   for (int64_t sequence = 0; sequence < s.count; sequence++) {
     for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++) {
-      const KVHead<KV> kv{keys + kv_head * head_dim, values + kv_head * head_dim,
-                          s.block_tables + sequence * s.table_width, block_bits,
-                          kv_heads * head_dim};
+      const int64_t at = kv_head * block_size * head_dim;
+      const KVHead<KV> kv{keys + at,  values + at,
+                          s.block_tables + sequence * s.table_width,
+                          block_bits, kv_heads * block_size * head_dim, head_dim};
       queries.clear();
       for (int64_t row = s.row_starts[sequence]; row < s.row_starts[sequence + 1]; row++) {
         const int64_t stop = s.num_keys[row];

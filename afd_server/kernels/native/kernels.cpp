@@ -125,23 +125,26 @@ void afd_rope(const float* x, int64_t stride, const float* table, const int64_t*
 // flat slots of the blocks.
 void afd_rope_write_kv(const float* qkv, int64_t rows, int64_t heads, int64_t kv_heads,
                        int64_t head_dim, const float* table, const int64_t* positions,
-                       const int64_t* slots, void* keys, void* values, int32_t is_bf16,
-                       float* query) {
+                       const int64_t* slots, void* keys, void* values, int64_t block_size,
+                       int32_t is_bf16, float* query) {
   if (is_bf16)
     rope_write(qkv, rows, heads, kv_heads, head_dim, table, positions, slots,
-               static_cast<bf16*>(keys), static_cast<bf16*>(values), query);
+               static_cast<bf16*>(keys), static_cast<bf16*>(values), block_size, query);
   else
     rope_write(qkv, rows, heads, kv_heads, head_dim, table, positions, slots,
-               static_cast<float*>(keys), static_cast<float*>(values), query);
+               static_cast<float*>(keys), static_cast<float*>(values), block_size, query);
 }
 
-// Stores rows of `width` elements at flat slots of the blocks.
+// Stores rows [kv_heads, head_dim] at flat slots of the blocks.
 void afd_write_rows(const float* rows_in, int64_t stride, const int64_t* slots, int64_t rows,
-                    int64_t width, void* blocks, int32_t is_bf16) {
+                    int64_t kv_heads, int64_t head_dim, void* blocks, int64_t block_size,
+                    int32_t is_bf16) {
   if (is_bf16)
-    write_rows(rows_in, stride, slots, rows, width, static_cast<bf16*>(blocks));
+    write_rows(rows_in, stride, slots, rows, kv_heads, head_dim, static_cast<bf16*>(blocks),
+               block_size);
   else
-    write_rows(rows_in, stride, slots, rows, width, static_cast<float*>(blocks));
+    write_rows(rows_in, stride, slots, rows, kv_heads, head_dim, static_cast<float*>(blocks),
+               block_size);
 }
 
 // The id of the highest logit, the lowest among equals.

@@ -41,29 +41,37 @@ inline void rotate(const float* from, const float* angles, int64_t head_dim, flo
   }
 }
 
+// Where a head of a slot is in blocks [blocks, kv_heads, block_size], in heads.
+inline int64_t place(int64_t slot, int64_t head, int64_t kv_heads, int64_t block_size) {
+  return (slot / block_size * kv_heads + head) * block_size + slot % block_size;
+}
+
 template <typename KV>
 void rope_write(const float* qkv, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim,
                 const float* table, const int64_t* positions, const int64_t* slots, KV* keys,
-                KV* values, float* query) {
-  const int64_t width = kv_heads * head_dim;
-  std::vector<float> rotated(width);
+                KV* values, int64_t block_size, float* query) {
+  std::vector<float> rotated(head_dim);
   for (int64_t row = 0; row < rows; row++) {
     const float* angles = table + positions[row] * 2 * head_dim;
     for (int64_t head = 0; head < heads; head++, qkv += head_dim, query += head_dim)
       rotate(qkv, angles, head_dim, query);
-    for (int64_t head = 0; head < kv_heads; head++, qkv += head_dim)
-      rotate(qkv, angles, head_dim, rotated.data() + head * head_dim);
-    store_rounded(keys + slots[row] * width, rotated.data(), width);
-    store_rounded(values + slots[row] * width, qkv, width);
-    qkv += width;
+    for (int64_t head = 0; head < kv_heads; head++, qkv += head_dim) {
+      const int64_t at = place(slots[row], head, kv_heads, block_size) * head_dim;
+      rotate(qkv, angles, head_dim, rotated.data());
+      store_rounded(keys + at, rotated.data(), head_dim);
+      store_rounded(values + at, qkv + kv_heads * head_dim, head_dim);
+    }
+    qkv += kv_heads * head_dim;
   }
 }
 
 template <typename KV>
 void write_rows(const float* rows_in, int64_t stride, const int64_t* slots, int64_t rows,
-                int64_t width, KV* blocks) {
+                int64_t kv_heads, int64_t head_dim, KV* blocks, int64_t block_size) {
   for (int64_t row = 0; row < rows; row++)
-    store_rounded(blocks + slots[row] * width, rows_in + row * stride, width);
+    for (int64_t head = 0; head < kv_heads; head++)
+      store_rounded(blocks + place(slots[row], head, kv_heads, block_size) * head_dim,
+                    rows_in + row * stride + head * head_dim, head_dim);
 }
 
 }  // namespace afd

@@ -18,7 +18,7 @@ class KVStore:
     def __init__(
         self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype
     ) -> None:
-        shape = (spec.num_layers, 2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+        shape = (spec.num_layers, 2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
         self.block_size = block_size
         memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
         blocks = torch.frombuffer(memory, dtype=dtype).view(shape)
