@@ -516,7 +516,7 @@ def test_a_topology_of_whole_rows_is_read():
         ([4, 2] + ROWS[2:] * (MAX_MEMBERS + 1), "type"),
         ([True, *ROWS[1:]], "type"),
         ([-1, *ROWS[1:]], "range"),
-        ([4, 3, *ROWS[2:]], "range"),
+        ([4, 4, *ROWS[2:]], "range"),
         ([4, 2, 9, *ROWS[3:]], "range"),
         ([4, 2, Role.FFN, "1", *ROWS[4:]], "type"),
         ([*ROWS[:4], "x" * (MAX_STRING_CHARS + 1), *ROWS[5:]], "range"),
