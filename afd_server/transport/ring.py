@@ -10,7 +10,7 @@ import mmap
 import os
 import struct
 from collections.abc import Sequence
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from pathlib import Path
 from typing import Any  # Any: functions of a library, typed by hand
 
@@ -28,7 +28,7 @@ MEMORY_BYTES = 4096 + 2 * CAPACITY
 
 _NAME = "afd-ring"
 _TOKEN_PLACE = slice(4096 - 16, 4096)  # the end of the page of counters
-_FULL, _CLOSED = -1, -2  # as ring.cpp has them
+_CLOSED = -3  # as ring.cpp has it
 _NUM_FRAMES = struct.Struct("<I")
 
 
@@ -40,13 +40,22 @@ class RingBroken(RingGone):
     """What the other side wrote makes no sense."""
 
 
+class Sight(IntFlag):
+    """What a watch saw."""
+
+    NOTHING = 0
+    DUE = 1  # a record, or the end of a ring
+    CROWDED = 2  # others want this core
+
+
 class Put(IntEnum):
     """What became of a record."""
 
     TAKEN = 0
-    FOR_SLEEPER = 1  # taken; the reader must be woken
-    FULL = 2  # the reader does not keep up
-    TOO_LARGE = 3
+    WAKE = 1  # taken, but the reader has just gone to sleep and must be woken
+    FULL = 2  # not taken: the reader does not keep up
+    ASLEEP = 3  # not taken: what wakes the reader may as well be the message
+    TOO_LARGE = 4  # not taken
 
 
 def why_unavailable() -> str | None:
@@ -138,6 +147,9 @@ class RingLibrary:
         self.wake = _typed(short.afd_ring_wake, None, handle, number)
 
 
+_NOT_TAKEN = {-1: Put.FULL, -2: Put.ASLEEP}  # as ring.cpp has them
+
+
 class Ring:
     """One end of two rings of records, one for each direction.
 
@@ -168,16 +180,16 @@ class Ring:
         if len(lengths) > MAX_FRAMES or size > MAX_RECORD_BYTES:
             return Put.TOO_LARGE
         place = self._library.reserve(self.handle, size)
-        if place == _FULL:
-            return Put.FULL
         if place < 0:
+            if place in _NOT_TAKEN:
+                return _NOT_TAKEN[place]
             raise _gone(place)
         stop = place + len(head)
         self._view[place:stop] = head
         for view, length in zip(views, lengths, strict=True):
             place, stop = stop, stop + length
             self._view[place:stop] = view
-        return Put.FOR_SLEEPER if self._library.commit(self.handle, size) else Put.TAKEN
+        return Put.WAKE if self._library.commit(self.handle, size) else Put.TAKEN
 
     def take(self) -> list[Buffer] | None:
         """Return the frames of the oldest record, copied out once; None if there is none.
@@ -212,16 +224,16 @@ class Watch:
         self._count = len(rings)
         self._handles = (ctypes.c_void_p * self._count)(*(ring.handle for ring in rings))
 
-    def look(self, longest_ns: int) -> bool:
-        """Watch closely for a while, without the interpreter's lock; tell if a record is due."""
-        return bool(self._library.watch(self._handles, self._count, longest_ns))
+    def look(self, longest_ns: int) -> Sight:
+        """Watch closely for a while, without the interpreter's lock."""
+        return Sight(self._library.watch(self._handles, self._count, longest_ns))
 
     def announce_sleep(self) -> bool:
-        """Ask writers for a bell; tell if a record is due, so that there must be no sleep."""
+        """Say that this reader sleeps; tell if a record is due, so that it must not."""
         return bool(self._library.doze(self._handles, self._count))
 
     def end_sleep(self) -> None:
-        """Ask for no bell any more."""
+        """Say that it is awake."""
         self._library.wake(self._handles, self._count)
 
 

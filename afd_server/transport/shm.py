@@ -1,7 +1,7 @@
 """Frames between processes of one host: a ring in shared memory for each peer, ZeroMQ for the rest.
 
-ZeroMQ makes the connections, carries the handshake, whatever does not fit into a ring, and the
-bell for a reader that sleeps. A waiting process first watches its rings for a short while, if the
+ZeroMQ makes the connections, carries the handshake, whatever does not fit into a ring, and what
+is for a reader that sleeps. A waiting process first watches its rings for a short while, if the
 waits of late were short, and then sleeps in ZeroMQ: an idle process uses no CPU.
 """
 
@@ -23,6 +23,7 @@ from afd_server.transport.ring import (
     RingBroken,
     RingGone,
     RingLibrary,
+    Sight,
     Watch,
     create_memory,
     open_memory,
@@ -37,6 +38,8 @@ MAX_RINGS = 1024  # as many as a topology has members
 # and the core is better given to somebody else.
 LONGEST_WATCH_NS = 1_500_000
 LONGEST_COUNTED_NS = 10_000_000  # so that one long wait is forgotten after some short ones
+# Waits that sleep without a watch once the core proved crowded; doubled each time it does again.
+FEWEST_SLEEPS, MOST_SLEEPS = 64, 4096
 LOOK_EVERY_NS = 250_000  # at ZeroMQ and at the peers' lives, while there are records or a watch
 
 # The link's own frames: each is the only frame of its message and begins with a byte that no
@@ -49,7 +52,7 @@ class _Kind(IntEnum):
     OFFER = 1  # the token's memory is behind this descriptor of this process
     ACCEPT = 2  # it is mapped, by this process
     REFUSE = 3  # it cannot be
-    BELL = 4  # a record was put for you while you slept
+    BELL = 4  # a record was put for you just when you went to sleep
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,8 @@ class SharedMemoryLink:
         self._lives = select.poll()
         self._next_look_ns = 0
         self._usual_wait_ns = LONGEST_COUNTED_NS
+        self._sleeps_if_crowded = FEWEST_SLEEPS
+        self._sleeps_left = 0
 
     @property
     def address(self) -> str:
@@ -131,7 +136,7 @@ class SharedMemoryLink:
                 raise TransportError(f"{peer} has gone: {error}") from error
             if put is Put.TAKEN:
                 return
-            if put is Put.FOR_SLEEPER:
+            if put is Put.WAKE:
                 self._link.send(peer, [_control(_Kind.BELL, way.token)])
                 return
             if put is Put.FULL:
@@ -159,19 +164,30 @@ class SharedMemoryLink:
 
     def _wait(self, now_ns: int, until_ns: int) -> list[tuple[str, list[Buffer]]]:
         """Watch the rings if that usually ends soon, then sleep."""
-        if self._usual_wait_ns <= LONGEST_WATCH_NS:
-            stop_ns = min(now_ns + LONGEST_WATCH_NS, until_ns)
-            while now_ns < stop_ns:
-                if self._watch.look(min(LOOK_EVERY_NS, stop_ns - now_ns)):
-                    return self._take()
-                if received := self._look(0.0):
-                    return received
-                now_ns = time.monotonic_ns()
+        stop_ns = min(now_ns + LONGEST_WATCH_NS, until_ns) if self._may_watch() else now_ns
+        while now_ns < stop_ns:
+            sight = self._watch.look(min(LOOK_EVERY_NS, stop_ns - now_ns))
+            if sight & Sight.CROWDED:
+                self._sleeps_left = self._sleeps_if_crowded
+                self._sleeps_if_crowded = min(2 * self._sleeps_if_crowded, MOST_SLEEPS)
+                stop_ns = 0
+            if sight & Sight.DUE:
+                return self._take()
+            if received := self._look(0.0):
+                return received
+            now_ns = time.monotonic_ns()
         if self._watch.announce_sleep():
             return self._take()
         received = self._look(max(0, until_ns - now_ns) / 1e9)
         self._watch.end_sleep()
         return received + self._take()
+
+    def _may_watch(self) -> bool:
+        if self._sleeps_left:
+            self._sleeps_left -= 1
+            return False
+        self._sleeps_if_crowded = max(self._sleeps_if_crowded - 1, FEWEST_SLEEPS)
+        return self._usual_wait_ns <= LONGEST_WATCH_NS
 
     def _take(self) -> list[tuple[str, list[Buffer]]]:
         """Empty the rings, up to a limit; lose the peers whose ring is of no use any more."""

@@ -132,6 +132,7 @@ def measure(work_us: int, rounds: int, turns: int) -> list[dict]:
             "payload_bytes": 4 * rows * HIDDEN,
             "work_us": work_us,
             "round_trips": len(taken),
+            "mean_us": round(1e6 * statistics.fmean(taken), 1),
             "p50_us": round(1e6 * statistics.median(taken), 1),
             "p99_us": round(1e6 * statistics.quantiles(taken, n=100)[98], 1),
         }

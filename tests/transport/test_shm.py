@@ -14,9 +14,16 @@ import pytest
 
 from afd_server.core.errors import TransportError
 from afd_server.transport import shm
-from afd_server.transport.ring import MAX_FRAMES, MAX_RECORD_BYTES, MAX_RECORDS, create_memory
+from afd_server.transport.ring import (
+    MAX_FRAMES,
+    MAX_RECORD_BYTES,
+    MAX_RECORDS,
+    Sight,
+    Watch,
+    create_memory,
+)
 from afd_server.transport.shm import SharedMemoryLink
-from afd_server.transport.zeromq import ZeroMQLink
+from afd_server.transport.zeromq import CREDITS, ZeroMQLink
 from support.links import (
     PATIENCE,
     SharedMemoryNet,
@@ -187,6 +194,25 @@ def test_short_waits_bring_the_watch_back(net):
     assert b._usual_wait_ns < shm.LONGEST_WATCH_NS
 
 
+@pytest.mark.parametrize("sight", [Sight.CROWDED, Sight.CROWDED | Sight.DUE])
+def test_on_a_crowded_core_it_watches_less_and_less(net, monkeypatch, sight):
+    _, b = pair(net)
+    looks = []
+
+    def look(_watch, _longest_ns):
+        looks.append(len(waits))
+        return sight
+
+    monkeypatch.setattr(Watch, "look", look)
+    waits = []
+    for _ in range(8 * shm.FEWEST_SLEEPS):
+        b._usual_wait_ns = 0
+        assert b.receive(0.0001) == []
+        waits.append(None)
+    gaps = [after - before for before, after in zip(looks, looks[1:], strict=False)]
+    assert gaps == [shm.FEWEST_SLEEPS + 1, 2 * shm.FEWEST_SLEEPS, 4 * shm.FEWEST_SLEEPS - 2]
+
+
 # -- ends
 
 
@@ -236,7 +262,7 @@ def test_nothing_is_left_open(net):
 PEER = """
 import sys
 from afd_server.transport.shm import SharedMemoryLink
-from afd_server.transport.zeromq import ZeroMQLink
+from afd_server.transport.zeromq import CREDITS, ZeroMQLink
 link = SharedMemoryLink(ZeroMQLink("b", sys.argv[1]))
 print("bound", flush=True)
 while True:
@@ -288,7 +314,7 @@ def test_a_stopped_peer_is_written_no_more_than_the_credits_and_answers_when_it_
                 a.send("b", [b"%d" % count, b""])
             except TransportError:
                 break
-        assert count <= MAX_RECORDS
+        assert count <= MAX_RECORDS + 2 * CREDITS + 16  # it may be stopped awake or asleep
         process.send_signal(signal.SIGCONT)
         assert await_frames(a, 1)[0] == ("b", [b"0", b""])
 

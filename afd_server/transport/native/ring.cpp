@@ -24,9 +24,12 @@ namespace {
 constexpr uint64_t kLine = 64;
 constexpr uint64_t kPage = 4096;
 constexpr uint64_t kSlots = 64;  // unread records of a direction: the credits
-constexpr int kPausesBetweenYields = 64;
+constexpr int kPausesBetweenClocks = 16;
+constexpr int64_t kYieldEveryNs = 50000;
+constexpr int64_t kCrowdedNs = 1000000;  // no wakeup of a moment, but the slice of somebody else
 
-enum : int64_t { kNothing = 0, kFull = -1, kClosed = -2, kBroken = -3 };
+enum : int64_t { kNothing = 0, kFull = -1, kAsleep = -2, kClosed = -3, kBroken = -4 };
+constexpr int64_t kDue = 1, kCrowded = 2;
 
 struct Shared {
   // Written by the writer.
@@ -108,9 +111,11 @@ void afd_ring_close(Ring* ring) {
   delete ring;
 }
 
-// Returns where in the mapping `length` bytes may be written, to be followed by a commit.
+// Returns where in the mapping `length` bytes may be written, to be followed by a commit. There is
+// no use in writing for a sleeper: what wakes it may as well be the message.
 int64_t afd_ring_reserve(Ring* ring, uint64_t length) {
   if (ring->in->closed.load(std::memory_order_acquire)) return kClosed;
+  if (ring->out->sleeping.load(std::memory_order_relaxed)) return kAsleep;
   const uint64_t unread = ring->written - ring->out->read.load(std::memory_order_acquire);
   if (unread > kSlots) return kBroken;
   if (unread == kSlots) return kFull;
@@ -131,7 +136,8 @@ int64_t afd_ring_reserve(Ring* ring, uint64_t length) {
   return static_cast<int64_t>(ring->out_at + begin);
 }
 
-// Publishes the `length` bytes last reserved; returns whether the reader sleeps and must be woken.
+// Publishes the `length` bytes last reserved; returns whether the reader has gone to sleep meanwhile
+// and must be woken.
 int64_t afd_ring_commit(Ring* ring, uint64_t length) {
   const uint64_t slot = ring->written % kSlots;
   ring->out->slots[slot].store(ring->extents[slot].begin << 32 | length, std::memory_order_relaxed);
@@ -156,18 +162,27 @@ void afd_ring_advance(Ring* ring) {
   ring->in->read.store(++ring->read, std::memory_order_release);
 }
 
-// Watches all rings until something is due or the time is over; returns whether something is.
-// It gives its core to whoever wants it every few hundred nanoseconds.
+// Watches all rings until something is due (kDue in the result) or the time is over, and gives its
+// core to whoever wants it from time to time. If somebody kept it for long, it ends at once with
+// kCrowded: who watches on a crowded core loses slice after slice, who sleeps is let in when woken.
 int64_t afd_ring_watch(Ring* const* rings, int64_t count, int64_t longest_ns) {
-  const int64_t until = now_ns() + longest_ns;
+  int64_t now = now_ns();
+  const int64_t until = now + longest_ns;
+  int64_t yield_at = now + kYieldEveryNs;
   do {
-    for (int i = 0; i < kPausesBetweenYields; ++i) {
-      if (any_due(rings, count)) return 1;
+    for (int i = 0; i < kPausesBetweenClocks; ++i) {
+      if (any_due(rings, count)) return kDue;
       pause_briefly();
     }
-    sched_yield();
-  } while (now_ns() < until);
-  return any_due(rings, count);
+    if (now >= yield_at) {
+      sched_yield();
+      yield_at = now + kYieldEveryNs;
+    }
+    const int64_t before = now;
+    now = now_ns();
+    if (now - before >= kCrowdedNs) return kCrowded | (any_due(rings, count) ? kDue : 0);
+  } while (now < until);
+  return any_due(rings, count) ? kDue : 0;
 }
 
 // Takes the announcement of afd_ring_doze back.
