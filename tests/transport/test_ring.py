@@ -223,7 +223,7 @@ ring = Ring(library, memory, 1)
 watch = Watch(library, [ring])
 print("mapped", flush=True)
 try:
-    while True:
+    while os.getppid() == int(sys.argv[1]):
         watch.look(10**8)
         while (frames := ring.take()) is not None:
             ring.put(frames)
@@ -236,22 +236,28 @@ def test_another_process_hears_every_byte_and_answers():
     memory, descriptor = create_memory(TOKEN)
     command = [sys.executable, "-c", ECHO, str(os.getpid()), str(descriptor)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "mapped\n"
-        os.close(descriptor)
         ring = Ring(LIBRARY, memory, 0)
-        watch, rng, waiting = Watch(LIBRARY, [ring]), random.Random(5), deque()
-        for _ in range(3000):
-            record = [rng.randbytes(rng.choice([0, 100, 2304, 40_000])) for _ in range(2)]
-            if len(waiting) < MAX_RECORDS // 2 and ring.put(record) is Put.TAKEN:
-                waiting.append(record)
-                continue
-            await_record(watch)
-            assert taken(ring) == waiting.popleft()
-        while waiting:
-            await_record(watch)
-            assert taken(ring) == waiting.popleft()
-        ring.close()
+        try:
+            assert process.stdout.readline() == "mapped\n"
+            echo_records(ring)
+        finally:  # the other process ends by this
+            ring.close()
+            os.close(descriptor)
         assert process.communicate(timeout=20)[0] == "gone\n"
+
+
+def echo_records(ring):
+    watch, rng, waiting = Watch(LIBRARY, [ring]), random.Random(5), deque()
+    for _ in range(3000):
+        record = [rng.randbytes(rng.choice([0, 100, 2304, 40_000])) for _ in range(2)]
+        if len(waiting) < MAX_RECORDS // 2 and ring.put(record) is Put.TAKEN:
+            waiting.append(record)
+            continue
+        await_record(watch)
+        assert taken(ring) == waiting.popleft()
+    while waiting:
+        await_record(watch)
+        assert taken(ring) == waiting.popleft()
 
 
 # -- a peer gone mad
