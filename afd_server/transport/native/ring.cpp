@@ -24,8 +24,7 @@ namespace {
 constexpr uint64_t kLine = 64;
 constexpr uint64_t kPage = 4096;
 constexpr uint64_t kSlots = 64;  // unread records of a direction: the credits
-constexpr int kPausesBetweenClocks = 16;
-constexpr int64_t kYieldEveryNs = 50000;
+constexpr int kPausesBetweenYields = 64;  // about 2 us: the peer may wait for this very core
 constexpr int64_t kCrowdedNs = 1000000;  // no wakeup of a moment, but the slice of somebody else
 
 enum : int64_t { kNothing = 0, kFull = -1, kAsleep = -2, kClosed = -3, kBroken = -4 };
@@ -163,21 +162,17 @@ void afd_ring_advance(Ring* ring) {
 }
 
 // Watches all rings until something is due (kDue in the result) or the time is over, and gives its
-// core to whoever wants it from time to time. If somebody kept it for long, it ends at once with
+// core to whoever wants it every few microseconds. If somebody kept it for long, it ends at once with
 // kCrowded: who watches on a crowded core loses slice after slice, who sleeps is let in when woken.
 int64_t afd_ring_watch(Ring* const* rings, int64_t count, int64_t longest_ns) {
   int64_t now = now_ns();
   const int64_t until = now + longest_ns;
-  int64_t yield_at = now + kYieldEveryNs;
   do {
-    for (int i = 0; i < kPausesBetweenClocks; ++i) {
+    for (int i = 0; i < kPausesBetweenYields; ++i) {
       if (any_due(rings, count)) return kDue;
       pause_briefly();
     }
-    if (now >= yield_at) {
-      sched_yield();
-      yield_at = now + kYieldEveryNs;
-    }
+    sched_yield();
     const int64_t before = now;
     now = now_ns();
     if (now - before >= kCrowdedNs) return kCrowded | (any_due(rings, count) ? kDue : 0);
