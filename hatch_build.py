@@ -1,7 +1,7 @@
-"""Builds the native CPU kernels while the package is installed.
+"""Builds the native parts while the package is installed: CPU kernels and the rings.
 
-One library for each instruction set; the machine picks at run time. Without a C++ compiler the
-package installs all the same and says so when the kernels are asked for.
+The kernels are one library for each instruction set; the machine picks at run time. Without a C++
+compiler the package installs all the same and says so when a native part is asked for.
 """
 
 import os
@@ -22,22 +22,30 @@ BUILDS = {
 }
 
 
-class NativeKernels(BuildHookInterface):
-    """Compiles `native/kernels.cpp` beside itself and adds the libraries to the wheel."""
+class NativeParts(BuildHookInterface):
+    """Compiles the sources beside themselves and adds the libraries to the wheel."""
 
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict) -> None:
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
         if compiler is None:
-            print("no C++ compiler: installing without native CPU kernels", file=sys.stderr)
+            print("no C++ compiler: installing without native parts", file=sys.stderr)
             return
-        folder = Path(self.root) / "afd_server" / "kernels" / "native"
+        package = Path(self.root) / "afd_server"
+        kernels = package / "kernels" / "native" / "kernels.cpp"
         intel = platform.machine() in ("x86_64", "AMD64")
         for name in BUILDS if intel else ["portable"]:
-            library = folder / f"libafd_{name}.so"
-            command = [compiler, *FLAGS, *BUILDS[name], str(folder / "kernels.cpp"), "-o"]
-            subprocess.run([*command, str(library)], check=True)
-            build_data["artifacts"].append(str(library.relative_to(self.root)))
+            self.compile(compiler, kernels, name, BUILDS[name], build_data)
+        if sys.platform == "linux":
+            self.compile(compiler, package / "transport/native/ring.cpp", "ring", [], build_data)
         build_data["pure_python"] = False
         build_data["infer_tag"] = True
+
+    def compile(
+        self, compiler: str, source: Path, name: str, flags: list[str], build_data: dict
+    ) -> None:
+        library = source.parent / f"libafd_{name}.so"
+        command = [compiler, *FLAGS, *flags, str(source), "-o", str(library)]
+        subprocess.run(command, check=True)
+        build_data["artifacts"].append(str(library.relative_to(self.root)))

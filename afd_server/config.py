@@ -80,6 +80,10 @@ class ServeConfig:
     )
     attention_resources: str = _setting("CPU=1", "Ray resources of one attention worker")
     ffn_resources: str = _setting("CPU=1", "Ray resources of one FFN worker")
+    transport: Literal["auto", "zmq", "shm"] = _setting(
+        "auto", "between workers: shm is shared memory beside ZeroMQ, on one host; auto: shm with "
+        "ipc where it was built and the system allows it"
+    )  # fmt: skip
     data_transport: Literal["ipc", "tcp"] = _setting(
         "ipc", "between processes: ipc on one host, tcp between hosts"
     )

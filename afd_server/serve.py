@@ -34,6 +34,7 @@ from afd_server.gateway.config import GatewaySpec
 from afd_server.policy.blocks import num_kv_blocks
 from afd_server.transport.codec import MAX_PAYLOAD_BYTES
 from afd_server.transport.endpoint import Endpoint, Identity
+from afd_server.transport.ring import why_unavailable
 from afd_server.transport.zeromq import ZeroMQLink
 from afd_server.weights.manifest import model_digest
 from afd_server.weights.pull import resolve
@@ -137,6 +138,7 @@ class _Plan:
         self.model_name = config.served_model_name or self._directory.name
         self.max_model_len = config.max_model_len or model.max_position
         self.numerics = _resolve_numerics(config)
+        self.transport = _resolve_transport(config)
         self.parallel = FFNParallel[config.ffn_parallel.upper()]
         if config.ffn_workers == 0:
             self.parallel = FFNParallel.COLOCATED
@@ -202,6 +204,7 @@ class _Plan:
             model_digest=self.digest,
             numerics=self.numerics,
             compute_threads=config.compute_threads,
+            transport=self.transport,
             with_crc=self.with_crc,
             attention=AttentionConfig(
                 num_lanes=config.lanes,
@@ -295,6 +298,18 @@ def _resolve_numerics(config: ServeConfig) -> Numerics:
         weights="int8" if quantised else dtype,
         kv=("bfloat16" if quantised else dtype) if kv == "auto" else kv,
     )
+
+
+def _resolve_transport(config: ServeConfig) -> str:
+    """Choose shared memory where it can be."""
+    if config.transport == "zmq":
+        return "zmq"
+    obstacle = (
+        "it goes with data_transport ipc" if config.data_transport != "ipc" else why_unavailable()
+    )
+    if config.transport == "shm" and obstacle is not None:
+        raise ConfigError(f"transport is shm, but {obstacle}; use --transport zmq")
+    return "shm" if obstacle is None else "zmq"
 
 
 def _launcher(config: ServeConfig, runtime_dir: Path, check: Callable[[], None]) -> Launcher:

@@ -1,17 +1,22 @@
 """Messages to frames and back; the first half of the checks on receipt.
 
 A message is two frames: a MessagePack list of at most 2 KiB with fixed positions, and the raw
-payload. The list holds the envelope, the message's own fields in order of declaration, and the
-payload's facts. No maps, no extension types, no nesting (docs/protocol.md, section 1).
+payload. The list holds what stays the same for a sender, the numbers of the envelope, the
+message's own fields in order of declaration, and the payload's facts. No maps, no extension types,
+no nesting (docs/protocol.md, section 2).
+
+Dispatches and combines travel 60 times a token, so their headers have a fixed layout, which is
+written and read with one call each. Whatever is not exactly of that layout is read item by item.
 """
 
 import math
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import Any, get_type_hints  # Any: what MessagePack gives, checked before use
+from functools import lru_cache
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple, get_type_hints  # Any: what MessagePack gives, checked first
 
 import msgpack
 
@@ -33,7 +38,7 @@ from afd_server.transport.messages import (
     TopologyUpdate,
 )
 
-PROTOCOL_MAJOR, PROTOCOL_MINOR = 1, 0
+PROTOCOL_MAJOR, PROTOCOL_MINOR = 2, 0
 MAX_HEADER_BYTES = 2048
 MAX_PAYLOAD_BYTES = 64 * 2**20
 MAX_STRING_CHARS = 512
@@ -51,17 +56,31 @@ _TAGS: dict[int, type[Any]] = {
     8: TopologyUpdate,
 }
 _TAG_OF = {kind: tag for tag, kind in _TAGS.items()}
-_FIELDS = {kind: tuple(get_type_hints(kind).items()) for kind in _TAGS.values()}
-_NUM_ENVELOPE = 9
+_NUM_CONSTANT = 6  # major, minor, tag, source, model digest, fingerprint
+_NUM_ENVELOPE = _NUM_CONSTANT + 3  # epoch, sequence, budget
 _NUM_PAYLOAD = 1 + 1 + MAX_DIMS + 1 + 1  # dtype, rank, dimensions, nbytes, crc
 _NUM_MEMBER = 5
+
+
+def _own_fields(kind: type[Any]) -> dict[str, type[Any]]:
+    """Return the fields of a message that travel in its header."""
+    hints = get_type_hints(kind)
+    return {name: hint for name, hint in hints.items() if hint not in (Payload, Topology)}
+
+
+_OWN = {kind: tuple(_own_fields(kind).items()) for kind in _TAG_OF}
+_PAYLOAD_OF = {
+    kind: attrgetter(name)
+    for kind in _TAG_OF
+    for name, hint in get_type_hints(kind).items()
+    if hint is Payload
+}
 # A list may declare no more than its kind ever has: what is declared is allocated.
-_MAX_HEADER_ITEMS = _NUM_ENVELOPE + max(map(len, _FIELDS.values())) + _NUM_PAYLOAD
+_MAX_HEADER_ITEMS = _NUM_ENVELOPE + max(map(len, _OWN.values())) + _NUM_PAYLOAD
 _MAX_TOPOLOGY_ITEMS = 2 + _NUM_MEMBER * MAX_MEMBERS
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(NamedTuple):
     """Who sends, what it is built of, and where in its life it is.
 
     Attributes:
@@ -81,8 +100,7 @@ class Envelope:
     budget_ms: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """A header that passed the checks of size, type and range; the payload is still unchecked."""
 
     envelope: Envelope
@@ -94,41 +112,146 @@ class Header:
     crc: int
 
 
+class _Layout:
+    """The bytes of a header behind its constant items, if every number has eight bytes.
+
+    Each number is a MessagePack uint64, a marker and 8 bytes, each string an empty one.
+    """
+
+    UINT64, EMPTY_STRING = 0xCF, 0xA0
+
+    def __init__(self, kind: type[Any]) -> None:
+        own = [hint for _, hint in _OWN[kind]]
+        hints = [int] * (_NUM_ENVELOPE - _NUM_CONSTANT) + own + [int] * _NUM_PAYLOAD
+        assert own[:-1] == [int] * (len(own) - 1), f"{kind.__name__} has no fixed layout"
+        self.num_values = len(own) - (own[-1] is str)
+        self.has_text = own[-1] is str
+        self.values = attrgetter(*(name for name, _ in _OWN[kind]))
+        self._struct = struct.Struct(">" + "".join("B" if h is str else "BQ" for h in hints))
+        self._template: list[int] = []
+        self._numbers: list[int] = []
+        for hint in hints:
+            self._template.append(self.EMPTY_STRING if hint is str else self.UINT64)
+            if hint is not str:
+                self._numbers.append(len(self._template))
+                self._template.append(0)
+        markers = sorted(set(range(len(self._template))) - set(self._numbers))
+        self._pick_numbers = itemgetter(*self._numbers)
+        self._pick_markers = itemgetter(*markers)
+        self._markers = self._pick_markers(self._template)
+
+    @property
+    def size(self) -> int:
+        """Return the bytes of the layout."""
+        return self._struct.size
+
+    def pack(self, numbers: Sequence[int]) -> bytes:
+        """Return the bytes of these numbers."""
+        items = self._template.copy()
+        for place, number in zip(self._numbers, numbers, strict=True):
+            items[place] = number
+        return self._struct.pack(*items)
+
+    def unpack(self, data: bytes) -> tuple[int, ...] | None:
+        """Return the numbers, each in [0, 2^63); None if the bytes are not of this layout."""
+        items = self._struct.unpack(data)
+        if self._pick_markers(items) != self._markers:
+            return None
+        numbers: tuple[int, ...] = self._pick_numbers(items)
+        return numbers if max(numbers) < 2**63 else None
+
+
+_LAYOUTS: dict[type[Any], _Layout] = {kind: _Layout(kind) for kind in (Dispatch, Combine)}
+_DTYPES = {int(dtype): dtype for dtype in DType}
+
+
+@lru_cache(maxsize=64)
+def _beginning(tag: int, source: str, model_digest: str, fingerprint: str) -> bytes:
+    """Return the bytes up to the first item that changes between messages of a sender."""
+    packer = msgpack.Packer()
+    constant = (PROTOCOL_MAJOR, PROTOCOL_MINOR, tag, source, model_digest, fingerprint)
+    num_items = _NUM_ENVELOPE + len(_OWN[_TAGS[tag]]) + _NUM_PAYLOAD
+    return b"".join([packer.pack_array_header(num_items), *map(packer.pack, constant)])
+
+
 def encode(envelope: Envelope, message: Message, with_crc: bool) -> list[Buffer]:
     """Return the two frames of a message."""
-    payload, values = _payload_of(message), []
-    for name, kind in _FIELDS[type(message)]:
-        if kind is Payload or kind is Topology:
-            continue
-        value = getattr(message, name)  # by the closed table above, not by a peer's string
-        values.append(struct.pack("<d", value) if kind is float else value)
-    shape = (*payload.shape, *(0,) * (MAX_DIMS - len(payload.shape)))
+    kind, payload = type(message), _payload_of(message)
+    rank = len(payload.shape)
+    shape = (*payload.shape, *(0,) * (MAX_DIMS - rank))
     crc = zlib.crc32(payload.data) if with_crc else 0
-    header = msgpack.packb(
-        [
-            PROTOCOL_MAJOR,
-            PROTOCOL_MINOR,
-            _TAG_OF[type(message)],
-            envelope.source,
-            envelope.epoch,
-            envelope.sequence,
-            envelope.model_digest,
-            envelope.fingerprint,
-            envelope.budget_ms,
-            *values,
-            payload.dtype,
-            len(payload.shape),
-            *shape,
-            payload.nbytes,
-            crc,
-        ]
+    facts = (payload.dtype, rank, *shape, payload.nbytes, crc)
+    changing = (envelope.epoch, envelope.sequence, envelope.budget_ms)
+    beginning = _beginning(
+        _TAG_OF[kind], envelope.source, envelope.model_digest, envelope.fingerprint
     )
+    layout = _LAYOUTS.get(kind)
+    values = _values_of(message) if layout is None else layout.values(message)
+    if layout is not None and not (layout.has_text and values[-1]):
+        header = beginning + layout.pack((*changing, *values[: layout.num_values], *facts))
+    else:
+        rest = map(msgpack.Packer().pack, (*changing, *values, *facts))
+        header = b"".join([beginning, *rest])
     assert len(header) <= MAX_HEADER_BYTES, f"header of {len(header)} bytes"
     return [header, payload.data]
 
 
+class HeaderReader:
+    """Checks and reads headers; remembers the beginnings of those that were read item by item."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, tuple[type[Any], str, str, str]] = {}
+
+    def read(self, frame: Buffer) -> Header:
+        """Check and read a header; the verdict is that of `decode_header`.
+
+        Raises:
+            ProtocolError: the frame is none that `encode` makes.
+        """
+        data = bytes(frame)
+        for kind, layout in _LAYOUTS.items():
+            known = self._known.get(data[: -layout.size])
+            if known is not None and known[0] is kind:
+                header = _read_layout(layout, known, data[-layout.size :])
+                if header is not None:
+                    return header
+        header = decode_header(data)
+        layout_of_kind = _LAYOUTS.get(header.kind)
+        if layout_of_kind is not None:
+            self._remember(header, data[: -layout_of_kind.size])
+        return header
+
+    def _remember(self, header: Header, beginning: bytes) -> None:
+        envelope = header.envelope
+        constant = (envelope.source, envelope.model_digest, envelope.fingerprint)
+        if (
+            _beginning(_TAG_OF[header.kind], *constant) == beginning
+        ):  # else the frame is right, but of another layout
+            if len(self._known) == MAX_MEMBERS:
+                self._known.clear()
+            self._known[beginning] = (header.kind, *constant)
+
+
+def _read_layout(
+    layout: _Layout, known: tuple[type[Any], str, str, str], data: bytes
+) -> Header | None:
+    """Read the changing part of a header; None if it must be looked at item by item."""
+    numbers = layout.unpack(data)
+    if numbers is None:
+        return None
+    kind, source, model_digest, fingerprint = known
+    epoch, sequence, budget_ms = numbers[:3]
+    *values, number, rank, rows, columns, depth, nbytes, crc = numbers[3:]
+    dtype, dims = _DTYPES.get(number), (rows, columns, depth)
+    if dtype is None or not _is_shape(dtype, rank, dims):
+        return None
+    envelope = Envelope(source, epoch, sequence, model_digest, fingerprint, budget_ms)
+    own = (*values, "") if layout.has_text else tuple(values)
+    return Header(envelope, kind, own, dtype, dims[:rank], nbytes, crc)
+
+
 def decode_header(frame: Buffer) -> Header:
-    """Check and read a header: size, then types, then ranges.
+    """Check and read a header item by item: size, then types, then ranges.
 
     Raises:
         ProtocolError: the frame is none that `encode` makes.
@@ -144,26 +267,27 @@ def decode_header(frame: Buffer) -> Header:
     kind = _TAGS.get(items[2])
     if kind is None:
         raise ProtocolError(f"unknown message tag {items[2]}", "type")
-    own = [hint for _, hint in _FIELDS[kind] if hint is not Payload and hint is not Topology]
+    own = [hint for _, hint in _OWN[kind]]
     expected = _NUM_ENVELOPE + len(own) + _NUM_PAYLOAD
     if len(items) != expected:
         raise ProtocolError(f"header of {len(items)} items, expected {expected}", "type")
-    envelope = Envelope(
-        source=_checked(items[3], str),
-        epoch=_checked(items[4], int),
-        sequence=_checked(items[5], int),
-        model_digest=_checked(items[6], str),
-        fingerprint=_checked(items[7], str),
-        budget_ms=_checked(items[8], int),
+    source, model_digest, fingerprint = (_checked(item, str) for item in items[3:_NUM_CONSTANT])
+    epoch, sequence, budget_ms = (
+        _checked(item, int) for item in items[_NUM_CONSTANT:_NUM_ENVELOPE]
     )
     stop = _NUM_ENVELOPE + len(own)
     values = tuple(map(_checked, items[_NUM_ENVELOPE:stop], own))
     dtype = _checked(items[stop], DType)
     numbers = [_checked(item, int) for item in items[stop + 1 :]]
-    rank, dims, nbytes, crc = numbers[0], numbers[1 : 1 + MAX_DIMS], numbers[-2], numbers[-1]
-    if rank > MAX_DIMS or any(dims[rank:]) or (rank and dtype is DType.NONE):
+    rank, dims, nbytes, crc = numbers[0], tuple(numbers[1 : 1 + MAX_DIMS]), numbers[-2], numbers[-1]
+    if not _is_shape(dtype, rank, dims):
         raise ProtocolError(f"shape {dims} of rank {rank}", "range")
-    return Header(envelope, kind, values, dtype, tuple(dims[:rank]), nbytes, crc)
+    envelope = Envelope(source, epoch, sequence, model_digest, fingerprint, budget_ms)
+    return Header(envelope, kind, values, dtype, dims[:rank], nbytes, crc)
+
+
+def _is_shape(dtype: DType, rank: int, dims: tuple[int, ...]) -> bool:
+    return rank <= MAX_DIMS and not any(dims[rank:]) and not (rank and dtype is DType.NONE)
 
 
 def decode(header: Header, data: Buffer, with_crc: bool) -> Message:
@@ -185,7 +309,7 @@ def decode(header: Header, data: Buffer, with_crc: bool) -> Message:
     kind = header.kind
     if kind is TopologyUpdate:
         return TopologyUpdate(_decode_topology(data))
-    has_payload = any(hint is Payload for _, hint in _FIELDS[kind])
+    has_payload = kind in _PAYLOAD_OF
     if not has_payload and header.dtype is not DType.NONE:
         raise ProtocolError(f"{kind.__name__} has no payload, not even of {size} bytes", "size")
     message: Message = kind(*header.values, payload) if has_payload else kind(*header.values)
@@ -196,9 +320,17 @@ def _payload_of(message: Message) -> Payload:
     if isinstance(message, TopologyUpdate):
         data = _encode_topology(message.topology)
         return Payload(DType.UINT8, (len(data),), data)
-    last = fields(message)[-1].name
-    value = getattr(message, last)
-    return value if isinstance(value, Payload) else EMPTY
+    payload_of = _PAYLOAD_OF.get(type(message))
+    return EMPTY if payload_of is None else payload_of(message)
+
+
+def _values_of(message: Message) -> list[Any]:
+    """Return a message's own fields as they are packed."""
+    values = []
+    for name, hint in _OWN[type(message)]:
+        value = getattr(message, name)  # by the closed table above, not by a peer's string
+        values.append(struct.pack("<d", value) if hint is float else value)
+    return values
 
 
 def _unpack(frame: Buffer, max_items: int) -> list[Any]:

@@ -8,12 +8,13 @@ import logging
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from afd_server.core.clock import Clock
 from afd_server.core.errors import ProtocolError, TransportError
 from afd_server.core.topology import Member, Role, Topology
 from afd_server.transport.base import Link
-from afd_server.transport.codec import Envelope, Header, decode, decode_header, encode
+from afd_server.transport.codec import Envelope, Header, HeaderReader, decode, encode
 from afd_server.transport.messages import (
     EMPTY,
     Buffer,
@@ -53,8 +54,7 @@ class Identity:
     fingerprint: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(NamedTuple):
     """A message that passed every check, and its sender."""
 
     envelope: Envelope
@@ -90,6 +90,7 @@ class Endpoint:
         self._introduced = {member.incarnation: member for member in introduced}
         self._with_crc = with_crc
         self._sequence = 0
+        self._reader = HeaderReader()
         self._bad_at: defaultdict[str, deque[float]] = defaultdict(
             lambda: deque(maxlen=MAX_BAD_FRAMES)
         )
@@ -153,11 +154,10 @@ class Endpoint:
                 continue
             yield received
 
-    @staticmethod
-    def _header(frames: list[Buffer]) -> Header:
+    def _header(self, frames: list[Buffer]) -> Header:
         if len(frames) != 2:
             raise ProtocolError(f"{len(frames)} frames instead of 2", "size")
-        return decode_header(frames[0])
+        return self._reader.read(frames[0])
 
     def _believe(self, route: str, header: Header, data: Buffer) -> Received:
         """Check in the order of docs/protocol.md: range and size, membership, then CRC."""

@@ -63,6 +63,7 @@ class WorkerSpec:
         model_digest: what the checkpoint at `model_path` must turn out to be.
         numerics: what is computed in which format.
         compute_threads: of tensor operations; more threads than owned cores slow everything.
+        transport: between workers: `zmq`, or `shm` for shared memory beside it.
         with_crc: whether frames carry checksums.
     """
 
@@ -76,6 +77,7 @@ class WorkerSpec:
     model_digest: str
     numerics: Numerics
     compute_threads: int
+    transport: str
     with_crc: bool
     attention: AttentionConfig
     ffn: FFNConfig

@@ -23,6 +23,7 @@ from afd_server.models.base import ColumnShard, column_shard
 from afd_server.models.catalogue import ARCHITECTURES
 from afd_server.policy.blocks import num_kv_blocks
 from afd_server.policy.scheduler import Scheduler, SchedulerConfig
+from afd_server.transport.base import Link
 from afd_server.transport.endpoint import Endpoint, Identity, Received
 from afd_server.transport.messages import (
     Heartbeat,
@@ -30,6 +31,7 @@ from afd_server.transport.messages import (
     ProcessState,
     TopologyUpdate,
 )
+from afd_server.transport.shm import SharedMemoryLink
 from afd_server.transport.zeromq import ZeroMQLink
 from afd_server.weights.checkpoint import Checkpoint
 from afd_server.weights.manifest import model_digest
@@ -129,12 +131,11 @@ def run_worker(spec: WorkerSpec, should_stop: Callable[[], bool]) -> None:
     torch.set_num_threads(spec.compute_threads)
     torch.set_grad_enabled(False)
     clock = MonotonicClock()
-    link = ZeroMQLink(spec.incarnation, spec.bind)
+    link = _link(spec)
     supervisor = Member(Role.SUPERVISOR, 0, spec.supervisor, spec.supervisor_address, "")
     identity = Identity(spec.incarnation, spec.model_digest)
     endpoint = Endpoint(link, identity, clock, (supervisor,), spec.with_crc)
     try:
-        link.connect(spec.supervisor, spec.supervisor_address)
         worker = _load(spec, endpoint, clock)
         loop = WorkerLoop(spec, worker, endpoint, clock)
         log.info("%s is ready", spec.name)
@@ -147,6 +148,12 @@ def run_worker(spec: WorkerSpec, should_stop: Callable[[], bool]) -> None:
         raise
     finally:
         link.close()
+
+
+def _link(spec: WorkerSpec) -> Link:
+    link = ZeroMQLink(spec.incarnation, spec.bind)
+    link.connect(spec.supervisor, spec.supervisor_address)  # before: it gets no shared memory
+    return SharedMemoryLink(link) if spec.transport == "shm" else link
 
 
 def _say_farewell(spec: WorkerSpec, endpoint: Endpoint, clock: Clock, error: Exception) -> None:

@@ -19,7 +19,7 @@ def spec(role, slot):
         role=role, slot=slot, incarnation=f"{role.name}{slot}", supervisor="sup",
         supervisor_address="", bind=f"ipc:///x/{role.name}{slot}.ipc", model_path="/m",
         model_digest="d", numerics=Numerics("reference", "float32", "float32"),
-        compute_threads=1, with_crc=True,
+        compute_threads=1, transport="zmq", with_crc=True,
         attention=AttentionConfig(1, 64, 4, 8, 16, 1000), ffn=FFNConfig(FFNParallel.TENSOR, 1),
     )  # fmt: skip
 

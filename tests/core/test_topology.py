@@ -56,4 +56,8 @@ def test_the_numbers_on_the_wire_do_not_change():
         ("ATTENTION", 2),
         ("FFN", 3),
     ]
-    assert [(p.name, int(p)) for p in FFNParallel] == [("TENSOR", 1), ("REPLICATE", 2)]
+    assert [(p.name, int(p)) for p in FFNParallel] == [
+        ("TENSOR", 1),
+        ("REPLICATE", 2),
+        ("COLOCATED", 3),
+    ]

@@ -131,6 +131,12 @@ def test_tcp_beyond_loopback_needs_a_word_about_the_network(short_dir):
     assert "--trusted-network" in text
 
 
+def test_shared_memory_does_not_go_with_tcp(short_dir):
+    arguments = ("--transport", "shm", "--data-transport", "tcp")
+    text = refused(short_dir, tiny_llama()[0], *LOCAL, *arguments)
+    assert "transport is shm, but it goes with data_transport ipc" in text
+
+
 def test_an_address_of_another_machine_cannot_be_bound(short_dir):
     text = refused(
         short_dir, tiny_llama()[0], *LOCAL,

@@ -29,6 +29,8 @@ def tokens_of(server):
         ("2A0F", ["--attention-workers", 2, "--ffn-workers", 0]),
         ("1A3F", ["--ffn-workers", 3, "--ffn-parallel", "replicate", "--lanes", 4]),
         ("1A1F", ["--data-transport", "tcp"]),
+        ("1A1F", ["--transport", "zmq"]),
+        ("2A2F", ["--attention-workers", 2, "--ffn-workers", 2, "--transport", "shm"]),
     ],
 )
 def test_any_topology_and_transport_gives_the_same_tokens(short_dir, notation, arguments):
@@ -164,10 +166,12 @@ def test_when_the_serve_process_is_killed_its_workers_follow(short_dir):
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("transport", ["zmq", "shm"])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_worker_is_replaced_and_the_stream_goes_on(short_dir, victim):
+def test_a_killed_worker_is_replaced_and_the_stream_goes_on(short_dir, victim, transport):
     """Recovery has its own guarantees later; the path must stand already."""
-    with serving(short_dir, tiny_llama()[0], "--launcher", "local") as server:
+    arguments = ("--launcher", "local", "--transport", transport)
+    with serving(short_dir, tiny_llama()[0], *arguments) as server:
         body = {**BODY, "max_tokens": 400, "ignore_eos": True}
         calm = server.http.post("/v1/completions", json=body).json()["choices"][0]["token_ids"]
         with server.http.stream("POST", "/v1/completions", json={**body, "stream": True}) as stream:

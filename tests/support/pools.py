@@ -17,6 +17,7 @@ from afd_server.transport.messages import (
     TopologyUpdate,
     submit_of,
 )
+from afd_server.transport.shm import SharedMemoryLink
 from afd_server.transport.zeromq import ZeroMQLink
 from afd_server.workers.config import AttentionConfig, FFNConfig, Numerics, WorkerSpec
 from afd_server.workers.runtime import (
@@ -65,6 +66,7 @@ class Pools:
             "model_digest": "digest",
             "numerics": numerics,
             "compute_threads": 1,
+            "transport": "zmq",
             "with_crc": True,
             "attention": AttentionConfig(
                 num_lanes,
@@ -217,6 +219,10 @@ class Pools:
 
 def ipc_links(directory: Path) -> Callable[[str], Link]:
     return lambda name: ZeroMQLink(name, f"ipc://{directory}/{name}.ipc")
+
+
+def shm_links(directory: Path) -> Callable[[str], Link]:
+    return lambda name: SharedMemoryLink(ZeroMQLink(name, f"ipc://{directory}/{name}.ipc"))
 
 
 def tcp_links() -> Callable[[str], Link]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from afd_server.core.errors import ProtocolError
 from afd_server.core.topology import FFNParallel, Member, Role, Topology
+from afd_server.transport import codec
 from afd_server.transport.codec import (
     MAX_HEADER_BYTES,
     MAX_MEMBERS,
@@ -21,6 +22,7 @@ from afd_server.transport.codec import (
     PROTOCOL_MAJOR,
     PROTOCOL_MINOR,
     Envelope,
+    HeaderReader,
     decode,
     decode_header,
     encode,
@@ -46,6 +48,7 @@ CANCEL = Cancel(key=5, attempt=1)
 DISPATCH = Dispatch(
     step=7, lane=1, layer=2, part=0, activations=Payload(DType.FLOAT32, (2, 3), bytes(range(24)))
 )
+COMBINE = Combine(7, 1, 2, 0, 3, "", Payload(DType.FLOAT32, (2, 3), bytes(range(24))))
 SUBMIT = Submit(
     key=1, attempt=1, num_prompt=2, num_emitted=0, max_tokens=8, top_k=0, seed=9, choice=0,
     temperature=0.7, top_p=1.0, min_p=0.0, ttft_s=0.5, tpot_s=0.05,
@@ -61,7 +64,7 @@ TOPOLOGY = Topology(
 )
 
 # Positions in a header's list.
-MAJOR, MINOR, TAG, SOURCE, EPOCH, SEQUENCE, DIGEST, FINGERPRINT, BUDGET, OWN = range(10)
+MAJOR, MINOR, TAG, SOURCE, DIGEST, FINGERPRINT, EPOCH, SEQUENCE, BUDGET, OWN = range(10)
 DTYPE, RANK, DIM_0, DIM_1, DIM_2, NBYTES, CRC = range(-7, 0)
 
 numbers = st.integers(0, BIGGEST) | st.sampled_from([0, 1, 2**31, 2**32, BIGGEST])
@@ -177,7 +180,7 @@ def test_a_larger_topology_is_not_sent():
 
 def test_a_header_too_long_to_be_received_is_not_sent():
     words = "x" * MAX_STRING_CHARS
-    crowded = replace(ENVELOPE, source=words, model_digest=words, fingerprint=words)
+    crowded = ENVELOPE._replace(source=words, model_digest=words, fingerprint=words)
     beat = Heartbeat(Role.FFN, 0, ProcessState.FAILED, 0, words, words)
     with pytest.raises(AssertionError, match="header of"):
         encode(crowded, beat, True)
@@ -252,10 +255,10 @@ def test_what_is_no_list_is_refused(content):
     [
         b"",
         b"\xc1",  # never used by MessagePack
-        b"\x93\x01\x00",  # a list that ends early
+        b"\x93\x02\x00",  # a list that ends early
         b"\x91\xa2\xff\xff",  # no UTF-8
         b"\x91" * MAX_HEADER_BYTES,  # deeper than any stack
-        msgpack.packb([1, 0, 2]) + b"\x00",  # something follows
+        msgpack.packb([2, 0, 2]) + b"\x00",  # something follows
     ],
     ids=["empty", "c1", "short", "utf8", "deep", "tail"],
 )
@@ -376,6 +379,96 @@ def test_an_unknown_role_or_state_is_refused(position, value):
     refused(changed(beat, {position: value}), "range")
 
 
+# -- headers of a fixed layout
+
+calls = st.one_of(
+    st.builds(Dispatch, *[numbers] * 4, any_payload),
+    st.builds(Combine, *[numbers] * 5, st.just("") | words, any_payload),
+)
+cuts = st.floats(0, 1)
+damages = st.one_of(
+    st.tuples(st.just("replace"), cuts, st.binary(max_size=12)),
+    st.tuples(st.just("insert"), cuts, st.binary(max_size=12)),
+    st.tuples(st.just("delete"), cuts, st.integers(1, 12)),
+)
+
+
+def damaged(frame, damage):
+    kind, cut, what = damage
+    place = int(cut * len(frame))
+    if kind == "delete":
+        return frame[:place] + frame[place + what :]
+    return frame[:place] + what + frame[place + len(what) * (kind == "replace") :]
+
+
+def verdict(read, frame):
+    try:
+        return read(frame)
+    except ProtocolError as error:
+        return error.reason, str(error)
+
+
+@settings(max_examples=400)
+@given(envelopes, calls, calls, st.lists(damages, max_size=3))
+def test_a_reader_that_knows_the_sender_says_what_a_stranger_would(envelope, met, call, damage):
+    reader = HeaderReader()
+    for message in (met, call):
+        reader.read(encode(envelope, message, True)[0])
+    frame = encode(envelope._replace(sequence=7), call, True)[0]
+    for step in damage:
+        frame = damaged(frame, step)
+    for _ in range(2):
+        assert verdict(reader.read, frame) == verdict(decode_header, frame)
+
+
+@pytest.mark.parametrize("value", [0, 1, 3, 4, 6, 7, 2**32, BIGGEST, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("message", [DISPATCH, COMBINE])
+def test_every_number_is_judged_as_by_a_stranger(message, value):
+    reader = HeaderReader()
+    frame = encode(ENVELOPE, message, True)[0]
+    reader.read(frame)
+    for place in range(len(frame) - 8):
+        changed_frame = frame[:place] + value.to_bytes(8, "big") + frame[place + 8 :]
+        assert verdict(reader.read, changed_frame) == verdict(decode_header, changed_frame)
+
+
+@pytest.mark.parametrize("message", [DISPATCH, COMBINE])
+def test_a_known_sender_is_not_read_item_by_item_again(message, monkeypatch):
+    reader = HeaderReader()
+    reader.read(encode(ENVELOPE, message, True)[0])
+    expected = decode_header(encode(ENVELOPE._replace(sequence=42), message, True)[0])
+    monkeypatch.setattr(codec, "decode_header", None)
+    for buffer in (bytes, bytearray, memoryview):
+        frame = buffer(encode(ENVELOPE._replace(sequence=42), message, True)[0])
+        assert reader.read(frame) == expected
+
+
+@pytest.mark.parametrize(
+    "message", [CANCEL, SUBMIT, replace(COMBINE, refusal="part", partial=EMPTY)]
+)
+def test_what_has_no_fixed_layout_is_read_all_the_same(message):
+    reader = HeaderReader()
+    for _ in range(2):
+        frames = encode(ENVELOPE, message, True)
+        assert decode(reader.read(frames[0]), frames[1], True) == message
+
+
+def test_a_foreign_packer_of_the_same_list_is_understood():
+    reader = HeaderReader()
+    items = msgpack.unpackb(encode(ENVELOPE, DISPATCH, True)[0])
+    for _ in range(2):
+        assert reader.read(msgpack.packb(items)) == decode_header(
+            encode(ENVELOPE, DISPATCH, True)[0]
+        )
+
+
+def test_whoever_invents_names_does_not_fill_a_readers_memory():
+    reader = HeaderReader()
+    for number in range(MAX_MEMBERS + 10):
+        reader.read(encode(ENVELOPE._replace(source=f"{number}"), DISPATCH, True)[0])
+    assert len(reader._known) <= MAX_MEMBERS
+
+
 # -- CRC
 
 
@@ -423,7 +516,7 @@ def test_a_topology_of_whole_rows_is_read():
         ([4, 2] + ROWS[2:] * (MAX_MEMBERS + 1), "type"),
         ([True, *ROWS[1:]], "type"),
         ([-1, *ROWS[1:]], "range"),
-        ([4, 3, *ROWS[2:]], "range"),
+        ([4, 4, *ROWS[2:]], "range"),
         ([4, 2, 9, *ROWS[3:]], "range"),
         ([4, 2, Role.FFN, "1", *ROWS[4:]], "type"),
         ([*ROWS[:4], "x" * (MAX_STRING_CHARS + 1), *ROWS[5:]], "range"),

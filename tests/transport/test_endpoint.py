@@ -80,7 +80,7 @@ class Wire:
     def say(self, member, message, **changes):
         """Send as a member; `changes` are those of the envelope."""
         envelope = Envelope(member.incarnation, 3, 1, MODEL, member.fingerprint)
-        self.say_frames(member, encode(replace(envelope, **changes), message, self.with_crc))
+        self.say_frames(member, encode(envelope._replace(**changes), message, self.with_crc))
 
     def say_frames(self, member, frames):
         self.link(member.incarnation).send("me", frames)

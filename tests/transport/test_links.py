@@ -1,6 +1,5 @@
-"""One contract for every link: in-process, ipc and tcp; then what only some of them promise."""
+"""One contract for every link: in-process, ipc, tcp, shared memory; then what only some promise."""
 
-import contextlib
 import itertools
 import random
 import signal
@@ -12,121 +11,38 @@ import pytest
 import zmq
 
 from afd_server.core.errors import AddressInUse, ConfigError, TransportError
-from afd_server.transport import zeromq
+from afd_server.transport import shm, zeromq
 from afd_server.transport.codec import MAX_PAYLOAD_BYTES
 from afd_server.transport.inproc import Faults, InProcessNetwork
 from afd_server.transport.zeromq import CREDITS, ZeroMQLink
-
-PATIENCE = 1000  # receives of 10 ms before a test gives up
-
-
-class Net:
-    """Opens links of one kind and closes them all."""
-
-    def __init__(self, directory):
-        self.directory = directory
-        self.opened = []
-
-    def link(self, name):
-        self.opened.append(self.make(name))
-        return self.opened[-1]
-
-    def close(self):
-        for link in self.opened:
-            link.close()
+from support.links import (
+    InProcessNet,
+    IPCNet,
+    SharedMemoryNet,
+    TCPNet,
+    await_frames,
+    notice_absence,
+    opened,
+    pair,
+    send_once_connected,
+    send_until_heard,
+    send_until_refused,
+)
 
 
-class InProcessNet(Net):
-    def __init__(self, directory):
-        super().__init__(directory)
-        self.make = InProcessNetwork().link
-
-
-class IPCNet(Net):
-    def make(self, name):
-        return ZeroMQLink(name, f"ipc://{self.directory}/{name}.ipc")
-
-
-class TCPNet(Net):
-    def make(self, name):
-        return ZeroMQLink(name, "tcp://127.0.0.1:*")
-
-
-def opened(kind, directory):
-    net = kind(directory)
-    yield net
-    net.close()
-
-
-@pytest.fixture(params=[InProcessNet, IPCNet, TCPNet])
+@pytest.fixture(params=[InProcessNet, IPCNet, TCPNet, SharedMemoryNet])
 def net(request, tmp_path):
+    yield from opened(request.param, tmp_path)
+
+
+@pytest.fixture(params=[IPCNet, TCPNet, SharedMemoryNet])
+def processes(request, tmp_path):
     yield from opened(request.param, tmp_path)
 
 
 @pytest.fixture(params=[IPCNet, TCPNet])
 def sockets(request, tmp_path):
     yield from opened(request.param, tmp_path)
-
-
-def await_frames(link, num_messages):
-    """Receive until so many messages came; fail instead of waiting for ever."""
-    received = []
-    for _ in range(PATIENCE):
-        received += link.receive(0.01)
-        if len(received) >= num_messages:
-            return [(peer, [bytes(frame) for frame in frames]) for peer, frames in received]
-    raise AssertionError(f"{len(received)} of {num_messages} messages came")
-
-
-def send_once_connected(link, peer, frames):
-    """Send as soon as the way is open; fail instead of trying for ever."""
-    for _ in range(PATIENCE):
-        try:
-            return link.send(peer, frames)
-        except TransportError:
-            link.receive(0.01)
-    raise AssertionError(f"{peer} was never reached")
-
-
-def send_until_heard(sender, receiver, frames):
-    """Send until it arrives: on a way that was cut, frames and a first reconnect may be lost."""
-    for _ in range(PATIENCE):
-        with contextlib.suppress(TransportError):
-            sender.send("b", frames)
-        if ("a", frames) in receiver.receive(0.01):
-            return
-        sender.receive(0)
-    raise AssertionError(f"{frames} never arrived")
-
-
-def send_until_refused(link, peer, frames, limit):
-    """Send without waiting; return how many were taken before the link refused."""
-    for count in range(limit):
-        try:
-            link.send(peer, frames)
-        except TransportError:
-            return count
-    raise AssertionError(f"{limit} messages were taken by nobody")
-
-
-def notice_absence(link, peer):
-    """Send until the link refuses: the peer has gone."""
-    for _ in range(PATIENCE):
-        try:
-            link.send(peer, [b"anybody?", b""])
-        except TransportError:
-            return
-        link.receive(0.01)
-    raise AssertionError(f"frames to {peer} were taken though it is gone")
-
-
-def pair(net):
-    """Return two links, the first connected to the second and known to be so."""
-    a, b = net.link("a"), net.link("b")
-    a.connect("b", b.address)
-    send_once_connected(a, "b", [b"hello", b""])
-    assert await_frames(b, 1) == [("a", [b"hello", b""])]
-    return a, b
 
 
 # -- every link
@@ -226,7 +142,7 @@ def test_a_name_can_be_used_again_after_close(net):
     send_until_heard(a, again, [b"again", b""])
 
 
-# -- sockets only
+# -- between processes
 
 
 def test_who_only_connects_has_no_address_and_hears_answers(sockets):
@@ -252,9 +168,9 @@ def test_every_socket_gives_a_descriptor_to_wait_on(sockets):
     assert len(set(a.filenos())) == 2
 
 
-def test_a_peer_that_moved_is_followed_to_its_new_address(sockets):
-    a, _ = pair(sockets)
-    moved = sockets.link("moved")
+def test_a_peer_that_moved_is_followed_to_its_new_address(processes):
+    a, _ = pair(processes)
+    moved = processes.link("moved")
     a.connect("b", moved.address)
     send_once_connected(a, "b", [b"here", b""])
     assert await_frames(moved, 1) == [("a", [b"here", b""])]
@@ -270,15 +186,15 @@ def test_an_address_of_nowhere_is_our_own_error_and_leaves_nothing_behind(socket
     send_once_connected(a, "b", [b"x", b""])
 
 
-def test_after_close_sending_is_an_error_of_ours(sockets):
-    a, _ = pair(sockets)
+def test_after_close_sending_is_an_error_of_ours(processes):
+    a, _ = pair(processes)
     a.close()
     with pytest.raises(TransportError, match="b cannot be reached"):
         a.send("b", [b"x", b""])
 
 
-def test_a_routing_id_that_is_no_text_is_read_all_the_same(sockets):
-    hub = sockets.link("hub")
+def test_a_routing_id_that_is_no_text_is_read_all_the_same(processes):
+    hub = processes.link("hub")
     with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
         stranger.linger = 0
         stranger.setsockopt(zmq.IDENTITY, b"\xff\xfe")
@@ -287,30 +203,31 @@ def test_a_routing_id_that_is_no_text_is_read_all_the_same(sockets):
         assert await_frames(hub, 1) == [("��", [b"x", b""])]
 
 
-def test_who_does_not_read_is_sent_no_more_than_the_credits(sockets):
-    a, b = pair(sockets)
+def test_who_does_not_read_is_sent_no_more_than_the_credits(processes):
+    a, b = pair(processes)
     frames = [b"header", bytes(256 * 1024)]  # beyond what the kernel's buffers hold
     most = 2 * CREDITS + 16  # at both ends, in the kernel's buffers and the I/O threads
     assert CREDITS / 2 <= send_until_refused(a, "b", frames, 1000) <= most
     assert CREDITS / 2 <= send_until_refused(b, "a", frames, 1000) <= most
 
 
-def test_who_reads_again_is_sent_to_again(sockets):
-    a, b = pair(sockets)
+def test_who_reads_again_is_sent_to_again(processes):
+    a, b = pair(processes)
     send_until_refused(a, "b", [b"header", bytes(256 * 1024)], 1000)
     send_until_heard(a, b, [b"again", b""])
 
 
-def test_before_a_peer_listens_nothing_is_queued_for_it(sockets):
-    a = sockets.link("a")
-    a.connect("b", f"ipc://{sockets.directory}/nobody.ipc")
+def test_before_a_peer_listens_nothing_is_queued_for_it(processes):
+    a = processes.link("a")
+    a.connect("b", f"ipc://{processes.directory}/nobody.ipc")
     with pytest.raises(TransportError, match="b is not connected or does not keep up"):
         a.send("b", [b"x", b""])
 
 
-def test_a_busy_link_lets_its_owner_get_to_work(sockets, monkeypatch):
-    monkeypatch.setattr(zeromq, "MAX_PER_RECEIVE", 10)
-    a, b = pair(sockets)
+def test_a_busy_link_lets_its_owner_get_to_work(processes, monkeypatch):
+    for module in (zeromq, shm):
+        monkeypatch.setattr(module, "MAX_PER_RECEIVE", 10)
+    a, b = pair(processes)
     for _ in range(CREDITS // 2):
         a.send("b", [b"x", b""])
     sizes = []
@@ -319,8 +236,8 @@ def test_a_busy_link_lets_its_owner_get_to_work(sockets, monkeypatch):
         assert 0 < sizes[-1] <= 10
 
 
-def test_a_frame_beyond_the_budget_never_arrives(sockets):
-    a, b = pair(sockets)
+def test_a_frame_beyond_the_budget_never_arrives(processes):
+    a, b = pair(processes)
     a.send("b", [b"header", bytes(MAX_PAYLOAD_BYTES + 1)])
     assert b.receive(0.3) == []
 
@@ -350,10 +267,10 @@ def test_no_socket_keeps_an_unsafe_default(sockets):
     assert a_sockets[1].getsockopt(zmq.IDENTITY) == b"a"
 
 
-def test_a_router_reports_who_is_not_there(sockets):
+def test_a_router_reports_who_is_not_there(processes):
     # libzmq does not tell whether ROUTER_MANDATORY is set; without it the frame just vanishes
     with pytest.raises(TransportError, match="Host unreachable|No route"):
-        sockets.link("a").send("gone", [b"x", b""])
+        processes.link("a").send("gone", [b"x", b""])
 
 
 # -- addresses

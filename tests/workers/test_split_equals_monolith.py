@@ -27,7 +27,7 @@ from afd_server.workers.config import Numerics
 from afd_server.workers.runtime import select_kernels
 from afd_server.workers.tensors import TORCH_DTYPES, row_dtype
 from support.checkpoints import tiny_llama
-from support.pools import EXACT, Pools, ipc_links, tcp_links
+from support.pools import EXACT, Pools, ipc_links, shm_links, tcp_links
 
 TOPOLOGIES = [(1, 1), (2, 1), (1, 2), (2, 2)]
 NUM_OUTPUT = 8
@@ -109,10 +109,11 @@ def record_logits(pools: Pools) -> list[torch.Tensor]:
 
 
 def links(kind, tmp_path):
-    return {"inproc": None, "ipc": ipc_links(tmp_path), "tcp": tcp_links()}[kind]
+    made = {"ipc": ipc_links(tmp_path), "tcp": tcp_links(), "shm": shm_links(tmp_path)}
+    return made.get(kind)
 
 
-@pytest.mark.parametrize("kind", ["inproc", "ipc", "tcp"])
+@pytest.mark.parametrize("kind", ["inproc", "ipc", "tcp", "shm"])
 @pytest.mark.parametrize(("num_attention", "num_ffn"), TOPOLOGIES)
 def test_logits_of_the_split_model_are_the_monoliths(
     kind, num_attention, num_ffn, monolith, tmp_path
@@ -173,7 +174,7 @@ def test_requests_in_company_get_the_monoliths_logits_and_tokens(
     assert_company_changes_nothing(pools, num_attention, requests, monolith, logits_of)
 
 
-@pytest.mark.parametrize("kind", ["ipc", "tcp"])
+@pytest.mark.parametrize("kind", ["ipc", "tcp", "shm"])
 @pytest.mark.parametrize("num_lanes", [1, 2, 3, 4])
 @pytest.mark.parametrize(("num_attention", "num_ffn"), TOPOLOGIES)
 def test_requests_in_company_over_sockets_get_the_monoliths_logits_and_tokens(
