@@ -57,8 +57,8 @@ class Scheduler:
     prefills again later. So the oldest always advances, and nobody starves.
 
     A sequence never computes a full block that is still held from another one with the same
-    salt, nor what it computed itself before it was preempted. Its last token is always computed:
-    the next one is predicted from it.
+    salt, nor what it computed itself before it was preempted; for a block that a lane is just
+    computing it waits. Its last token is always computed: the next one is predicted from it.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -67,6 +67,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()  # oldest first
         self._running: list[Sequence] = []  # own blocks, oldest first
         self._in_lane: dict[int, list[Sequence]] = {}
+        self._filling: dict[int, set[bytes]] = {}  # by lane, the blocks its step will fill
         self._by_key: dict[tuple[int, int], Sequence] = {}
         self._num_arrivals = 0
         self._num_steps = 0
@@ -124,6 +125,7 @@ class Scheduler:
         self._admit()
         share = -(-len(self._running) // self._config.num_lanes)
         budget = self._config.max_batch_tokens
+        filling = self._filling[lane] = set()
         chosen: list[tuple[Sequence, int]] = []
         for sequence in self._by_urgency():
             if len(chosen) == share or budget == 0:
@@ -131,10 +133,13 @@ class Scheduler:
             if sequence.state is not SequenceState.RUNNING:
                 continue  # in flight, or preempted for an older one a moment ago
             self._take_over(sequence)
+            if self._is_under_way(sequence):
+                continue
             num_tokens = min(sequence.num_pending, budget)
             if not self._reserve(sequence, sequence.num_computed + num_tokens):
                 continue
             self._count_hits(sequence, num_tokens)
+            filling.update(self._blocks_filled_by(sequence, num_tokens))
             sequence.state = SequenceState.IN_FLIGHT
             chosen.append((sequence, num_tokens))
             budget -= num_tokens
@@ -152,6 +157,7 @@ class Scheduler:
             What the gateway must hear, in the order of the plan.
         """
         sequences = self._in_lane.pop(result.plan.lane)
+        del self._filling[result.plan.lane]
         sampled = iter(result.token_ids)
         emitted = []
         for sequence, planned in zip(sequences, result.plan.sequences, strict=True):
@@ -196,6 +202,21 @@ class Scheduler:
             self.blocks.free(sequence.block_ids[index : index + 1])
             sequence.block_ids[index : index + 1] = [block]
             sequence.num_computed = (index + 1) * size
+
+    def _is_under_way(self, sequence: Sequence) -> bool:
+        """Tell whether a lane is computing the next block of a sequence for another one.
+
+        Its step ends in any case, so whoever waits for it can go on then.
+        """
+        index = sequence.num_computed // self.blocks.block_size
+        if index >= len(sequence.chain):
+            return False  # decoding, in the last block, or nothing is shared
+        return any(sequence.chain[index] in filling for filling in self._filling.values())
+
+    def _blocks_filled_by(self, sequence: Sequence, num_tokens: int) -> list[bytes]:
+        """Return the names of the blocks that the next tokens of a sequence will fill."""
+        size, start = self.blocks.block_size, sequence.num_computed
+        return sequence.chain[start // size : (start + num_tokens) // size]
 
     def _hand_on(self, sequence: Sequence, start: int) -> None:
         """Let others find the blocks that a step from position `start` on has filled."""

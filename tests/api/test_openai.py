@@ -153,6 +153,8 @@ def test_what_is_neutral_may_depend_on_the_endpoint():
         ("stop", ["a"] * 17),
         ("stop", ["a" * 65]),
         ("stop_token_ids", [1] * 65),
+        ("cache_salt", ""),
+        ("cache_salt", 7),
         ("messages", []),
         ("messages", "hello"),
     ],

@@ -84,6 +84,7 @@ def test_a_request_is_sent_with_everything_that_decides_its_tokens():
     assert peer == "w0"
     assert (submit.key, submit.attempt, submit.max_tokens, submit.seed) == (bench.key, 1, 5, 4)
     assert (submit.num_prompt, submit.num_emitted, ids_of(submit)) == (3, 0, [7, 8, 9, 2])
+    assert submit.salt == "tenant"
 
 
 def test_tokens_in_order_reach_the_client_and_the_last_ends_the_request():
@@ -206,6 +207,23 @@ def test_attempts_that_bring_tokens_are_not_counted_against_a_request():
         bench.token(lost, 50, attempt=lost + 1)
         bench.token(lost + 2, 50, attempt=lost + 1)  # the one before it was lost
     assert bench.generations.num_live == 1
+
+
+def test_what_an_attempt_found_computed_comes_with_its_tokens():
+    bench = Bench(*WORKERS)
+    bench.token(0, 50, cached=2)
+    bench.endpoint.topology = Topology(2, WORKERS[1:])
+    bench.generations.follow(bench.endpoint.topology)
+    bench.token(1, 51, attempt=2, source="w1", cached=0)
+    assert [event.num_cached for event in bench.heard()] == [2, 0]
+    assert bench.endpoint.take()[-1][1].salt == "tenant"
+
+
+@pytest.mark.parametrize("cached", [-1, 4])
+def test_more_found_computed_than_the_prompt_has_is_refused(cached):
+    bench = Bench()
+    with pytest.raises(ProtocolError):
+        bench.token(0, 50, cached=cached)
 
 
 def test_an_unknown_finish_reason_is_refused():

@@ -103,7 +103,7 @@ def test_a_repeated_submit_changes_nothing():
 def test_lanes_share_the_running_sequences_evenly():
     scheduler = Scheduler(config(max_batch_tokens=64))
     for key in range(5):
-        scheduler.submit(request(key))
+        scheduler.submit(request(key, first=100 * key))
     sizes = [len(scheduler.plan(lane).sequences) for lane in (0, 1)]
     assert sizes == [3, 2]
 
@@ -159,6 +159,26 @@ def test_a_prompt_that_begins_like_an_earlier_one_is_computed_from_where_it_diff
     scheduler.submit(request(2, num_prompt=20))
     assert prefilled(scheduler) == [(2, 12, 8)]
     assert (scheduler.num_queried_tokens, scheduler.num_hit_tokens) == (34, 12)
+
+
+def test_prompts_that_arrive_together_are_computed_once():
+    scheduler = Scheduler(config())
+    for key in range(4):
+        scheduler.submit(request(key, num_prompt=14))
+    plan = scheduler.plan(0)
+    assert [(s.key, len(s.token_ids)) for s in plan.sequences] == [(0, 14)]
+    assert scheduler.plan(1) is None  # all others wait for the step in lane 0
+    scheduler.commit(result_of(plan))
+    assert prefilled(scheduler) == [(key, 12, 2) for key in (1, 2, 3)]
+    assert scheduler.blocks.num_free == 16
+
+
+def test_a_prompt_under_way_does_not_hold_up_another_one():
+    scheduler = Scheduler(config())
+    for key, first in enumerate((100, 100, 200)):
+        scheduler.submit(request(key, num_prompt=8, first=first))
+    plan = scheduler.plan(0)
+    assert [planned.key for planned in plan.sequences] == [0, 2]
 
 
 def test_the_last_token_of_a_prompt_is_computed_again_with_its_block():
