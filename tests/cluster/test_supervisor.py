@@ -22,8 +22,6 @@ def spec(role, slot):
         compute_threads=1, with_crc=True,
         attention=AttentionConfig(1, 64, 4, 8, 16, 1000, True),
         ffn=FFNConfig(FFNParallel.TENSOR, 1),
-        attention=AttentionConfig(1, 64, 4, 8, 16, 1000, True),
-        ffn=FFNConfig(FFNParallel.TENSOR, 1),
     )  # fmt: skip
 
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from afd_server.core.request import Request, SamplingParams
-from afd_server.core.topology import Role
+from afd_server.core.topology import FFNParallel, Role
 from afd_server.transport.inproc import Faults
 from afd_server.workers.attention import lanes
 from afd_server.workers.attention.sampler import sample
+from afd_server.workers.config import Numerics
 from support.checkpoints import tiny_llama
 from support.pools import Pools
 
@@ -70,12 +71,17 @@ def run_apart(requests, **settings):
 
 
 @pytest.mark.parametrize(
-    ("num_lanes", "max_batch_tokens", "dtype"),
-    [(1, 24, "float32"), (2, 24, "float32"), (3, 256, "float32"), (2, 24, "bfloat16")],
+    "settings",
+    [
+        {"num_lanes": 1},
+        {"num_lanes": 2, "num_ffn": 2},
+        {"num_lanes": 3, "max_batch_tokens": 256},
+        {"numerics": Numerics("native", "int8", "bfloat16")},
+        {"num_ffn": 0, "parallel": FFNParallel.COLOCATED},
+    ],
 )
-def test_sharing_changes_no_bit_of_any_logits(num_lanes, max_batch_tokens, dtype, logits_of):
+def test_sharing_changes_no_bit_of_any_logits(settings, logits_of):
     requests = requests_of(prompts_that_begin_alike())
-    settings = {"num_lanes": num_lanes, "max_batch_tokens": max_batch_tokens, "dtype": dtype}
     expected_tokens, expected = run_apart(requests, **settings), dict(logits_of)
     logits_of.clear()
     pools = Pools(tiny_llama()[0], **settings)
