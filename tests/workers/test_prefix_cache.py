@@ -9,8 +9,7 @@ import torch
 from afd_server.core.request import Request, SamplingParams
 from afd_server.core.topology import FFNParallel, Role
 from afd_server.transport.inproc import Faults
-from afd_server.workers.attention import lanes
-from afd_server.workers.attention.sampler import sample
+from afd_server.workers.attention.sampler import Sampler
 from afd_server.workers.config import Numerics
 from support.checkpoints import tiny_llama
 from support.pools import Pools
@@ -23,11 +22,12 @@ def logits_of(monkeypatch):
     """Every row of logits that a worker samples from, by (seed of the request, position)."""
     recorded: dict[tuple[int, int], torch.Tensor] = {}
 
-    def record(logits, params, position):
+    def record(sampler, logits, params, position):
         recorded[params.seed, position] = logits.clone()
-        return sample(logits, params, position)
+        return original(sampler, logits, params, position)
 
-    monkeypatch.setattr(lanes, "sample", record)
+    original = Sampler.sample
+    monkeypatch.setattr(Sampler, "sample", record)
     return recorded
 
 
