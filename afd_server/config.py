@@ -100,6 +100,9 @@ class ServeConfig:
     block_size: Annotated[Literal[1, 2, 4, 8, 16, 32, 64], BeforeValidator(_text_as_integer)] = (
         _setting(16, "tokens of a KV block")
     )
+    prefix_caching: bool = _setting(
+        True, "keep what was computed for a prompt and reuse it for others that begin alike"
+    )
     kv_cache_mb: int = _setting(1024, "memory of an attention worker's KV cache, in MiB")
     max_live_requests: int = _setting(128, "refuse requests above this")
     compute_threads: int = _setting(1, "threads of a worker's tensor operations")

@@ -213,6 +213,7 @@ class _Plan:
                 max_batch_tokens=config.max_batch_tokens,
                 block_size=config.block_size,
                 kv_cache_bytes=config.kv_cache_mb * 2**20,
+                prefix_caching=config.prefix_caching,
             ),
             ffn=FFNConfig(self.parallel, self.num_parts),
         )

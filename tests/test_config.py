@@ -46,6 +46,7 @@ OTHERS = {
     "max_num_seqs": 7,
     "max_batch_tokens": 99,
     "block_size": 64,
+    "prefix_caching": False,
     "kv_cache_mb": 12,
     "max_live_requests": 5,
     "compute_threads": 6,
@@ -104,7 +105,8 @@ def test_without_any_source_the_defaults_hold():
 def test_every_setting_has_a_flag(name):
     value = OTHERS[name]
     flag = f"--{name.replace('_', '-')}"
-    arguments = [flag] if value is True else [flag, str(value)]
+    switches = {True: [flag], False: [f"--no-{flag[2:]}"]}
+    arguments = switches[value] if isinstance(value, bool) else [flag, str(value)]
     assert from_flags(*arguments) == ServeConfig(**{name: value})
 
 
@@ -291,7 +293,7 @@ BOOLEANS = [name for name, hint in get_type_hints(ServeConfig).items() if hint i
 
 def test_booleans_are_switched_on_and_off_by_flags():
     environment = {"AFD_TRUSTED_NETWORK": "true"}
-    assert BOOLEANS == ["trusted_network"]
+    assert BOOLEANS == ["trusted_network", "prefix_caching"]
     assert from_flags("--trusted-network").trusted_network
     assert not from_flags("--no-trusted-network", environment=environment).trusted_network
     assert from_flags(environment=environment).trusted_network

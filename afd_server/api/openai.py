@@ -98,7 +98,6 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "lora_path": (),
     "custom_logit_processor": (),
     "kv_transfer_params": (),
-    "cache_salt": (),
 }
 """Fields we know and cannot honour, each with the values that ask for nothing."""
 
@@ -226,6 +225,7 @@ class GenerationRequest(BaseModel):
     stop_token_ids: list[int] = Field(default_factory=list, max_length=MAX_STOP_TOKENS)
     ignore_eos: bool = False
     return_token_ids: bool = False
+    cache_salt: str | None = Field(default=None, min_length=1)  # vLLM's
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
 
     @model_validator(mode="before")
@@ -423,7 +423,7 @@ class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: NotRequired[CachedTokens]
+    prompt_tokens_details: CachedTokens
 
 
 class ResponseHead(TypedDict):
@@ -521,16 +521,14 @@ class ModelList(TypedDict):
     data: list[ModelCard]
 
 
-def make_usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None) -> Usage:
-    """Count up; `cached_tokens` is None where nobody knows."""
-    usage: Usage = {
+def make_usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
+    """Count up."""
+    return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
-    if cached_tokens is not None:
-        usage["prompt_tokens_details"] = {"cached_tokens": cached_tokens}
-    return usage
 
 
 def model_card(name: str, created: int, max_model_len: int) -> ModelCard:

@@ -47,10 +47,14 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class Emitted:
-    """A token to be sent to the gateway; `index` counts the request's tokens from 0."""
+    """A token to be sent to the gateway; `index` counts the request's tokens from 0.
+
+    `num_cached` is how many tokens of the prompt this attempt found computed.
+    """
 
     key: int
     attempt: int
     index: int
     token_id: int
     finish: FinishReason | None
+    num_cached: int

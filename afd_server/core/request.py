@@ -52,7 +52,8 @@ class Request:
     """One choice of one client request; immutable.
 
     `key` is minted by the gateway and unique in its life; `attempt` counts the assignments
-    of this request to attention workers (invariant I4 of docs/protocol.md).
+    of this request to attention workers (invariant I4 of docs/protocol.md). Requests share
+    computed blocks only if they have the same `salt`.
     """
 
     key: int
@@ -61,6 +62,7 @@ class Request:
     attempt: int = 1
     emitted_ids: tuple[int, ...] = ()
     slo: SLO = field(default_factory=SLO)
+    salt: str = ""
 
     def __post_init__(self) -> None:
         assert self.prompt_ids, "a request needs at least one prompt token"

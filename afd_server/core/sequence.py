@@ -19,17 +19,22 @@ class Sequence:
 
     Owned by one `Scheduler`. `num_computed` counts the tokens whose keys and values are in
     the blocks; the last known token is never computed before it is used to predict the next.
+    `num_reached` is the most that `num_computed` has been or will be after the step in flight,
+    and `num_cached` how many of these others had computed. `chain` names the full blocks.
     """
 
-    __slots__ = ("arrival", "block_ids", "cancelled", "finish", "num_computed", "request", "state",
-                 "token_ids")  # fmt: skip
+    __slots__ = ("arrival", "block_ids", "cancelled", "chain", "finish", "num_cached",
+                 "num_computed", "num_reached", "request", "state", "token_ids")  # fmt: skip
 
     def __init__(self, request: Request, arrival: int) -> None:
         self.request = request
         self.arrival = arrival  # rank in order of arrival: smaller is older
         self.token_ids = [*request.prompt_ids, *request.emitted_ids]
         self.num_computed = 0
+        self.num_reached = 0
+        self.num_cached = 0
         self.block_ids: list[int] = []
+        self.chain: list[bytes] = []
         self.state = SequenceState.WAITING
         self.cancelled = False
         self.finish: FinishReason | None = None

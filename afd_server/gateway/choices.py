@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from afd_server.api.openai import FinishName, StopReason
 from afd_server.core.request import SLO, FinishReason, SamplingParams
-from afd_server.gateway.generation import EventQueue, FailureEvent, Generations
+from afd_server.gateway.generation import EventQueue, FailureEvent, Generations, TokenEvent
 from afd_server.gateway.text import TextCodec, TextStream
 
 _NAMES: dict[FinishReason, FinishName] = {
@@ -43,6 +43,7 @@ class ChoiceState:
     plan: ChoicePlan
     stream: TextStream
     key: int | None = None  # set while it is being generated
+    num_cached: int = 0  # prompt tokens that the attempt with the first token found computed
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish: FinishName | None = None
@@ -60,6 +61,7 @@ class Choices:
         codec: for their text.
         plans: one for each choice.
         slo: targets of all of them.
+        salt: whose they are: what they compute is shared only with requests of the same salt.
         silent_stops: stop tokens that are no `stop_reason`: the model's end of sequence.
     """
 
@@ -69,10 +71,12 @@ class Choices:
         codec: TextCodec,
         plans: list[ChoicePlan],
         slo: SLO,
+        salt: str,
         silent_stops: tuple[int, ...],
     ) -> None:
         self._generations = generations
         self._slo = slo
+        self._salt = salt
         self._silent_stops = silent_stops
         self._events: EventQueue = EventQueue()
         self.states = [ChoiceState(plan, TextStream(codec, plan.stop)) for plan in plans]
@@ -81,7 +85,7 @@ class Choices:
         for index, state in enumerate(self.states):
             plan = state.plan
             state.key = self._generations.start(
-                index, plan.prompt_ids, plan.sampling, self._slo, self._events
+                index, plan.prompt_ids, plan.sampling, self._slo, self._salt, self._events
             )
         return self
 
@@ -111,13 +115,14 @@ class Choices:
             state = self.states[event.choice]
             if state.finish is not None:
                 continue  # tokens that were under way when a stop string ended the choice
-            piece = self._take(state, event.choice, event.token_id, event.finish)
+            piece = self._take(state, event)
             num_open -= piece.finish is not None
             yield piece
 
-    def _take(
-        self, state: ChoiceState, choice: int, token_id: int, finish: FinishReason | None
-    ) -> Piece:
+    def _take(self, state: ChoiceState, event: TokenEvent) -> Piece:
+        token_id, finish = event.token_id, event.finish
+        if not state.token_ids:
+            state.num_cached = event.num_cached
         text = state.stream.push(token_id)
         if finish is not None and state.stream.stopped_by is None:
             text += state.stream.finish()
@@ -131,7 +136,7 @@ class Choices:
             state.finish = _NAMES[finish]
             if finish is FinishReason.STOP and token_id not in self._silent_stops:
                 state.stop_reason = token_id
-        return Piece(choice, text, token_id, state.finish, state.stop_reason)
+        return Piece(event.choice, text, token_id, state.finish, state.stop_reason)
 
 
 async def run_to_end(choices: Choices) -> list[ChoiceState]:

@@ -16,7 +16,7 @@ from afd_server.core.topology import Role, Topology
 from afd_server.policy.router import choose_worker
 from afd_server.telemetry.metrics import GatewayMetrics
 from afd_server.transport.endpoint import Endpoint
-from afd_server.transport.messages import Cancel, DType, TokenChunk, submit_of
+from afd_server.transport.messages import TOKEN_COLUMNS, Cancel, DType, TokenChunk, submit_of
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +29,15 @@ _FINISHES = (0, FinishReason.STOP, FinishReason.LENGTH, FinishReason.ERROR)
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """A journalled token of a choice, and whether it was the last."""
+    """A journalled token of a choice, and whether it was the last.
+
+    `num_cached` is how many tokens of the prompt its attempt found computed.
+    """
 
     choice: int
     token_id: int
     finish: FinishReason | None
+    num_cached: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,7 @@ class JournalEntry:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     slo: SLO
+    salt: str
     events: EventQueue
     arrived_s: float
     heard_s: float  # any sign of life of the present attempt
@@ -101,6 +106,7 @@ class Generations:
         prompt_ids: tuple[int, ...],
         sampling: SamplingParams,
         slo: SLO,
+        salt: str,
         events: EventQueue,
     ) -> int:
         """Journal a request and send it to an attention worker.
@@ -110,7 +116,7 @@ class Generations:
         """
         now = self._clock.now()
         entry = JournalEntry(
-            self._next_key, choice, prompt_ids, sampling, slo, events, now, now, now
+            self._next_key, choice, prompt_ids, sampling, slo, salt, events, now, now, now
         )
         self._next_key += 1
         self._live[entry.key] = entry
@@ -133,22 +139,26 @@ class Generations:
 
     def take(self, source: str, chunk: TokenChunk) -> None:
         """Journal the tokens of a chunk and pass them on."""
-        if chunk.rows.dtype is not DType.INT64 or chunk.rows.shape[1:] != (6,):
+        if chunk.rows.dtype is not DType.INT64 or chunk.rows.shape[1:] != (TOKEN_COLUMNS,):
             raise ProtocolError(f"token rows of shape {chunk.rows.shape}", "shape")
         values = memoryview(chunk.rows.data).cast("q")
-        for start in range(0, len(values), 6):
-            key, attempt, index, count, token_id, finish = values[start : start + 6]
+        for start in range(0, len(values), TOKEN_COLUMNS):
+            row = values[start : start + TOKEN_COLUMNS]
+            key, attempt, index, count, token_id, finish, num_cached = row
             entry = self._live.get(key)
             if entry is None or (entry.attempt, entry.worker) != (attempt, source):
                 self._metrics.fenced()
                 continue
-            if finish not in _FINISHES:
-                raise ProtocolError(f"finish reason {finish}", "range")
+            if finish not in _FINISHES or not 0 <= num_cached <= len(entry.prompt_ids):
+                raise ProtocolError(f"finish reason {finish}, {num_cached} cached", "range")
             entry.heard_s = self._clock.now()
             if finish == FinishReason.ERROR:
                 self._fail(entry, WorkerFailed("the attention worker cannot take this request"))
             elif count == 1:
-                self._take_token(entry, index, token_id, FinishReason(finish) if finish else None)
+                ending = FinishReason(finish) if finish else None
+                self._take_token(
+                    entry, index, TokenEvent(entry.choice, token_id, ending, num_cached)
+                )
 
     def follow(self, topology: Topology) -> None:
         """Give requests of lost workers to others, and waiting ones to new workers."""
@@ -175,9 +185,7 @@ class Generations:
             ):
                 self._submit(entry)
 
-    def _take_token(
-        self, entry: JournalEntry, index: int, token_id: int, finish: FinishReason | None
-    ) -> None:
+    def _take_token(self, entry: JournalEntry, index: int, event: TokenEvent) -> None:
         expected = len(entry.emitted_ids)
         if index < expected:
             self._metrics.fenced()
@@ -187,12 +195,12 @@ class Generations:
             self._cancel_attempt(entry)
             self._assign(entry)
             return
-        entry.emitted_ids.append(token_id)
+        entry.emitted_ids.append(event.token_id)
         entry.fruitless = 0
         self._time_token(entry)
-        if finish is not None:
-            self._end(entry, finish.name.lower())
-        entry.events.put_nowait(TokenEvent(entry.choice, token_id, finish))
+        if event.finish is not None:
+            self._end(entry, event.finish.name.lower())
+        entry.events.put_nowait(event)
 
     def _time_token(self, entry: JournalEntry) -> None:
         now = self._clock.now()
@@ -265,4 +273,5 @@ def _request_of(entry: JournalEntry) -> Request:
         attempt=entry.attempt,
         emitted_ids=tuple(entry.emitted_ids),
         slo=entry.slo,
+        salt=entry.salt,
     )

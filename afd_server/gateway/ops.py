@@ -77,6 +77,7 @@ def _worker(service: Service, member: Member) -> dict[str, object]:
             "running": report.running,
             "waiting": report.waiting,
             "free_blocks": report.free_blocks,
+            "cached_blocks": report.cached_blocks,
             "num_blocks": report.num_blocks,
             "rows": report.rows,
         }

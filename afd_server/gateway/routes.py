@@ -183,7 +183,8 @@ async def _answer(
     writer: Writer,
     seed: int,
 ) -> Response:
-    choices = Choices(service.generations, service.codec, plans, SLO(), service.eos_token_ids)
+    salt = service.salt_of(request.headers.get("authorization"), body.cache_salt)
+    choices = Choices(service.generations, service.codec, plans, SLO(), salt, service.eos_token_ids)
     headers = {"x-afd-seed": str(seed), "x-request-id": writer.envelope.id}
     if body.stream:
         events = end_openly(_events(choices, writer, body.include_usage))
@@ -311,9 +312,17 @@ def _encode_prompt(service: Service, prompt: str | list[int]) -> list[int]:
 
 
 def _usage(states: list[ChoiceState]) -> openai.Usage:
-    prompts = {state.plan.prompt_index: len(state.plan.prompt_ids) for state in states}
+    """Count each prompt once, with what the first of its choices to compute it found computed."""
+    prompts: dict[int, int] = {}
+    cached: dict[int, int] = {}
+    for state in states:
+        index = state.plan.prompt_index
+        prompts[index] = len(state.plan.prompt_ids)
+        cached[index] = min(state.num_cached, cached.get(index, state.num_cached))
     return openai.make_usage(
-        sum(prompts.values()), sum(len(state.token_ids) for state in states), None
+        sum(prompts.values()),
+        sum(len(state.token_ids) for state in states),
+        sum(cached.values()),
     )
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+import secrets
 import time
 
 from afd_server.core.clock import Clock, MonotonicClock
@@ -12,6 +13,7 @@ from afd_server.core.topology import Member, Role
 from afd_server.gateway.config import GatewaySpec
 from afd_server.gateway.generation import Generations
 from afd_server.gateway.pool_view import PoolView
+from afd_server.gateway.tenant import tenant_salt
 from afd_server.gateway.text import TextCodec
 from afd_server.policy.admission import AdmissionConfig
 from afd_server.telemetry.metrics import GatewayMetrics
@@ -59,6 +61,7 @@ class Service:
         identity = Identity(spec.incarnation, spec.model_digest)
         self._endpoint = Endpoint(self._link, identity, clock, (supervisor,), spec.with_crc)
         self.generations = Generations(self._endpoint, clock, self.metrics)
+        self._salt_secret = secrets.token_bytes(16)
         self._watched: set[int] = set()
 
     @property
@@ -76,6 +79,10 @@ class Service:
         """Return a name for the numerics of the whole: equal ones give equal tokens."""
         prints = sorted({member.fingerprint for member in self.pools.workers()})
         return "fp_" + hashlib.sha256(" ".join(prints).encode()).hexdigest()[:12]
+
+    def salt_of(self, authorization: str | None, cache_salt: str | None) -> str:
+        """Return whose a request is, by its `authorization` header and its `cache_salt`."""
+        return tenant_salt(self._salt_secret, authorization, cache_salt)
 
     async def run(self) -> None:
         """Listen and report until cancelled; then let go of the wire."""
@@ -145,8 +152,9 @@ class Service:
         if isinstance(message, TokenChunk):
             self.generations.take(source, message)
         elif isinstance(message, LoadReport):
+            last = self.pools.report(source)
             self.pools.take_report(source, message)
-            self._show_load(received.sender, message)
+            self._show_load(received.sender, message, last)
         elif isinstance(message, TopologyUpdate):
             self._follow(message)
 
@@ -166,8 +174,14 @@ class Service:
         self._watch()
         self.generations.follow(topology)
 
-    def _show_load(self, sender: Member, report: LoadReport) -> None:
+    def _show_load(self, sender: Member, report: LoadReport, last: LoadReport | None) -> None:
         self.metrics.worker(sender.name, report.rows, report.resends, report.bad_frames)
+        if sender.role is Role.ATTENTION:
+            self.metrics.prefix_cache(
+                sender.name,
+                report.queried_tokens - (last.queried_tokens if last else 0),
+                report.hit_tokens - (last.hit_tokens if last else 0),
+            )
         reports = [
             found
             for member in self.pools.topology.pool(Role.ATTENTION)

@@ -1,6 +1,9 @@
-"""Fixed runs of KV slots and who owns them."""
+"""Fixed runs of KV slots: who owns them, and what they still hold when nobody does."""
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from afd_server.policy.prefix import PrefixIndex
 
 
 def num_kv_blocks(bytes_per_token: int, block_size: int, memory_bytes: int) -> int:
@@ -9,7 +12,13 @@ def num_kv_blocks(bytes_per_token: int, block_size: int, memory_bytes: int) -> i
 
 
 class BlockPool:
-    """Hands out block ids and takes them back; a block has at most one owner.
+    """Hands out block ids and takes them back.
+
+    A block has one owner while it is written. Once it is full it may be entered into the prefix
+    index; then others may share it, and nobody writes to it. Without owners it is *cached*: free
+    like any other, but it keeps its content until the space is needed. The least recently used
+    goes first, and of one sequence the last block first: a chain never loses its head before
+    its tail.
 
     Args:
         num_blocks: blocks in the pool, ids 0 … num_blocks − 1.
@@ -20,36 +29,76 @@ class BlockPool:
         assert num_blocks > 0 < block_size, f"{num_blocks} blocks of {block_size} positions"
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._free = list(range(num_blocks - 1, -1, -1))
-        self._is_free = [True] * num_blocks
+        self._num_owners = [0] * num_blocks
+        self._empty = list(range(num_blocks - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # the next to be evicted first
+        self._index = PrefixIndex()
 
     @property
     def num_free(self) -> int:
-        """Return the blocks that nobody owns."""
-        return len(self._free)
+        """Return the blocks that nobody owns, cached ones included."""
+        return len(self._empty) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        """Return the blocks that nobody owns and whose content can still be shared."""
+        return len(self._cached)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Return how many blocks hold this many tokens."""
         return -(-num_tokens // self.block_size)
 
     def grow(self, block_ids: list[int], num_tokens: int) -> bool:
-        """Lengthen a block table until it holds `num_tokens`.
+        """Lengthen a block table until it holds `num_tokens`, evicting what is cached if need be.
 
         Returns:
             False, with the table unchanged, if there are not enough free blocks.
         """
         missing = self.blocks_for(num_tokens) - len(block_ids)
-        if missing > len(self._free):
+        if missing > self.num_free:
             return False
         for _ in range(missing):
-            block = self._free.pop()
-            self._is_free[block] = False
+            block = self._empty.pop() if self._empty else self._evict()
+            self._num_owners[block] = 1
             block_ids.append(block)
         return True
 
-    def free(self, block_ids: Iterable[int]) -> None:
-        """Take blocks back."""
-        for block in block_ids:
-            assert not self._is_free[block], f"block {block} was freed twice"
-            self._is_free[block] = True
-            self._free.append(block)
+    def free(self, block_ids: Sequence[int]) -> None:
+        """Take the blocks of a table back from one of their owners."""
+        for block in reversed(block_ids):
+            assert self._num_owners[block] > 0, f"block {block} was freed twice"
+            self._num_owners[block] -= 1
+            if self._num_owners[block] > 0:
+                continue
+            if block in self._index:
+                self._cached[block] = None
+            else:
+                self._empty.append(block)
+
+    def share(self, digest: bytes) -> int | None:
+        """Give the block of this name one owner more and return it; None if there is none."""
+        block = self._index.find(digest)
+        if block is not None:
+            self._cached.pop(block, None)
+            self._num_owners[block] += 1
+        return block
+
+    def enter(self, digest: bytes, block: int) -> int:
+        """Let others find a block that its owner has filled.
+
+        Returns:
+            The block to go on with: where another sequence was first, that one's, and the
+            given one is taken back. So all owners of a block own the blocks before it.
+        """
+        assert self._num_owners[block] == 1, f"block {block} was shared before it was full"
+        first = self.share(digest)
+        if first is None:
+            self._index.enter(digest, block)
+            return block
+        self.free([block])
+        return first
+
+    def _evict(self) -> int:
+        block, _ = self._cached.popitem(last=False)
+        self._index.forget(block)
+        return block

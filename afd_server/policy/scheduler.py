@@ -11,6 +11,7 @@ from afd_server.core.errors import ConfigError
 from afd_server.core.request import FinishReason, Request
 from afd_server.core.sequence import Sequence, SequenceState
 from afd_server.policy.blocks import BlockPool
+from afd_server.policy.prefix import extend_chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class SchedulerConfig:
         num_lanes: micro-batches in flight at once.
         num_blocks: KV blocks of the worker.
         block_size: token positions in a block.
+        prefix_caching: whether sequences take over blocks that others have computed.
     """
 
     max_model_len: int
@@ -32,6 +34,7 @@ class SchedulerConfig:
     num_lanes: int
     num_blocks: int
     block_size: int
+    prefix_caching: bool
 
     def __post_init__(self) -> None:
         if self.max_batch_tokens <= self.max_num_seqs:
@@ -52,6 +55,10 @@ class Scheduler:
 
     Older sequences go first, everywhere; when blocks run out the youngest gives up its own and
     prefills again later. So the oldest always advances, and nobody starves.
+
+    A sequence never computes a full block that is still held from another one with the same
+    salt, nor what it computed itself before it was preempted; for a block that a lane is just
+    computing it waits. Its last token is always computed: the next one is predicted from it.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -60,10 +67,13 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()  # oldest first
         self._running: list[Sequence] = []  # own blocks, oldest first
         self._in_lane: dict[int, list[Sequence]] = {}
+        self._filling: dict[int, set[bytes]] = {}  # by lane, the blocks its step will fill
         self._by_key: dict[tuple[int, int], Sequence] = {}
         self._num_arrivals = 0
         self._num_steps = 0
         self.num_preemptions = 0
+        self.num_queried_tokens = 0  # known to sequences when they were first planned
+        self.num_hit_tokens = 0  # of these, found computed
 
     @property
     def num_waiting(self) -> int:
@@ -115,15 +125,21 @@ class Scheduler:
         self._admit()
         share = -(-len(self._running) // self._config.num_lanes)
         budget = self._config.max_batch_tokens
+        filling = self._filling[lane] = set()
         chosen: list[tuple[Sequence, int]] = []
         for sequence in self._by_urgency():
             if len(chosen) == share or budget == 0:
                 break
             if sequence.state is not SequenceState.RUNNING:
                 continue  # in flight, or preempted for an older one a moment ago
+            self._take_over(sequence)
+            if self._is_under_way(sequence):
+                continue
             num_tokens = min(sequence.num_pending, budget)
             if not self._reserve(sequence, sequence.num_computed + num_tokens):
                 continue
+            self._count_hits(sequence, num_tokens)
+            filling.update(self._blocks_filled_by(sequence, num_tokens))
             sequence.state = SequenceState.IN_FLIGHT
             chosen.append((sequence, num_tokens))
             budget -= num_tokens
@@ -141,11 +157,13 @@ class Scheduler:
             What the gateway must hear, in the order of the plan.
         """
         sequences = self._in_lane.pop(result.plan.lane)
+        del self._filling[result.plan.lane]
         sampled = iter(result.token_ids)
         emitted = []
         for sequence, planned in zip(sequences, result.plan.sequences, strict=True):
             sequence.state = SequenceState.RUNNING
             sequence.num_computed += len(planned.token_ids)
+            self._hand_on(sequence, planned.start)
             token_id = next(sampled) if planned.samples else None
             if sequence.cancelled:
                 self._end(sequence, FinishReason.CANCELLED)
@@ -158,13 +176,71 @@ class Scheduler:
         """Give waiting sequences their place while there are blocks for all they know already."""
         while self._waiting and len(self._running) < self._config.max_num_seqs:
             sequence = self._waiting[0]
-            if self.blocks.blocks_for(len(sequence.token_ids)) > self.blocks.num_free:
+            self._take_over(sequence)
+            if not self.blocks.grow(sequence.block_ids, len(sequence.token_ids)):
+                self.blocks.free(sequence.forget_computed())
                 return
-            self.blocks.grow(sequence.block_ids, len(sequence.token_ids))
             self._waiting.popleft()
             sequence.state = SequenceState.RUNNING
             self._running.append(sequence)
             self._running.sort(key=lambda s: s.arrival)
+
+    def _take_over(self, sequence: Sequence) -> None:
+        """Let a sequence go on behind the full blocks that others have computed since.
+
+        A table that has its own blocks for them gives these back.
+        """
+        if not self._config.prefix_caching:
+            return
+        size = self.blocks.block_size
+        first, stop = sequence.num_computed // size, (len(sequence.token_ids) - 1) // size
+        self._name_blocks(sequence, stop)
+        for index in range(first, stop):
+            block = self.blocks.share(sequence.chain[index])
+            if block is None:
+                return
+            self.blocks.free(sequence.block_ids[index : index + 1])
+            sequence.block_ids[index : index + 1] = [block]
+            sequence.num_computed = (index + 1) * size
+
+    def _is_under_way(self, sequence: Sequence) -> bool:
+        """Tell whether a lane is computing the next block of a sequence for another one.
+
+        Its step ends in any case, so whoever waits for it can go on then.
+        """
+        index = sequence.num_computed // self.blocks.block_size
+        if index >= len(sequence.chain):
+            return False  # decoding, in the last block, or nothing is shared
+        return any(sequence.chain[index] in filling for filling in self._filling.values())
+
+    def _blocks_filled_by(self, sequence: Sequence, num_tokens: int) -> list[bytes]:
+        """Return the names of the blocks that the next tokens of a sequence will fill."""
+        size, start = self.blocks.block_size, sequence.num_computed
+        return sequence.chain[start // size : (start + num_tokens) // size]
+
+    def _hand_on(self, sequence: Sequence, start: int) -> None:
+        """Let others find the blocks that a step from position `start` on has filled."""
+        if not self._config.prefix_caching:
+            return
+        size = self.blocks.block_size
+        first, stop = start // size, sequence.num_computed // size
+        self._name_blocks(sequence, stop)
+        for index in range(first, stop):
+            block = sequence.block_ids[index]
+            sequence.block_ids[index] = self.blocks.enter(sequence.chain[index], block)
+
+    def _name_blocks(self, sequence: Sequence, num_blocks: int) -> None:
+        salt, size = sequence.request.salt, self.blocks.block_size
+        extend_chain(sequence.chain, sequence.token_ids, size, num_blocks, salt)
+
+    def _count_hits(self, sequence: Sequence, num_tokens: int) -> None:
+        """Count what a sequence need not compute; what it once had itself is no hit."""
+        if sequence.num_reached == 0:
+            self.num_queried_tokens += len(sequence.token_ids)
+        num_hits = max(0, sequence.num_computed - sequence.num_reached)
+        sequence.num_cached += num_hits
+        self.num_hit_tokens += num_hits
+        sequence.num_reached = max(sequence.num_reached, sequence.num_computed + num_tokens)
 
     def _by_urgency(self) -> list[Sequence]:
         """Decoding sequences before prefilling ones, older before younger."""
@@ -204,7 +280,8 @@ class Scheduler:
         if finish is not None:
             self._end(sequence, finish)
         request = sequence.request
-        return Emitted(request.key, request.attempt, index, token_id, finish)
+        num_cached = min(sequence.num_cached, len(request.prompt_ids))
+        return Emitted(request.key, request.attempt, index, token_id, finish, num_cached)
 
     def _end(self, sequence: Sequence, finish: FinishReason) -> None:
         if sequence.state is SequenceState.WAITING:

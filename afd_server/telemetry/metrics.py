@@ -61,6 +61,20 @@ class GatewayMetrics:
             label,
             registry=registry,
         ).labels(model_name)
+        self._queries = Counter(
+            "vllm:prefix_cache_queries", "Known tokens looked up", label, registry=registry
+        ).labels(model_name)
+        self._hits = Counter(
+            "vllm:prefix_cache_hits", "Known tokens found computed", label, registry=registry
+        ).labels(model_name)
+        self._worker_queries = Counter(
+            "afd_prefix_cache_queries_tokens", "Known tokens looked up", ("worker",),
+            registry=registry,
+        )  # fmt: skip
+        self._worker_hits = Counter(
+            "afd_prefix_cache_hits_tokens", "Known tokens found computed", ("worker",),
+            registry=registry,
+        )  # fmt: skip
         self._preemptions = Gauge(
             "afd_preemptions", "Preemptions since the workers started", registry=registry
         )
@@ -136,6 +150,18 @@ class GatewayMetrics:
         self._rows.labels(name).set(rows)
         self._resends.labels(name).set(resends)
         self._bad_frames.labels(name).set(bad_frames)
+
+    def prefix_cache(self, worker: str, num_queried: int, num_hit: int) -> None:
+        """Count what an attention worker looked up and found since its last report.
+
+        Reports may overtake each other; an older one adds nothing.
+        """
+        for queries, hits in (
+            (self._queries, self._hits),
+            (self._worker_queries.labels(worker), self._worker_hits.labels(worker)),
+        ):
+            queries.inc(max(0, num_queried))
+            hits.inc(max(0, num_hit))
 
     def render(self) -> bytes:
         """Return the exposition text."""

@@ -55,14 +55,15 @@ class Payload:
 
 
 EMPTY = Payload(DType.NONE, (), b"")
+TOKEN_COLUMNS = 7
 
 
 @dataclass(frozen=True, slots=True)
 class Submit:
     """Gateway → attention: generate. Repeating it is harmless and asks for a sign of life.
 
-    `tokens` is int32: prompt, then already emitted, then stop token ids. A time of 0 is "no
-    target".
+    Only requests with the same `salt` share computed blocks. `tokens` is int32: prompt, then
+    already emitted, then stop token ids. A time of 0 is "no target".
     """
 
     key: int
@@ -78,6 +79,7 @@ class Submit:
     min_p: float
     ttft_s: float
     tpot_s: float
+    salt: str
     tokens: Payload
 
 
@@ -93,8 +95,9 @@ class Cancel:
 class TokenChunk:
     """Attention → gateway: what one step gave.
 
-    `rows` is int64 [n, 6]: key, attempt, index, number of tokens (0 or 1), token id, finish
-    reason (0: goes on). A row without token and finish only says that the attempt is alive.
+    `rows` is int64 [n, TOKEN_COLUMNS]: key, attempt, index, number of tokens (0 or 1), token id,
+    finish reason (0: goes on), prompt tokens that this attempt found computed. A row without
+    token and finish only says that the attempt is alive.
     """
 
     rows: Payload
@@ -102,14 +105,21 @@ class TokenChunk:
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """Worker → gateway, in answer to its heartbeat. `steps` grows while there is progress."""
+    """Worker → gateway, in answer to its heartbeat. `steps` grows while there is progress.
+
+    `free_blocks` counts the `cached_blocks`, which nobody owns and others may still take over.
+    Of the `queried_tokens` that requests brought with them, `hit_tokens` were found computed.
+    """
 
     steps: int
     running: int
     waiting: int
     free_blocks: int
+    cached_blocks: int
     num_blocks: int
     preemptions: int
+    queried_tokens: int
+    hit_tokens: int
     rows: int
     bad_frames: int
     resends: int
@@ -198,5 +208,6 @@ def submit_of(request: Request) -> Submit:
         min_p=sampling.min_p,
         ttft_s=request.slo.ttft_s or 0.0,
         tpot_s=request.slo.tpot_s or 0.0,
+        salt=request.salt,
         tokens=Payload(DType.INT32, (len(ids),), ids.tobytes()),
     )

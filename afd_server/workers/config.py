@@ -22,6 +22,7 @@ class AttentionConfig:
     max_batch_tokens: int
     block_size: int
     kv_cache_bytes: int
+    prefix_caching: bool
     resend_s: float = 2.0
 
 

@@ -232,6 +232,7 @@ def build_attention_worker(
             num_lanes=config.num_lanes,
             num_blocks=num_blocks,
             block_size=config.block_size,
+            prefix_caching=config.prefix_caching,
         )
     )
     weights = _weights(spec, kernels)

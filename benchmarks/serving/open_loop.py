@@ -18,6 +18,7 @@ import resource
 import subprocess
 import sys
 import time
+import uuid
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -62,6 +63,7 @@ def body_of(index: int, options: argparse.Namespace) -> dict:
         "stream": True,
         "return_token_ids": True,  # a chunk for every token, also for those without text
         "stream_options": {"include_usage": True},
+        "cache_salt": uuid.uuid4().hex,  # loads share prompts; each computes its own
     }
 
 

@@ -20,7 +20,8 @@ def spec(role, slot):
         supervisor_address="", bind=f"ipc:///x/{role.name}{slot}.ipc", model_path="/m",
         model_digest="d", numerics=Numerics("reference", "float32", "float32"),
         compute_threads=1, transport="zmq", with_crc=True,
-        attention=AttentionConfig(1, 64, 4, 8, 16, 1000), ffn=FFNConfig(FFNParallel.TENSOR, 1),
+        attention=AttentionConfig(1, 64, 4, 8, 16, 1000, True),
+        ffn=FFNConfig(FFNParallel.TENSOR, 1),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from afd_server.gateway.generation import (
     TokenEvent,
 )
 from afd_server.telemetry.metrics import GatewayMetrics
-from afd_server.transport.messages import Cancel, DType, Payload, Submit, TokenChunk
+from afd_server.transport.messages import TOKEN_COLUMNS, Cancel, DType, Payload, Submit, TokenChunk
 
 WORKERS = [Member(Role.ATTENTION, slot, f"w{slot}", "", "f") for slot in range(2)]
 
@@ -53,15 +53,15 @@ class Bench:
 
     def start(self, max_tokens=5):
         sampling = SamplingParams(max_tokens=max_tokens, seed=4, stop_token_ids=(2,))
-        return self.generations.start(0, (7, 8, 9), sampling, SLO(), self.events)
+        return self.generations.start(0, (7, 8, 9), sampling, SLO(), "tenant", self.events)
 
     def chunk(self, *rows, source="w0"):
         values = array.array("q", [value for row in rows for value in row])
-        payload = Payload(DType.INT64, (len(rows), 6), values.tobytes())
+        payload = Payload(DType.INT64, (len(rows), TOKEN_COLUMNS), values.tobytes())
         self.generations.take(source, TokenChunk(payload))
 
-    def token(self, index, token_id, *, attempt=1, finish=0, source="w0", key=None):
-        self.chunk((key or self.key, attempt, index, 1, token_id, finish), source=source)
+    def token(self, index, token_id, *, attempt=1, finish=0, source="w0", key=None, cached=0):
+        self.chunk((key or self.key, attempt, index, 1, token_id, finish, cached), source=source)
 
     def heard(self):
         return [self.events.get_nowait() for _ in range(self.events.qsize())]
@@ -84,13 +84,14 @@ def test_a_request_is_sent_with_everything_that_decides_its_tokens():
     assert peer == "w0"
     assert (submit.key, submit.attempt, submit.max_tokens, submit.seed) == (bench.key, 1, 5, 4)
     assert (submit.num_prompt, submit.num_emitted, ids_of(submit)) == (3, 0, [7, 8, 9, 2])
+    assert submit.salt == "tenant"
 
 
 def test_tokens_in_order_reach_the_client_and_the_last_ends_the_request():
     bench = Bench()
     bench.token(0, 50)
     bench.token(1, 2, finish=FinishReason.STOP)
-    assert bench.heard() == [TokenEvent(0, 50, None), TokenEvent(0, 2, FinishReason.STOP)]
+    assert bench.heard() == [TokenEvent(0, 50, None, 0), TokenEvent(0, 2, FinishReason.STOP, 0)]
     assert bench.generations.num_live == 0
 
 
@@ -143,7 +144,7 @@ def test_a_sign_of_life_counts_as_news_but_is_no_token():
     bench = Bench()
     bench.endpoint.take()
     bench.clock.advance(ASK_AGAIN_AFTER_S * 0.9)
-    bench.chunk((bench.key, 1, 0, 0, 0, 0))
+    bench.chunk((bench.key, 1, 0, 0, 0, 0, 0))
     bench.clock.advance(ASK_AGAIN_AFTER_S * 0.9)
     bench.generations.ask_again()
     assert bench.endpoint.take() == []
@@ -194,7 +195,7 @@ def test_a_request_that_waits_long_with_signs_of_life_is_left_alone():
     bench = Bench()
     for _ in range(300):
         bench.clock.advance(1.0)
-        bench.chunk((bench.key, 1, 0, 0, 0, 0))
+        bench.chunk((bench.key, 1, 0, 0, 0, 0, 0))
         bench.generations.ask_again()
     assert bench.heard() == []
     assert bench.generations.num_live == 1
@@ -206,6 +207,23 @@ def test_attempts_that_bring_tokens_are_not_counted_against_a_request():
         bench.token(lost, 50, attempt=lost + 1)
         bench.token(lost + 2, 50, attempt=lost + 1)  # the one before it was lost
     assert bench.generations.num_live == 1
+
+
+def test_what_an_attempt_found_computed_comes_with_its_tokens():
+    bench = Bench(*WORKERS)
+    bench.token(0, 50, cached=2)
+    bench.endpoint.topology = Topology(2, WORKERS[1:])
+    bench.generations.follow(bench.endpoint.topology)
+    bench.token(1, 51, attempt=2, source="w1", cached=0)
+    assert [event.num_cached for event in bench.heard()] == [2, 0]
+    assert bench.endpoint.take()[-1][1].salt == "tenant"
+
+
+@pytest.mark.parametrize("cached", [-1, 4])
+def test_more_found_computed_than_the_prompt_has_is_refused(cached):
+    bench = Bench()
+    with pytest.raises(ProtocolError):
+        bench.token(0, 50, cached=cached)
 
 
 def test_an_unknown_finish_reason_is_refused():
@@ -286,7 +304,7 @@ def test_after_three_unanswered_submits_another_worker_takes_over():
 def test_a_request_the_worker_refuses_fails_alone():
     bench = Bench()
     other = bench.start()
-    bench.chunk((bench.key, 1, 0, 0, 0, FinishReason.ERROR))
+    bench.chunk((bench.key, 1, 0, 0, 0, FinishReason.ERROR, 0))
     (event,) = bench.heard()
     assert isinstance(event, FailureEvent)
     assert bench.generations.num_live == 1

@@ -302,13 +302,13 @@ def test_a_client_that_leaves_before_a_whole_answer_frees_its_blocks(server):
 def test_clients_that_leave_while_queued_are_forgotten(server):
     """More work than the KV cache holds, so that some requests wait for blocks."""
 
-    queued = {**LONG, "prompt": [[7] * 290], "max_tokens": 200}
+    queued = [{**LONG, "prompt": [[k] * 290], "max_tokens": 200} for k in range(5, 15)]
 
     async def leave_all():
         async with httpx.AsyncClient(base_url=server.url) as http:
             asked = [
-                asyncio.create_task(http.post("/v1/completions", json=queued, timeout=60))
-                for _ in range(10)
+                asyncio.create_task(http.post("/v1/completions", json=body, timeout=60))
+                for body in queued
             ]
             await asyncio.to_thread(
                 server.wait_for, lambda: server.status()["workers"][0]["load"]["waiting"] > 0

@@ -1,11 +1,17 @@
-"""The scheduler under random workloads: budget kept, blocks conserved, nobody starves."""
+"""The scheduler under random workloads: budget kept, blocks conserved, nobody starves.
+
+Each block's content is kept beside it, so a block that is shared wrongly, overwritten, or read
+before it is written is seen at once.
+"""
 
 import random
+from dataclasses import replace
 from itertools import count
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from afd_server.core.batch import Emitted, StepPlan, StepResult
 from afd_server.core.errors import ConfigError
@@ -24,14 +30,15 @@ def config(**changes):
             "num_lanes": 2,
             "num_blocks": 16,
             "block_size": 4,
+            "prefix_caching": True,
             **changes,
         }
     )
 
 
-def request(key, num_prompt=5, max_tokens=4, attempt=1, emitted=()):
+def request(key, num_prompt=5, max_tokens=4, attempt=1, emitted=(), first=100):
     sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=(STOP,))
-    return Request(key, tuple(range(100, 100 + num_prompt)), sampling, attempt, emitted)
+    return Request(key, tuple(range(first, first + num_prompt)), sampling, attempt, emitted)
 
 
 def result_of(plan, token=1):
@@ -96,7 +103,7 @@ def test_a_repeated_submit_changes_nothing():
 def test_lanes_share_the_running_sequences_evenly():
     scheduler = Scheduler(config(max_batch_tokens=64))
     for key in range(5):
-        scheduler.submit(request(key))
+        scheduler.submit(request(key, first=100 * key))
     sizes = [len(scheduler.plan(lane).sequences) for lane in (0, 1)]
     assert sizes == [3, 2]
 
@@ -129,11 +136,109 @@ def test_a_cancel_for_another_attempt_is_not_obeyed():
 def test_when_blocks_run_out_the_youngest_prefills_again():
     scheduler = Scheduler(config(num_lanes=1, num_blocks=6, max_model_len=24, max_batch_tokens=32))
     for key in (1, 2):
-        scheduler.submit(request(key, num_prompt=8, max_tokens=12))
+        scheduler.submit(request(key, num_prompt=8, max_tokens=12, first=100 * key))
     finished = [e.key for e in run_alone(scheduler) if e.finish]
     assert finished == [1, 2]
     assert scheduler.num_preemptions > 0
     assert scheduler.blocks.num_free == 6
+
+
+def prefilled(scheduler, lane=0) -> list[tuple[int, int, int]]:
+    """Run everything; return (key, start, number of tokens) of each run of two tokens or more."""
+    runs = []
+    while (plan := scheduler.plan(lane)) is not None:
+        runs += [(s.key, s.start, len(s.token_ids)) for s in plan.sequences if len(s.token_ids) > 1]
+        scheduler.commit(result_of(plan))
+    return runs
+
+
+def test_a_prompt_that_begins_like_an_earlier_one_is_computed_from_where_it_differs():
+    scheduler = Scheduler(config())
+    scheduler.submit(request(1, num_prompt=14))
+    assert prefilled(scheduler) == [(1, 0, 14)]
+    scheduler.submit(request(2, num_prompt=20))
+    assert prefilled(scheduler) == [(2, 12, 8)]
+    assert (scheduler.num_queried_tokens, scheduler.num_hit_tokens) == (34, 12)
+
+
+def test_prompts_that_arrive_together_are_computed_once():
+    scheduler = Scheduler(config())
+    for key in range(4):
+        scheduler.submit(request(key, num_prompt=14))
+    plan = scheduler.plan(0)
+    assert [(s.key, len(s.token_ids)) for s in plan.sequences] == [(0, 14)]
+    assert scheduler.plan(1) is None  # all others wait for the step in lane 0
+    scheduler.commit(result_of(plan))
+    assert prefilled(scheduler) == [(key, 12, 2) for key in (1, 2, 3)]
+    assert scheduler.blocks.num_free == 16
+
+
+def test_a_prompt_under_way_does_not_hold_up_another_one():
+    scheduler = Scheduler(config())
+    for key, first in enumerate((100, 100, 200)):
+        scheduler.submit(request(key, num_prompt=8, first=first))
+    plan = scheduler.plan(0)
+    assert [planned.key for planned in plan.sequences] == [0, 2]
+
+
+def test_the_last_token_of_a_prompt_is_computed_again_with_its_block():
+    scheduler = Scheduler(config())
+    for key in (1, 2):
+        scheduler.submit(request(key, num_prompt=12))
+        assert prefilled(scheduler) == [(key, 0, 12) if key == 1 else (key, 8, 4)]
+
+
+def test_the_next_turn_of_a_chat_reuses_what_was_generated():
+    scheduler = Scheduler(config())
+    scheduler.submit(request(1, num_prompt=6, max_tokens=7))
+    emitted = [e.token_id for e in run_alone(scheduler, token=3)]
+    turn = (*request(1, num_prompt=6).prompt_ids, *emitted, 8, 8)
+    scheduler.submit(Request(2, turn, SamplingParams(max_tokens=1)))
+    assert prefilled(scheduler) == [(2, 12, 3)]  # the seventh generated token was never computed
+
+
+def test_tenants_never_share():
+    scheduler = Scheduler(config())
+    for key, salt in enumerate("ab"):
+        scheduler.submit(replace(request(key, num_prompt=12), salt=salt))
+        assert prefilled(scheduler) == [(key, 0, 12)]
+    assert scheduler.num_hit_tokens == 0
+
+
+def test_without_prefix_caching_nothing_is_kept():
+    scheduler = Scheduler(config(prefix_caching=False))
+    for key in (1, 2):
+        scheduler.submit(request(key, num_prompt=12))
+        assert prefilled(scheduler) == [(key, 0, 12)]
+    assert scheduler.blocks.num_cached == 0
+
+
+def test_a_preempted_sequence_finds_its_own_blocks_and_counts_them_as_no_hits():
+    scheduler = Scheduler(config(num_lanes=1, num_blocks=8, max_model_len=32, max_batch_tokens=32))
+    for key in (1, 2):
+        scheduler.submit(request(key, num_prompt=8, max_tokens=16, first=100 * key))
+    starts = [start for key, start, _ in prefilled(scheduler) if key == 2]
+    assert scheduler.num_preemptions > 0
+    assert starts[0] == 0 < starts[1]
+    assert scheduler.num_hit_tokens == 0
+
+
+def test_a_cancelled_sequence_leaves_what_it_computed():
+    scheduler = Scheduler(config())
+    scheduler.submit(request(1, num_prompt=12))
+    plan = scheduler.plan(0)
+    scheduler.cancel(1, 1)
+    scheduler.commit(result_of(plan))
+    assert (scheduler.blocks.num_free, scheduler.blocks.num_cached) == (16, 3)
+
+
+def test_a_later_attempt_counts_what_it_found_of_the_prompt_alone():
+    scheduler = Scheduler(config())
+    scheduler.submit(request(1, num_prompt=6, max_tokens=9))
+    run_alone(scheduler)
+    scheduler.submit(request(1, num_prompt=6, max_tokens=9, attempt=2, emitted=(1,) * 6))
+    assert {e.num_cached for e in run_alone(scheduler)} == {6}
+    assert scheduler.num_hit_tokens == 8
 
 
 def test_a_cache_smaller_than_one_context_is_refused():
@@ -146,96 +251,218 @@ def test_a_budget_without_room_for_prefill_is_refused():
         config(max_batch_tokens=8)
 
 
-class Harness:
-    """Runs a scheduler with lanes that finish in random order, checking every plan."""
+def next_token(token_ids):
+    """A model of three words: its next token is a function of all before it."""
+    return 1000 + (sum(token_ids) + len(token_ids)) % 3
 
-    def __init__(self, cfg: SchedulerConfig, rng: random.Random) -> None:
-        self.config, self.rng = cfg, rng
+
+def generated(req: Request, max_model_len: int) -> list[int]:
+    """What a request must get, whatever its company."""
+    ids = [*req.prompt_ids]
+    while len(ids) < min(len(req.prompt_ids) + req.sampling.max_tokens, max_model_len):
+        ids.append(next_token(ids))
+    return ids[len(req.prompt_ids) :]
+
+
+class Harness:
+    """Runs a scheduler, checks every plan, and keeps what each block holds."""
+
+    def __init__(self, cfg: SchedulerConfig, rng: random.Random | None = None) -> None:
+        self.config, self.rng = cfg, rng or random.Random(0)
         self.scheduler = Scheduler(cfg)
         self.in_flight: dict[int, StepPlan] = {}
+        self.requests: dict[int, Request] = {}
         self.tokens: dict[int, list[int]] = {}
         self.finished: dict[int, FinishReason] = {}
+        self.cancelled: set[int] = set()
+        self.memory: dict[tuple[int, int], object] = {}  # (block, offset) → whose, tokens up to it
 
-    def check(self, plan: StepPlan) -> None:
+    def submit(self, req: Request) -> None:
+        self.requests[req.key] = req
+        self.scheduler.submit(req)
+
+    def cancel(self, key: int) -> None:
+        if self.scheduler.cancel(key, 1):
+            self.cancelled.add(key)
+
+    def plan(self, lane: int) -> None:
+        if plan := self.scheduler.plan(lane):
+            self.in_flight[lane] = plan
+            self.check_plan(plan)
+            for planned in plan.sequences:  # from now on the lane may be writing
+                for slot in self.slots(planned, planned.start):
+                    self.memory[slot] = None
+        self.check_blocks()
+
+    def commit(self, lane: int) -> None:
+        plan = self.in_flight.pop(lane)
+        sampled = []
+        for planned in plan.sequences:
+            req = self.requests[planned.key]
+            ids = [*req.prompt_ids, *self.tokens.get(planned.key, ())]
+            stop = planned.start + len(planned.token_ids)
+            assert tuple(ids[planned.start : stop]) == planned.token_ids
+            held = [self.memory.get(slot) for slot in self.slots(planned, 0)[: planned.start]]
+            assert held == [(req.salt, *ids[: p + 1]) for p in range(planned.start)], "wrong KV"
+            for position, slot in enumerate(self.slots(planned, 0)):
+                self.memory[slot] = (req.salt, *ids[: position + 1])
+            if planned.samples:
+                sampled.append(next_token(ids))
+        for emitted in self.scheduler.commit(StepResult(plan, tuple(sampled))):
+            self.take(emitted)
+        self.check_blocks()
+
+    def take(self, emitted: Emitted) -> None:
+        known = self.tokens.setdefault(emitted.key, [])
+        assert emitted.index == len(known), "a token was lost or repeated"
+        num_prompt = len(self.requests[emitted.key].prompt_ids)
+        assert emitted.num_cached < num_prompt, "the last token of a prompt is always computed"
+        known.append(emitted.token_id)
+        if emitted.finish:
+            assert emitted.key not in self.finished
+            self.finished[emitted.key] = emitted.finish
+
+    def slots(self, planned, start: int) -> list[tuple[int, int]]:
+        """Where a planned sequence's keys and values are, from a position to its run's end."""
+        size = self.config.block_size
+        stop = planned.start + len(planned.token_ids)
+        return [(planned.block_ids[p // size], p % size) for p in range(start, stop)]
+
+    def check_plan(self, plan: StepPlan) -> None:
         assert 0 < plan.num_tokens <= self.config.max_batch_tokens
         assert len(plan.sequences) <= self.config.max_num_seqs
         flying = [s for p in self.in_flight.values() for s in p.sequences]
-        owners: dict[int, int] = {}
-        for planned in flying:
-            for block in planned.block_ids:
-                assert owners.setdefault(block, planned.key) == planned.key, (
-                    "a block has two owners"
-                )
-        owned = [block for s in self.scheduler._running for block in s.block_ids]
-        assert len(owned) == len(set(owned))
-        assert len(owned) + self.scheduler.blocks.num_free == self.config.num_blocks
         keys = [planned.key for planned in flying]
         assert len(keys) == len(set(keys)), "a sequence is in two lanes"
         for planned in plan.sequences:
             stop = planned.start + len(planned.token_ids)
             assert stop <= len(planned.block_ids) * self.config.block_size
+            written = {block for block, _ in self.slots(planned, planned.start)}
+            others = {b for s in self.tables() if s.request.key != planned.key for b in s.block_ids}
+            assert not written & others, "a block is written that another sequence has"
+            assert not any(block in self.scheduler.blocks._index for block in written)
+
+    def tables(self):
+        return self.scheduler._running
+
+    def check_blocks(self) -> None:
+        """Every block is empty, cached or owned, by as many as have it in their tables."""
+        pool, num_owners = self.scheduler.blocks, [0] * self.config.num_blocks
+        for sequence in self.tables():
+            assert len(set(sequence.block_ids)) == len(sequence.block_ids)
+            for block in sequence.block_ids:
+                num_owners[block] += 1
+        assert pool._num_owners == num_owners
+        empty, cached = set(pool._empty), set(pool._cached)
+        assert len(empty) == len(pool._empty)
+        assert not empty & cached
+        assert empty | cached == {block for block, owners in enumerate(num_owners) if not owners}
+        assert pool.num_free == len(empty) + len(cached)
+        assert not any(block in pool._index for block in empty)
+        assert all(block in pool._index for block in cached)
+        assert self.scheduler.num_hit_tokens <= self.scheduler.num_queried_tokens
 
     def step(self) -> None:
         for lane in range(self.config.num_lanes):
-            if lane not in self.in_flight and (plan := self.scheduler.plan(lane)):
-                self.in_flight[lane] = plan
-                self.check(plan)
+            if lane not in self.in_flight:
+                self.plan(lane)
         if self.in_flight:
-            lane = self.rng.choice(sorted(self.in_flight))
-            plan = self.in_flight.pop(lane)
-            # the token is a function of the position, as a model's would be
-            tokens = tuple(1000 + s.start + len(s.token_ids) for s in plan.sequences if s.samples)
-            for emitted in self.scheduler.commit(StepResult(plan, tokens)):
-                known = self.tokens.setdefault(emitted.key, [])
-                assert emitted.index == len(known), "a token was lost or repeated"
-                known.append(emitted.token_id)
-                if emitted.finish:
-                    assert emitted.key not in self.finished
-                    self.finished[emitted.key] = emitted.finish
+            self.commit(self.rng.choice(sorted(self.in_flight)))
+
+    def finish(self) -> None:
+        """Run what is left to its end; then every request has its tokens and nothing is owned."""
+        work = sum(len(r.prompt_ids) + r.sampling.max_tokens for r in self.requests.values())
+        for _ in range(60 * (work + 1)):
+            self.step()
+            if not self.in_flight and not self.scheduler.num_waiting + self.scheduler.num_running:
+                break
+        assert self.scheduler.num_running == self.scheduler.num_waiting == 0
+        assert self.scheduler.blocks.num_free == self.config.num_blocks
+        assert set(self.finished) | self.cancelled == set(self.requests)
+        for key, req in self.requests.items():
+            expected = generated(req, self.config.max_model_len)
+            got = self.tokens.get(key, [])
+            assert got == expected[: len(got)]
+            assert key in self.cancelled or len(got) == len(expected)
+
+
+def configs():
+    @st.composite
+    def draw_config(draw):
+        block_size = draw(st.sampled_from([1, 2, 4]))
+        max_num_seqs = draw(st.integers(1, 6))
+        return config(
+            max_model_len=24,
+            block_size=block_size,
+            num_blocks=draw(st.integers(24 // block_size, 60 // block_size)),
+            num_lanes=draw(st.integers(1, 4)),
+            max_num_seqs=max_num_seqs,
+            max_batch_tokens=max_num_seqs + draw(st.integers(1, 20)),
+            prefix_caching=draw(st.booleans()),
+        )
+
+    return draw_config()
+
+
+# Few enough that prompts begin alike, of whole blocks or not.
+prompts = st.lists(st.sampled_from([1, 2]), min_size=1, max_size=20) | st.integers(1, 20).map(
+    lambda length: [1] * length
+)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Any order of submit, cancel, plan and commit."""
+
+    @initialize(cfg=configs())
+    def start(self, cfg):
+        self.harness = Harness(cfg)
+
+    @rule(prompt=prompts, max_tokens=st.integers(1, 24), salt=st.sampled_from("ab"))
+    def submit(self, prompt, max_tokens, salt):
+        sampling = SamplingParams(max_tokens=max_tokens)
+        key = len(self.harness.requests)
+        self.harness.submit(Request(key, tuple(prompt), sampling, salt=salt))
+
+    @precondition(lambda self: self.harness.requests)
+    @rule(data=st.data())
+    def cancel(self, data):
+        self.harness.cancel(data.draw(st.sampled_from(sorted(self.harness.requests))))
+
+    @rule(data=st.data())
+    def plan(self, data):
+        lanes = set(range(self.harness.config.num_lanes)) - set(self.harness.in_flight)
+        if lanes:
+            self.harness.plan(data.draw(st.sampled_from(sorted(lanes))))
+
+    @precondition(lambda self: self.harness.in_flight)
+    @rule(data=st.data())
+    def commit(self, data):
+        self.harness.commit(data.draw(st.sampled_from(sorted(self.harness.in_flight))))
+
+    def teardown(self):
+        if hasattr(self, "harness"):
+            self.harness.finish()
+
+
+TestAnyOrderOfEvents = SchedulerMachine.TestCase
+TestAnyOrderOfEvents.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data(), seed=st.integers(0, 2**32))
-def test_under_any_workload_budgets_hold_blocks_are_conserved_and_nobody_starves(data, seed):
+@given(cfg=configs(), seed=st.integers(0, 2**32), data=st.data())
+def test_under_any_workload_budgets_hold_blocks_are_conserved_and_nobody_starves(cfg, seed, data):
     rng = random.Random(seed)
-    block_size = data.draw(st.sampled_from([1, 2, 4]))
-    max_num_seqs = data.draw(st.integers(1, 6))
-    cfg = config(
-        max_model_len=24,
-        block_size=block_size,
-        num_blocks=data.draw(st.integers(24 // block_size, 60 // block_size)),
-        num_lanes=data.draw(st.integers(1, 4)),
-        max_num_seqs=max_num_seqs,
-        max_batch_tokens=max_num_seqs + data.draw(st.integers(1, 20)),
-    )
     harness = Harness(cfg, rng)
     shapes = data.draw(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 24)), max_size=12))
-    cancelled: set[int] = set()
     arrivals = count()
-    todo = list(shapes)
-    work = sum(prompt + out for prompt, out in shapes)
-    for _ in range(60 * (work + 1)):
-        if todo and rng.random() < 0.3:
-            prompt, out = todo.pop()
-            harness.scheduler.submit(request(next(arrivals), prompt, out))
+    while shapes:
+        if rng.random() < 0.3:
+            prompt, out = shapes.pop()
+            harness.submit(request(next(arrivals), prompt, out, first=100 * rng.randint(1, 3)))
         if rng.random() < 0.02 and harness.tokens:
-            key = rng.choice(sorted(harness.tokens))
-            if harness.scheduler.cancel(key, 1):
-                cancelled.add(key)
+            harness.cancel(rng.choice(sorted(harness.tokens)))
         harness.step()
-        if (
-            not todo
-            and not harness.in_flight
-            and not harness.scheduler.num_waiting + harness.scheduler.num_running
-        ):
-            break
-    assert harness.scheduler.blocks.num_free == cfg.num_blocks
-    assert harness.scheduler.num_running == harness.scheduler.num_waiting == 0
-    assert set(harness.finished) | cancelled == set(range(len(shapes)))
-    for key, (prompt, out) in enumerate(reversed(shapes)):
-        if key not in cancelled:
-            expected = min(out, 24 - prompt)
-            assert harness.tokens[key] == [1000 + prompt + i for i in range(expected)]
+    harness.finish()
 
 
 @settings(max_examples=30, deadline=None)
@@ -246,7 +473,7 @@ def test_under_endless_arrivals_nobody_is_overtaken_for_ever(seed, num_lanes):
     cfg = config(max_model_len=24, num_blocks=8, num_lanes=num_lanes, max_num_seqs=4)
     harness = Harness(cfg, rng)
     for key in range(400):
-        harness.scheduler.submit(request(key, rng.randint(1, 12), rng.randint(1, 10)))
+        harness.submit(request(key, rng.randint(1, 12), rng.randint(1, 10), first=100 * key))
         harness.step()
         newest = max(harness.finished, default=0)
         waiting = [k for k in range(newest) if k not in harness.finished]

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from afd_server.core.clock import Clock, ManualClock, MonotonicClock
@@ -12,6 +13,7 @@ from afd_server.transport.base import Link
 from afd_server.transport.endpoint import Endpoint, Identity
 from afd_server.transport.inproc import Faults, InProcessNetwork
 from afd_server.transport.messages import (
+    TOKEN_COLUMNS,
     Cancel,
     TokenChunk,
     TopologyUpdate,
@@ -52,6 +54,7 @@ class Pools:
         resend_s: float = 2.0,
         max_model_len: int = 256,
         max_num_seqs: int = 16,
+        prefix_caching: bool = True,
     ) -> None:
         self.network = InProcessNetwork(faults)
         self._open = link or self.network.link
@@ -75,6 +78,7 @@ class Pools:
                 max_batch_tokens,
                 16,
                 kv_cache_bytes,
+                prefix_caching,
                 resend_s,
             ),  # fmt: skip
             "ffn": FFNConfig(parallel, num_parts),
@@ -88,6 +92,7 @@ class Pools:
         self.epoch = 0
         self.tokens: dict[int, list[int]] = {}
         self.finish: dict[int, int] = {}
+        self.cached: dict[int, int] = {}
         self.alive_rows = 0
         self.lost_rows = 0
         self.refused: list[int] = []
@@ -189,19 +194,18 @@ class Pools:
 
     def _submit_again(self, request: Request, slot: int) -> None:
         known = self.tokens.setdefault(request.key, [])
-        self.submit(
-            Request(request.key, request.prompt_ids, request.sampling, 1, tuple(known)), slot
-        )
+        self.submit(replace(request, emitted_ids=tuple(known)), slot)
 
     def _take(self, chunk: TokenChunk) -> None:
         values = memoryview(bytes(chunk.rows.data)).cast("q")
-        for start in range(0, len(values), 6):
-            key, _, index, count, token, finish = values[start : start + 6]
+        for start in range(0, len(values), TOKEN_COLUMNS):
+            key, _, index, count, token, finish, cached = values[start : start + TOKEN_COLUMNS]
             if count == 0:
                 self.alive_rows += finish == 0
                 if finish:
                     self.refused.append(key)
                 continue
+            self.cached.setdefault(key, cached)
             known = self.tokens[key]
             if index != len(known):
                 self.lost_rows += 1

@@ -51,7 +51,7 @@ DISPATCH = Dispatch(
 COMBINE = Combine(7, 1, 2, 0, 3, "", Payload(DType.FLOAT32, (2, 3), bytes(range(24))))
 SUBMIT = Submit(
     key=1, attempt=1, num_prompt=2, num_emitted=0, max_tokens=8, top_k=0, seed=9, choice=0,
-    temperature=0.7, top_p=1.0, min_p=0.0, ttft_s=0.5, tpot_s=0.05,
+    temperature=0.7, top_p=1.0, min_p=0.0, ttft_s=0.5, tpot_s=0.05, salt="tenant",
     tokens=Payload(DType.INT32, (2,), bytes(8)),
 )  # fmt: skip
 TOPOLOGY = Topology(
@@ -85,10 +85,10 @@ def payloads(draw):
 
 any_payload = payloads() | st.just(EMPTY)
 messages = st.one_of(
-    st.builds(Submit, *[numbers] * 8, *[reals] * 5, any_payload),
+    st.builds(Submit, *[numbers] * 8, *[reals] * 5, words, any_payload),
     st.builds(Cancel, numbers, numbers),
     st.builds(TokenChunk, any_payload),
-    st.builds(LoadReport, *[numbers] * 9),
+    st.builds(LoadReport, *[numbers] * 12),
     st.builds(Dispatch, *[numbers] * 4, any_payload),
     st.builds(Combine, *[numbers] * 5, words, any_payload),
     st.builds(
@@ -224,7 +224,7 @@ def test_shape_dtype_and_nbytes_must_agree_with_the_frame(changes):
     refused(changed(DISPATCH, changes), "size")
 
 
-@pytest.mark.parametrize("message", [CANCEL, LoadReport(*range(9))])
+@pytest.mark.parametrize("message", [CANCEL, LoadReport(*range(12))])
 def test_a_payload_on_a_message_without_one_is_refused(message):
     changes = {DTYPE: DType.UINT8, RANK: 1, DIM_0: 4, NBYTES: 4, CRC: zlib.crc32(b"more")}
     header, _ = changed(message, changes)
@@ -579,8 +579,8 @@ def test_random_bytes_are_refused(header, data, with_crc):
 EXAMPLES = [
     SUBMIT,
     CANCEL,
-    TokenChunk(Payload(DType.INT64, (1, 6), bytes(48))),
-    LoadReport(*range(9)),
+    TokenChunk(Payload(DType.INT64, (1, 7), bytes(56))),
+    LoadReport(*range(12)),
     DISPATCH,
     Combine(7, 1, 2, 0, 3, "", Payload(DType.FLOAT32, (2, 3), bytes(24))),
     Combine(7, 1, 2, 0, 3, "crc", EMPTY),

@@ -41,10 +41,12 @@ TOPOLOGY = Topology(3, (GATEWAY, ATTENTION, OTHER, FFN))
 
 ROWS = Payload(DType.FLOAT32, (1, 4), bytes(range(16)))
 MESSAGES = (
-    Submit(1, 1, 1, 0, 8, 0, 9, 0, 0.0, 1.0, 0.0, 0.0, 0.0, Payload(DType.INT32, (1,), bytes(4))),
+    Submit(
+        1, 1, 1, 0, 8, 0, 9, 0, 0.0, 1.0, 0.0, 0.0, 0.0, "", Payload(DType.INT32, (1,), bytes(4))
+    ),
     Cancel(1, 1),
-    TokenChunk(Payload(DType.INT64, (1, 6), bytes(48))),
-    LoadReport(*range(9)),
+    TokenChunk(Payload(DType.INT64, (1, 7), bytes(56))),
+    LoadReport(*range(12)),
     Dispatch(7, 1, 2, 0, ROWS),
     Combine(7, 1, 2, 0, 3, "", ROWS),
     Heartbeat(Role.FFN, 0, ProcessState.READY, 1, "", ""),

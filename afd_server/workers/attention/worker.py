@@ -20,6 +20,7 @@ from afd_server.models.base import AttentionHalf, FFNCall
 from afd_server.policy.scheduler import Scheduler
 from afd_server.transport.endpoint import Endpoint, Received
 from afd_server.transport.messages import (
+    TOKEN_COLUMNS,
     Cancel,
     Combine,
     DType,
@@ -175,8 +176,11 @@ class AttentionWorker:
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
             free_blocks=scheduler.blocks.num_free,
+            cached_blocks=scheduler.blocks.num_cached,
             num_blocks=scheduler.blocks.num_blocks,
             preemptions=scheduler.num_preemptions,
+            queried_tokens=scheduler.num_queried_tokens,
+            hit_tokens=scheduler.num_hit_tokens,
             rows=self._num_rows,
             bad_frames=num_bad_frames,
             resends=self._ffn.num_resends,
@@ -187,11 +191,11 @@ class AttentionWorker:
             request = _request_of(submit, self._vocab_size, self._max_model_len)
         except ProtocolError as error:  # fails this request alone
             log.warning("refused request %d: %s", submit.key, error)
-            self._send_rows(gateway, [(submit.key, submit.attempt, 0, 0, 0, FinishReason.ERROR)])
+            self._send_rows(gateway, [(submit.key, submit.attempt, 0, 0, 0, FinishReason.ERROR, 0)])
             return
         self._scheduler.submit(request)
         self._owners[request.key, request.attempt] = gateway
-        self._send_rows(gateway, [(request.key, request.attempt, 0, 0, 0, 0)])
+        self._send_rows(gateway, [(request.key, request.attempt, 0, 0, 0, 0, 0)])
         self._wake_idle()
 
     def _cancel(self, key: int, attempt: int) -> None:
@@ -209,7 +213,15 @@ class AttentionWorker:
             owner = self._owners.get((token.key, token.attempt))
             if owner is None:
                 continue  # cancelled while in flight
-            row = (token.key, token.attempt, token.index, 1, token.token_id, token.finish or 0)
+            row = (
+                token.key,
+                token.attempt,
+                token.index,
+                1,
+                token.token_id,
+                token.finish or 0,
+                token.num_cached,
+            )
             by_gateway.setdefault(owner, []).append(row)
             if token.finish is not None:
                 del self._owners[token.key, token.attempt]
@@ -219,7 +231,7 @@ class AttentionWorker:
     def _send_rows(self, gateway: str, rows: Sequence[tuple[int, ...]]) -> None:
         # what is lost here the gateway misses by its index, and asks again
         data = torch.tensor(rows, dtype=torch.int64).numpy().tobytes()
-        chunk = TokenChunk(Payload(DType.INT64, (len(rows), 6), data))
+        chunk = TokenChunk(Payload(DType.INT64, (len(rows), TOKEN_COLUMNS), data))
         self._endpoint.try_send(gateway, chunk)
 
 
@@ -259,4 +271,5 @@ def _request_of(submit: Submit, vocab_size: int, max_model_len: int) -> Request:
         emitted_ids=tuple(tokens[submit.num_prompt : num_known]),
         sampling=sampling,
         slo=SLO(submit.ttft_s or None, submit.tpot_s or None),
+        salt=submit.salt,
     )

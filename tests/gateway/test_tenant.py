@@ -1,0 +1,38 @@
+"""Whose a request is."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from afd_server.gateway.tenant import tenant_salt
+
+SECRET = bytes(16)
+maybe_text = st.none() | st.text()
+
+
+@given(maybe_text, maybe_text, maybe_text, maybe_text)
+def test_only_the_same_key_with_the_same_cache_salt_gives_the_same_salt(key, salt, key_2, salt_2):
+    equal = tenant_salt(SECRET, key, salt) == tenant_salt(SECRET, key_2, salt_2)
+    assert equal == ((key, salt) == (key_2, salt_2))
+
+
+def test_a_cache_salt_cannot_stand_for_another_ones_api_key():
+    salts = {
+        tenant_salt(SECRET, "Bearer a", None),
+        tenant_salt(SECRET, None, "Bearer a"),
+        tenant_salt(SECRET, "Bearer a", "b"),
+        tenant_salt(SECRET, 'Bearer a", "b', None),
+        tenant_salt(SECRET, "", ""),
+        tenant_salt(SECRET, None, None),
+    }
+    assert len(salts) == 6
+
+
+def test_a_salt_says_nothing_of_the_api_key_to_those_without_the_secret():
+    salt = tenant_salt(SECRET, "Bearer sk-1", None)
+    assert salt != tenant_salt(bytes(15) + b"\1", "Bearer sk-1", None)
+    assert "sk-1" not in salt
+    assert len(salt) == 32
+
+
+def test_a_lone_surrogate_is_a_cache_salt_like_any_other():
+    assert tenant_salt(SECRET, None, "\ud800") != tenant_salt(SECRET, None, "\ud801")
