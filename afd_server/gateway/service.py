@@ -12,6 +12,7 @@ from afd_server.core.topology import Member, Role
 from afd_server.gateway.config import GatewaySpec
 from afd_server.gateway.generation import Generations
 from afd_server.gateway.pool_view import PoolView
+from afd_server.gateway.stage_view import StageView
 from afd_server.gateway.text import TextCodec
 from afd_server.policy.admission import AdmissionConfig
 from afd_server.telemetry.metrics import GatewayMetrics
@@ -53,6 +54,7 @@ class Service:
         self.admission = AdmissionConfig(spec.max_live_requests, spec.max_model_len)
         self.metrics = GatewayMetrics(spec.served_model_name)
         self.pools = PoolView(clock)
+        self.stages = StageView(clock, self.metrics)
         self.is_draining = False
         self._link = ZeroMQLink(spec.incarnation, bind=None)
         supervisor = Member(Role.SUPERVISOR, 0, spec.supervisor, spec.supervisor_address, "")
@@ -147,6 +149,7 @@ class Service:
         elif isinstance(message, LoadReport):
             self.pools.take_report(source, message)
             self._show_load(received.sender, message)
+            self.stages.take(received.sender, message, self._endpoint.received_s)
         elif isinstance(message, TopologyUpdate):
             self._follow(message)
 
@@ -161,13 +164,16 @@ class Service:
                 self._link.disconnect(gone.incarnation)
         self._endpoint.topology = topology
         self.pools.follow(topology)
+        self.stages.follow(topology)
         for member in self.pools.workers():
             self._link.connect(member.incarnation, member.address)
         self._watch()
         self.generations.follow(topology)
 
     def _show_load(self, sender: Member, report: LoadReport) -> None:
-        self.metrics.worker(sender.name, report.rows, report.resends, report.bad_frames)
+        self.metrics.worker(
+            sender.name, report.rows, report.resends, report.bad_frames, report.dropped_events
+        )
         reports = [
             found
             for member in self.pools.topology.pool(Role.ATTENTION)

@@ -102,7 +102,11 @@ class TokenChunk:
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """Worker → gateway, in answer to its heartbeat. `steps` grows while there is progress."""
+    """Worker → gateway, in answer to its heartbeat. `steps` grows while there is progress.
+
+    `events` is uint8 [n, 40]: what the worker did since its last report
+    (`telemetry.timeline`), on its own clock, which reads `clock_us` now.
+    """
 
     steps: int
     running: int
@@ -113,16 +117,23 @@ class LoadReport:
     rows: int
     bad_frames: int
     resends: int
+    dropped_events: int
+    clock_us: int
+    events: Payload
 
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """Attention → FFN: activations [rows, hidden] of one layer for one part."""
+    """Attention → FFN: activations [rows, hidden] of one layer for one part.
+
+    `live_us` is how long the sender has had live sequences without a break.
+    """
 
     step: int
     lane: int
     layer: int
     part: int
+    live_us: int
     activations: Payload
 
 
@@ -131,7 +142,8 @@ class Combine:
     """FFN → attention: the partial sum [rows, hidden] of a dispatch in its dtype, or why not.
 
     `call_epoch` is the epoch under which the dispatch was sent. `refusal` is empty unless the
-    dispatch was refused.
+    dispatch was refused. `taken_us` is when the dispatch was taken in, on the FFN worker's own
+    clock, and `held_us` for how long it waited and was computed; both 0 with a refusal.
     """
 
     step: int
@@ -139,6 +151,8 @@ class Combine:
     layer: int
     part: int
     call_epoch: int
+    taken_us: int
+    held_us: int
     refusal: str
     partial: Payload
 

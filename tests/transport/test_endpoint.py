@@ -44,9 +44,9 @@ MESSAGES = (
     Submit(1, 1, 1, 0, 8, 0, 9, 0, 0.0, 1.0, 0.0, 0.0, 0.0, Payload(DType.INT32, (1,), bytes(4))),
     Cancel(1, 1),
     TokenChunk(Payload(DType.INT64, (1, 6), bytes(48))),
-    LoadReport(*range(9)),
-    Dispatch(7, 1, 2, 0, ROWS),
-    Combine(7, 1, 2, 0, 3, "", ROWS),
+    LoadReport(*range(11), Payload(DType.UINT8, (1, 40), bytes(40))),
+    Dispatch(7, 1, 2, 0, 9, ROWS),
+    Combine(7, 1, 2, 0, 3, 0, 0, "", ROWS),
     Heartbeat(Role.FFN, 0, ProcessState.READY, 1, "", ""),
     TopologyUpdate(TOPOLOGY),
 )
@@ -279,7 +279,7 @@ def test_a_refused_dispatch_is_answered_with_its_key_and_the_reason(changes, rea
     wire.say(ATTENTION, DISPATCH, epoch=2, **changes)
     assert wire.hear() == []
     ((_, answer),) = wire.heard_by(ATTENTION)
-    assert answer == Combine(7, 1, 2, 0, 2, reason, EMPTY)
+    assert answer == Combine(7, 1, 2, 0, 2, 0, 0, reason, EMPTY)
 
 
 def test_a_dispatch_damaged_on_its_way_is_answered():
@@ -287,7 +287,7 @@ def test_a_dispatch_damaged_on_its_way_is_answered():
     wire.say_frames(ATTENTION, spoilt(ATTENTION, DISPATCH))
     wire.hear()
     ((_, answer),) = wire.heard_by(ATTENTION)
-    assert answer == Combine(7, 1, 2, 0, 3, "crc", EMPTY)
+    assert answer == Combine(7, 1, 2, 0, 3, 0, 0, "crc", EMPTY)
 
 
 def test_a_worker_that_the_topology_has_not_brought_yet_learns_why_it_waits():
@@ -296,7 +296,7 @@ def test_a_worker_that_the_topology_has_not_brought_yet_learns_why_it_waits():
     wire.say(newcomer, DISPATCH)
     assert wire.hear() == []
     ((_, answer),) = wire.heard_by(newcomer)
-    assert answer == Combine(7, 1, 2, 0, 3, "unknown_source", EMPTY)
+    assert answer == Combine(7, 1, 2, 0, 3, 0, 0, "unknown_source", EMPTY)
 
 
 def test_only_a_dispatch_is_answered():
