@@ -69,9 +69,11 @@ class StageView:
             raise ProtocolError(f"events of shape {payload.shape}", "shape")
         events = bytes(payload.data)
         pool, busy_s = member.role.name.lower(), 0.0
+        series = self._metrics.spans(pool)
         for event in read_events(events):
             duration_s = event.end_s - event.begin_s
-            self._metrics.span(pool, event.kind, duration_s)
+            if event.kind in series:
+                series[event.kind].observe(duration_s)
             if event.kind in COMPUTES:
                 busy_s += duration_s
         worker = self._note(member, report.clock_us, received_s, busy_s)
@@ -112,7 +114,8 @@ class StageView:
         ]
         passed_s = sum(passed for _, passed in spans)
         if passed_s > 0:
-            self._metrics.busy_ratio(pool, sum(busy for busy, _ in spans) / passed_s)
+            busy_s = sum(busy for busy, _ in spans)
+            self._metrics.busy_ratio(pool, min(1.0, busy_s / passed_s))
 
 
 def _on_our_clock(report: _Report) -> Iterator[Event]:

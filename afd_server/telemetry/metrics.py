@@ -5,7 +5,7 @@ Names of vLLM where it has the same thing, so that its dashboards and scalers wo
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import HistogramMetricFamily
@@ -217,11 +217,9 @@ class GatewayMetrics:
         self._bad_frames.labels(name).set(bad_frames)
         self._lost_events.labels(name).set(dropped_events)
 
-    def span(self, pool: str, kind: int, duration_s: float) -> None:
-        """Count an event of the timeline of one of the pool's workers, if it has a series."""
-        series = self._spans.get((pool, kind))
-        if series is not None:
-            series.observe(duration_s)
+    def spans(self, pool: str) -> Mapping[int, Durations]:
+        """Return where the events of a pool's timelines count, by kind; not every kind does."""
+        return self._spans[pool]
 
     def busy_ratio(self, pool: str, ratio: float) -> None:
         """Show how busy a pool is."""
@@ -231,7 +229,7 @@ class GatewayMetrics:
         """Return the exposition text."""
         return generate_latest(self.registry)
 
-    def _declare_spans(self) -> dict[tuple[str, int], Durations]:
+    def _declare_spans(self) -> dict[str, dict[int, Durations]]:
         """Declare the histograms of the timeline; return each series by pool and kind."""
 
         def declare(
@@ -244,7 +242,7 @@ class GatewayMetrics:
             "afd_transfer_seconds", "An FFN call or its answer under way", "direction"
         )
         bubble = declare("afd_bubble_seconds", "Live work and nothing to compute", "pool")
-        of_both = {
+        of_both: dict[int, Durations] = {
             EventKind.ATTENTION: declare("afd_attention_seconds", "A lane in one layer").series(),
             EventKind.FFN: declare("afd_ffn_seconds", "A group of FFN calls computed").series(),
             EventKind.SAMPLE: declare("afd_sampling_seconds", "Logits and sampling").series(),
@@ -254,8 +252,6 @@ class GatewayMetrics:
             EventKind.A_TO_F: transfer.series("a_to_f"),
             EventKind.F_TO_A: transfer.series("f_to_a"),
         }
-        spans: dict[tuple[str, int], Durations] = {}
-        for pool in ("attention", "ffn"):
-            spans |= {(pool, kind): series for kind, series in of_both.items()}
-            spans[pool, EventKind.WAIT] = bubble.series(pool)
-        return spans
+        return {
+            pool: {**of_both, EventKind.WAIT: bubble.series(pool)} for pool in ("attention", "ffn")
+        }
