@@ -120,3 +120,14 @@ def test_replicas_are_named_by_their_slot():
     (attention,) = events_of(pools, Role.ATTENTION)
     for event in of_kind(attention, EventKind.A_TO_F):
         assert event.peer == event.lane % 2
+
+
+def test_a_colocated_worker_records_its_ffn_stages_and_no_transfers():
+    pools = Pools(tiny_llama()[0], num_ffn=0, parallel=FFNParallel.COLOCATED)
+    pools.run(requests())
+    (events,) = events_of(pools, Role.ATTENTION)
+    stages = Counter(map(stage, of_kind(events, EventKind.ATTENTION)))
+    assert Counter(map(stage, of_kind(events, EventKind.FFN))) == stages
+    assert len(stages) == NUM_LAYERS * len(of_kind(events, EventKind.STEP))
+    for kind in (EventKind.A_TO_F, EventKind.F_TO_A, EventKind.WAIT):
+        assert not of_kind(events, kind)
