@@ -222,7 +222,7 @@ def single_stream(bench: Bench, number: int, name: str, flags: tuple[str, ...]) 
                run)  # fmt: skip
 
 
-def ratio(bench: Bench) -> list[Row]:
+def ratio(bench: Bench) -> Row:
     """Compare the two at their best concurrency, in turns, so that the machine's mood is shared."""
     runs: dict[tuple[str, ...], list[dict]] = {SHM: [], COLOCATED_2: []}
     widths = {flags: bench.best(flags)["max_concurrency"] for flags in runs}
@@ -233,26 +233,26 @@ def ratio(bench: Bench) -> list[Row]:
     at = f"c={widths[SHM]}: {medians[0]:.0f}; c={widths[COLOCATED_2]}: {medians[1]:.0f} tokens/s"
     both = [run for of_one in runs.values() for run in of_one]
     figure = f"best 1A1F / best colocated, medians of {bench.scale.rounds} rounds in turns"
-    return [Row(5, figure, medians[0] / medians[1], "", at, both)]
+    return Row(5, figure, medians[0] / medians[1], "", at, both)
 
 
-def time_to_first_token(bench: Bench) -> list[Row]:
+def time_to_first_token(bench: Bench) -> Row:
     load = {"rate_per_s": 1.0, "count": bench.scale.least_requests}
     run = bench.once(SHM, load)
-    return [Row(6, "1A1F: TTFT p50, Poisson arrivals", run["p50_ttft_ms"], "ms", "1 request/s",
-                [run], run)]  # fmt: skip
+    return Row(6, "1A1F: TTFT p50, Poisson arrivals", run["p50_ttft_ms"], "ms", "1 request/s",
+                [run], run)  # fmt: skip
 
 
-def prefill(bench: Bench) -> list[Row]:
+def prefill(bench: Bench) -> Row:
     prompts = Workload(512, 1, bench.options.seed)
     load = {"width": 1, "count": bench.scale.prefills, "workload": prompts}
     run = bench.once(SHM, load)
     rate = prompts.input_len / run["p50_ttft_ms"] * 1000
-    return [Row(7, "1A1F: prefill of one 512-token prompt, from its median TTFT", rate, "tokens/s",
-                "c=1", [run], run)]  # fmt: skip
+    return Row(7, "1A1F: prefill of one 512-token prompt, from its median TTFT", rate, "tokens/s",
+                "c=1", [run], run)  # fmt: skip
 
 
-def goodput(bench: Bench) -> list[Row]:
+def goodput(bench: Bench) -> Row:
     runs: list[dict] = []
     rates = (rate for rate in bench.scale.rates_per_s if all(map(bench.keeps_target, runs)))
     bench.on(SHM, map(bench.open, rates), runs)
@@ -260,44 +260,44 @@ def goodput(bench: Bench) -> list[Row]:
     if not good:
         raise RowFailed(f"even {runs[0]['request_rate']} requests/s miss the target")
     target = f"p99 TPOT ≤ {bench.options.tpot_slo_ms:g} ms"
-    return [Row(8, f"1A1F: highest Poisson rate with {target}", good[-1]["request_rate"],
-                "requests/s", f"{len(runs)} rates", runs, good[-1])]  # fmt: skip
+    return Row(8, f"1A1F: highest Poisson rate with {target}", good[-1]["request_rate"],
+                "requests/s", f"{len(runs)} rates", runs, good[-1])  # fmt: skip
 
 
-def start_time(bench: Bench) -> list[Row]:
+def start_time(bench: Bench) -> Row:
     with serving(bench.options, launcher="ray"):
         pass
     with serving(bench.options, launcher="ray") as server:
-        return [Row(9, "start to ready, second start, Ray", server.ready_s, "s", "1A1F")]
+        return Row(9, "start to ready, second start, Ray", server.ready_s, "s", "1A1F")
 
 
-def memory(bench: Bench) -> list[Row]:
+def memory(bench: Bench) -> Row:
     runs: list[dict] = []
     with serving(bench.options, launcher="ray") as server:
         asyncio.run(bench.load(server, [bench.closed(bench.scale.widths[-1] // 2)], runs))
         sizes = server.pss_mb()
     at = f"1A1F, {len(sizes)} processes"
     figure = "memory (sum of PSS) after load, Ray"
-    return [Row(10, figure, sum(sizes.values()), "MiB", at, [*runs, {"pss_mb": sizes}], runs[0])]
+    return Row(10, figure, sum(sizes.values()), "MiB", at, [*runs, {"pss_mb": sizes}], runs[0])
 
 
-ROWS: dict[int, Callable[[Bench], list[Row]]] = {
-    1: lambda bench: [best_throughput(bench, 1, "1A1F, shared memory", SHM)],
-    2: lambda bench: [best_throughput(bench, 2, "1A1F, ZeroMQ", ZMQ)],
-    3: lambda bench: [
-        single_stream(bench, 3, "1A1F, shared memory", SHM),
-        single_stream(bench, 3, "1A1F, ZeroMQ", ZMQ),
+ROWS: dict[int, list[Callable[[Bench], Row]]] = {
+    1: [lambda bench: best_throughput(bench, 1, "1A1F, shared memory", SHM)],
+    2: [lambda bench: best_throughput(bench, 2, "1A1F, ZeroMQ", ZMQ)],
+    3: [
+        lambda bench: single_stream(bench, 3, "1A1F, shared memory", SHM),
+        lambda bench: single_stream(bench, 3, "1A1F, ZeroMQ", ZMQ),
     ],
-    4: lambda bench: [
-        best_throughput(bench, 4, "colocated, 2 workers", COLOCATED_2),
-        single_stream(bench, 4, "colocated, 1 worker", COLOCATED_1),
+    4: [
+        lambda bench: best_throughput(bench, 4, "colocated, 2 workers", COLOCATED_2),
+        lambda bench: single_stream(bench, 4, "colocated, 1 worker", COLOCATED_1),
     ],
-    5: ratio,
-    6: time_to_first_token,
-    7: prefill,
-    8: goodput,
-    9: start_time,
-    10: memory,
+    5: [ratio],
+    6: [time_to_first_token],
+    7: [prefill],
+    8: [goodput],
+    9: [start_time],
+    10: [memory],
 }
 
 
@@ -356,12 +356,13 @@ def main() -> None:
     }
     bench, rows, begin_s = Bench(options), [], time.monotonic()
     for number in options.rows:
-        print(f"-- row {number}", flush=True)
-        try:
-            rows += ROWS[number](bench)
-        except RowFailed as error:
-            rows.append(Row(number, str(error), None, ""))
-            print(error, flush=True)
+        for row in ROWS[number]:
+            print(f"-- row {number}", flush=True)
+            try:
+                rows.append(row(bench))
+            except RowFailed as error:
+                rows.append(Row(number, str(error), None, ""))
+                print(error, flush=True)
     about["seconds"] = time.monotonic() - begin_s
     print(f"\n{markdown(rows, about)}")
     name = f"table-{about['date'][:10]}-{about['commit']}.json"
