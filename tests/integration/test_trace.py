@@ -59,14 +59,14 @@ def test_a_call_lies_between_its_two_transfers(server, short_dir):
         if row["name"] in ("a_to_f", "ffn", "f_to_a")
     }
     calls = [(key[1:], row) for key, row in found.items() if key[0] == "ffn"]
-    compared = 0
+    compared, slack_us = 0, 3  # two stamps cut to whole microseconds, and rounding
     for key, call in calls:
         there, back = found.get(("a_to_f", *key)), found.get(("f_to_a", *key))
         if there is None or back is None:
             continue
         compared += 1
-        assert there["ts"] + there["dur"] <= call["ts"] + 2  # stamps on the wire are whole us
-        assert call["ts"] + call["dur"] <= back["ts"] + 2
+        assert there["ts"] + there["dur"] <= call["ts"] + slack_us
+        assert call["ts"] + call["dur"] <= back["ts"] + slack_us
     assert compared > 50
 
 
