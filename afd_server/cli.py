@@ -1,22 +1,26 @@
-"""The command line: serve · pull · status, and the processes that serve starts."""
+"""The command line: serve · pull · status · trace, and the processes that serve starts."""
 
 import argparse
 import json
 import logging
 import signal
 import sys
-import urllib.error
+import time
 import urllib.request
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any  # Any: argparse's namespace, JSON of a running server
 
 from afd_server.cluster.launcher import die_with_parent
 from afd_server.config import add_flags, load_config, process_environment
 from afd_server.core.errors import AFDError, ConfigError
 from afd_server.telemetry.log import configure_logging
+from afd_server.telemetry.trace import summarise_trace
 
 log = logging.getLogger(__name__)
+
+LONGEST_TRACE_S = 30  # what a gateway keeps
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="afd-server", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=version("afd-server"))
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{serve,pull,status}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{serve,pull,status,trace}"
+    )
     serve = commands.add_parser(
         "serve", help="start a server", description=_SERVE_TEXT, allow_abbrev=False
     )
@@ -51,6 +57,15 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(pull, ["cache_dir"])
     status = commands.add_parser("status", help="show a running server", allow_abbrev=False)
     status.add_argument("--url", default="http://127.0.0.1:8000", help="of its gateway")
+    trace = commands.add_parser(
+        "trace", help="record what every worker of a running server does", allow_abbrev=False
+    )
+    trace.add_argument("--url", default="http://127.0.0.1:8000", help="of its gateway")
+    trace.add_argument("--seconds", type=float, default=5.0, help="for how long (default: 5)")
+    trace.add_argument(
+        "-o", "--output", type=Path, default=Path("trace.json"), metavar="FILE",
+        help="Chrome's format, for ui.perfetto.dev (default: trace.json)",
+    )  # fmt: skip
     for name in ("worker", "gateway"):  # started by serve, with a spec on standard input
         internal = commands.add_parser(name)
         internal.add_argument("--log-level", default="warning")
@@ -88,12 +103,7 @@ def _pull(flags: dict[str, Any]) -> int:
 
 
 def _status(flags: dict[str, Any]) -> int:
-    url = f"{flags['url'].rstrip('/')}/status"
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            status = json.load(response)
-    except (urllib.error.URLError, ValueError, OSError) as error:
-        raise ConfigError(f"no afd-server answers at {url}: {error}") from error
+    status = _ask(flags["url"], "/status")
     print(f"model      {status['model']}")
     print(f"topology   {status['topology']}  epoch {status['epoch']}")
     print(f"requests   {status['live_requests']} live")
@@ -103,6 +113,33 @@ def _status(flags: dict[str, Any]) -> int:
     for sentence in status["trouble"]:
         print(f"trouble    {sentence}")
     return 1 if status["trouble"] else 0
+
+
+def _trace(flags: dict[str, Any]) -> int:
+    seconds, output = flags["seconds"], flags["output"]
+    if not 0 < seconds <= LONGEST_TRACE_S:
+        raise ConfigError(f"seconds is {seconds:g}, must be in 0 … {LONGEST_TRACE_S}")
+    _ask(flags["url"], "/version")  # before the wait
+    try:
+        with output.open("a", encoding="utf-8") as file:
+            time.sleep(seconds)
+            trace = _ask(flags["url"], f"/debug/trace?seconds={seconds:g}")
+            file.truncate(0)
+            json.dump(trace, file)
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
+    print("\n".join(summarise_trace(trace["traceEvents"])))
+    print(f"{output}: open it at https://ui.perfetto.dev")
+    return 0
+
+
+def _ask(server: str, path: str) -> Any:  # Any: JSON
+    url = f"{server.rstrip('/')}{path}"
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            return json.load(response)
+    except (OSError, ValueError) as error:  # URLError is an OSError; ValueError: no JSON, no URL
+        raise ConfigError(f"no afd-server answers at {url}: {error}") from error
 
 
 def _worker(flags: dict[str, Any]) -> int:
@@ -145,6 +182,7 @@ _COMMANDS = {
     "serve": _serve,
     "pull": _pull,
     "status": _status,
+    "trace": _trace,
     "worker": _worker,
     "gateway": _gateway,
 }

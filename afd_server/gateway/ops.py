@@ -1,12 +1,16 @@
-"""What operators and probes ask: health, readiness, version, status, metrics."""
+"""What operators and probes ask: health, readiness, version, status, metrics, traces."""
 
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 from importlib.metadata import version
 
-from fastapi import APIRouter, Response
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
 
+from afd_server.core.errors import InvalidRequest
 from afd_server.core.topology import Member
 from afd_server.gateway.service import Service
+from afd_server.gateway.stage_view import KEPT_S
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -58,7 +62,32 @@ def ops_routes(service: Service) -> APIRouter:
     async def metrics() -> Response:
         return Response(service.metrics.render(), headers={"content-type": METRICS_TYPE})
 
+    @router.get("/debug/trace")
+    async def trace(request: Request) -> StreamingResponse:
+        """Return what every worker did in the last `seconds`, as a Chrome trace."""
+        seconds = _seconds(request.query_params.get("seconds", "5"))
+        return StreamingResponse(
+            _one_by_one(service.stages.trace(seconds)), media_type="application/json"
+        )
+
     return router
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= KEPT_S:
+        raise InvalidRequest(f"seconds is {text!r}, must be in 0 … {KEPT_S:.0f}", "seconds")
+    return seconds
+
+
+async def _one_by_one(pieces: Iterator[str]) -> AsyncIterator[str]:
+    """Let requests go on between two pieces: each takes milliseconds."""
+    for piece in pieces:
+        yield piece
+        await asyncio.sleep(0)
 
 
 def _verdict(trouble: list[str]) -> JSONResponse:

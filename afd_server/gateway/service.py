@@ -13,6 +13,7 @@ from afd_server.core.topology import Member, Role
 from afd_server.gateway.config import GatewaySpec
 from afd_server.gateway.generation import Generations
 from afd_server.gateway.pool_view import PoolView
+from afd_server.gateway.stage_view import StageView
 from afd_server.gateway.tenant import tenant_salt
 from afd_server.gateway.text import TextCodec
 from afd_server.policy.admission import AdmissionConfig
@@ -55,6 +56,7 @@ class Service:
         self.admission = AdmissionConfig(spec.max_live_requests, spec.max_model_len)
         self.metrics = GatewayMetrics(spec.served_model_name)
         self.pools = PoolView(clock)
+        self.stages = StageView(clock, self.metrics)
         self.is_draining = False
         self._link = ZeroMQLink(spec.incarnation, bind=None)
         supervisor = Member(Role.SUPERVISOR, 0, spec.supervisor, spec.supervisor_address, "")
@@ -155,6 +157,7 @@ class Service:
             last = self.pools.report(source)
             self.pools.take_report(source, message)
             self._show_load(received.sender, message, last)
+            self.stages.take(received.sender, message, self._endpoint.received_s)
         elif isinstance(message, TopologyUpdate):
             self._follow(message)
 
@@ -169,13 +172,16 @@ class Service:
                 self._link.disconnect(gone.incarnation)
         self._endpoint.topology = topology
         self.pools.follow(topology)
+        self.stages.follow(topology)
         for member in self.pools.workers():
             self._link.connect(member.incarnation, member.address)
         self._watch()
         self.generations.follow(topology)
 
     def _show_load(self, sender: Member, report: LoadReport, last: LoadReport | None) -> None:
-        self.metrics.worker(sender.name, report.rows, report.resends, report.bad_frames)
+        self.metrics.worker(
+            sender.name, report.rows, report.resends, report.bad_frames, report.dropped_events
+        )
         if sender.role is Role.ATTENTION:
             self.metrics.prefix_cache(
                 sender.name,

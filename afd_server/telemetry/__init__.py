@@ -1,1 +1,1 @@
-"""What can be seen from outside: metrics and logs. Imports the core only."""
+"""What can be seen from outside: metrics, the timeline and logs. Imports the core only."""

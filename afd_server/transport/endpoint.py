@@ -86,6 +86,7 @@ class Endpoint:
         self.identity = identity
         self.topology = Topology(0, ())
         self.counters: Counter[str] = Counter()
+        self.received_s = 0.0  # when the latest messages were taken off the link
         self._clock = clock
         self._introduced = {member.incarnation: member for member in introduced}
         self._with_crc = with_crc
@@ -141,8 +142,10 @@ class Endpoint:
         Each is checked when the one before it has been dealt with, so a new topology counts for
         the messages that arrived together with it.
         """
-        for route, frames in self.link.receive(timeout_s):
-            if self._clock.now() < self._quarantined_until.get(route, 0.0):
+        arrived = self.link.receive(timeout_s)
+        self.received_s = self._clock.now()
+        for route, frames in arrived:
+            if self.received_s < self._quarantined_until.get(route, 0.0):
                 self.counters["bad_quarantined"] += 1
                 continue
             header = None
@@ -196,9 +199,9 @@ class Endpoint:
                 self._quarantined_until[route] = self._clock.now() + QUARANTINE_S
                 times.clear()
         if header is not None and header.kind is Dispatch:
-            step, lane, layer, part = header.values
+            step, lane, layer, part, _ = header.values
             epoch = header.envelope.epoch
-            refusal = Combine(step, lane, layer, part, epoch, error.reason, EMPTY)
+            refusal = Combine(step, lane, layer, part, epoch, 0, 0, error.reason, EMPTY)
             self.try_send(route, refusal)
 
     @property

@@ -109,6 +109,8 @@ class LoadReport:
 
     `free_blocks` counts the `cached_blocks`, which nobody owns and others may still take over.
     Of the `queried_tokens` that requests brought with them, `hit_tokens` were found computed.
+    `events` is uint8 [n, 40]: what the worker did since its last report
+    (`telemetry.timeline`), on its own clock, which reads `clock_us` now.
     """
 
     steps: int
@@ -123,16 +125,23 @@ class LoadReport:
     rows: int
     bad_frames: int
     resends: int
+    dropped_events: int
+    clock_us: int
+    events: Payload
 
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """Attention → FFN: activations [rows, hidden] of one layer for one part."""
+    """Attention → FFN: activations [rows, hidden] of one layer for one part.
+
+    `live_us` is how long the sender has had live sequences without a break.
+    """
 
     step: int
     lane: int
     layer: int
     part: int
+    live_us: int
     activations: Payload
 
 
@@ -141,7 +150,8 @@ class Combine:
     """FFN → attention: the partial sum [rows, hidden] of a dispatch in its dtype, or why not.
 
     `call_epoch` is the epoch under which the dispatch was sent. `refusal` is empty unless the
-    dispatch was refused.
+    dispatch was refused. `taken_us` is when the dispatch was taken in, on the FFN worker's own
+    clock, and `held_us` for how long it waited and was computed; both 0 with a refusal.
     """
 
     step: int
@@ -149,6 +159,8 @@ class Combine:
     layer: int
     part: int
     call_epoch: int
+    taken_us: int
+    held_us: int
     refusal: str
     partial: Payload
 

@@ -23,6 +23,7 @@ from afd_server.models.base import ColumnShard, column_shard
 from afd_server.models.catalogue import ARCHITECTURES
 from afd_server.policy.blocks import num_kv_blocks
 from afd_server.policy.scheduler import Scheduler, SchedulerConfig
+from afd_server.telemetry.timeline import Timeline
 from afd_server.transport.base import Link
 from afd_server.transport.endpoint import Endpoint, Identity, Received
 from afd_server.transport.messages import (
@@ -54,6 +55,11 @@ FAREWELL_S = 2.0  # how long a failing worker tries to say why
 class Worker(Protocol):
     """Either half's worker, as its loop sees it."""
 
+    @property
+    def num_steps(self) -> int:
+        """Return a count that grows while there is progress."""
+        ...
+
     def handle(self, received: Received) -> None:
         """Take in a message."""
         ...
@@ -71,7 +77,7 @@ class Worker(Protocol):
         ...
 
     def load(self, num_bad_frames: int) -> LoadReport:
-        """Return the present load."""
+        """Return the present load, and the timeline since the last call."""
         ...
 
 
@@ -117,8 +123,8 @@ class WorkerLoop:
 
     def _beat(self) -> None:
         self._next_beat_s = self._clock.now() + HEARTBEAT_S
-        steps = self._worker.load(0).steps
-        beat = _heartbeat(self._spec, ProcessState.READY, self._endpoint.link.address, steps)
+        address, steps = self._endpoint.link.address, self._worker.num_steps
+        beat = _heartbeat(self._spec, ProcessState.READY, address, steps)
         self._endpoint.try_send(self._spec.supervisor, beat)
 
 
@@ -239,12 +245,21 @@ def build_attention_worker(
     architecture = ARCHITECTURES[model_spec.model_type]
     model = architecture.attention(model_spec, weights, kernels, config.max_model_len)
     kv = KVStore(model_spec, num_blocks, config.block_size, kv_dtype)
+    timeline = Timeline()
     ffn: FFNPath = FFNClient(
-        spec.ffn, spec.slot, model_spec.hidden_size, dtype, endpoint, clock, config.resend_s
+        spec.ffn,
+        spec.slot,
+        model_spec.hidden_size,
+        dtype,
+        endpoint,
+        clock,
+        timeline,
+        config.resend_s,
     )
     if spec.ffn.parallel is FFNParallel.COLOCATED:
         shard = column_shard(model_spec.intermediate_size, 0, 1)
-        ffn = ColocatedFFN(architecture.ffn(model_spec, weights, kernels, shard))
+        half = architecture.ffn(model_spec, weights, kernels, shard)
+        ffn = ColocatedFFN(half, clock, timeline)
     weights.keep()
     return AttentionWorker(
         model,
@@ -256,11 +271,13 @@ def build_attention_worker(
         config.max_model_len,
         ffn,
         endpoint,
+        clock,
+        timeline,
     )
 
 
 def build_ffn_worker(
-    spec: WorkerSpec, model_spec: ModelSpec, kernels: Kernels, endpoint: Endpoint, _clock: Clock
+    spec: WorkerSpec, model_spec: ModelSpec, kernels: Kernels, endpoint: Endpoint, clock: Clock
 ) -> Worker:
     """Load this worker's part of the FFN half.
 
@@ -272,7 +289,14 @@ def build_ffn_worker(
     model = ARCHITECTURES[model_spec.model_type].ffn(model_spec, weights, kernels, shard)
     weights.keep()
     return FFNWorker(
-        model, model_spec, spec.part, kernels.row_format, endpoint, spec.ffn.max_gather_rows
+        model,
+        model_spec,
+        spec.part,
+        kernels.row_format,
+        endpoint,
+        spec.ffn.max_gather_rows,
+        clock,
+        Timeline(),
     )
 
 

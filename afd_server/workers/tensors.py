@@ -8,6 +8,7 @@ from afd_server.core.errors import ProtocolError
 from afd_server.kernels.reference import PagedRun, plan_paged_rows
 from afd_server.kernels.table import KVLayer
 from afd_server.models.base import MicroBatch
+from afd_server.telemetry.timeline import EVENT_BYTES, Timeline
 from afd_server.transport.messages import DType, Payload
 from afd_server.workers.config import Numerics
 
@@ -33,6 +34,12 @@ def to_payload(tensor: Tensor) -> Payload:
     tensor = tensor.contiguous()
     data = tensor.view(torch.uint8).numpy().data.cast("B")
     return Payload(_WIRE[tensor.dtype], tuple(tensor.shape), data)
+
+
+def events_payload(timeline: Timeline) -> Payload:
+    """Take a timeline's new events for a report."""
+    data = timeline.drain()
+    return Payload(DType.UINT8, (len(data) // EVENT_BYTES, EVENT_BYTES), data)
 
 
 def to_tensor(payload: Payload, dtype: torch.dtype) -> Tensor:

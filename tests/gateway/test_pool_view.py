@@ -3,14 +3,14 @@
 from afd_server.core.clock import ManualClock
 from afd_server.core.topology import Member, Role, Topology
 from afd_server.gateway.pool_view import SILENT_AFTER_S, STUCK_AFTER_S, PoolView
-from afd_server.transport.messages import LoadReport
+from afd_server.transport.messages import EMPTY, LoadReport
 
 ATTENTION = Member(Role.ATTENTION, 0, "a0", "", "")
 FFN = Member(Role.FFN, 0, "f0", "", "")
 
 
 def report(steps, running=1):
-    return LoadReport(steps, running, 0, 1, 0, 2, 0, 0, 0, 0, 0, 0)
+    return LoadReport(steps, running, 0, 1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, EMPTY)
 
 
 def view_of(*members):

@@ -45,10 +45,16 @@ from afd_server.transport.messages import (
 ENVELOPE = Envelope("a1b2c3d4e5f60718", 3, 41, "digest", "fingerprint", 250)
 BIGGEST = 2**63 - 1
 CANCEL = Cancel(key=5, attempt=1)
+BEAT = Heartbeat(Role.FFN, 1, ProcessState.FAILED, 12, "ipc:///x", "no such file")
 DISPATCH = Dispatch(
-    step=7, lane=1, layer=2, part=0, activations=Payload(DType.FLOAT32, (2, 3), bytes(range(24)))
+    step=7,
+    lane=1,
+    layer=2,
+    part=0,
+    live_us=9,
+    activations=Payload(DType.FLOAT32, (2, 3), bytes(range(24))),
 )
-COMBINE = Combine(7, 1, 2, 0, 3, "", Payload(DType.FLOAT32, (2, 3), bytes(range(24))))
+COMBINE = Combine(7, 1, 2, 0, 3, 0, 0, "", Payload(DType.FLOAT32, (2, 3), bytes(range(24))))
 SUBMIT = Submit(
     key=1, attempt=1, num_prompt=2, num_emitted=0, max_tokens=8, top_k=0, seed=9, choice=0,
     temperature=0.7, top_p=1.0, min_p=0.0, ttft_s=0.5, tpot_s=0.05, salt="tenant",
@@ -88,9 +94,9 @@ messages = st.one_of(
     st.builds(Submit, *[numbers] * 8, *[reals] * 5, words, any_payload),
     st.builds(Cancel, numbers, numbers),
     st.builds(TokenChunk, any_payload),
-    st.builds(LoadReport, *[numbers] * 12),
-    st.builds(Dispatch, *[numbers] * 4, any_payload),
-    st.builds(Combine, *[numbers] * 5, words, any_payload),
+    st.builds(LoadReport, *[numbers] * 14, any_payload),
+    st.builds(Dispatch, *[numbers] * 5, any_payload),
+    st.builds(Combine, *[numbers] * 7, words, any_payload),
     st.builds(
         Heartbeat, st.sampled_from(Role), numbers, st.sampled_from(ProcessState), numbers, words,
         words,
@@ -224,7 +230,7 @@ def test_shape_dtype_and_nbytes_must_agree_with_the_frame(changes):
     refused(changed(DISPATCH, changes), "size")
 
 
-@pytest.mark.parametrize("message", [CANCEL, LoadReport(*range(12))])
+@pytest.mark.parametrize("message", [CANCEL, BEAT])
 def test_a_payload_on_a_message_without_one_is_refused(message):
     changes = {DTYPE: DType.UINT8, RANK: 1, DIM_0: 4, NBYTES: 4, CRC: zlib.crc32(b"more")}
     header, _ = changed(message, changes)
@@ -580,11 +586,11 @@ EXAMPLES = [
     SUBMIT,
     CANCEL,
     TokenChunk(Payload(DType.INT64, (1, 7), bytes(56))),
-    LoadReport(*range(12)),
+    LoadReport(*range(14), Payload(DType.UINT8, (1, 40), bytes(40))),
     DISPATCH,
-    Combine(7, 1, 2, 0, 3, "", Payload(DType.FLOAT32, (2, 3), bytes(24))),
-    Combine(7, 1, 2, 0, 3, "crc", EMPTY),
-    Heartbeat(Role.FFN, 1, ProcessState.FAILED, 12, "ipc:///x", "no such file"),
+    Combine(7, 1, 2, 0, 3, 0, 0, "", Payload(DType.FLOAT32, (2, 3), bytes(24))),
+    Combine(7, 1, 2, 0, 3, 0, 0, "crc", EMPTY),
+    BEAT,
     TopologyUpdate(TOPOLOGY),
 ]
 

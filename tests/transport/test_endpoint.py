@@ -46,9 +46,9 @@ MESSAGES = (
     ),
     Cancel(1, 1),
     TokenChunk(Payload(DType.INT64, (1, 7), bytes(56))),
-    LoadReport(*range(12)),
-    Dispatch(7, 1, 2, 0, ROWS),
-    Combine(7, 1, 2, 0, 3, "", ROWS),
+    LoadReport(*range(14), Payload(DType.UINT8, (1, 40), bytes(40))),
+    Dispatch(7, 1, 2, 0, 9, ROWS),
+    Combine(7, 1, 2, 0, 3, 0, 0, "", ROWS),
     Heartbeat(Role.FFN, 0, ProcessState.READY, 1, "", ""),
     TopologyUpdate(TOPOLOGY),
 )
@@ -281,7 +281,7 @@ def test_a_refused_dispatch_is_answered_with_its_key_and_the_reason(changes, rea
     wire.say(ATTENTION, DISPATCH, epoch=2, **changes)
     assert wire.hear() == []
     ((_, answer),) = wire.heard_by(ATTENTION)
-    assert answer == Combine(7, 1, 2, 0, 2, reason, EMPTY)
+    assert answer == Combine(7, 1, 2, 0, 2, 0, 0, reason, EMPTY)
 
 
 def test_a_dispatch_damaged_on_its_way_is_answered():
@@ -289,7 +289,7 @@ def test_a_dispatch_damaged_on_its_way_is_answered():
     wire.say_frames(ATTENTION, spoilt(ATTENTION, DISPATCH))
     wire.hear()
     ((_, answer),) = wire.heard_by(ATTENTION)
-    assert answer == Combine(7, 1, 2, 0, 3, "crc", EMPTY)
+    assert answer == Combine(7, 1, 2, 0, 3, 0, 0, "crc", EMPTY)
 
 
 def test_a_worker_that_the_topology_has_not_brought_yet_learns_why_it_waits():
@@ -298,7 +298,7 @@ def test_a_worker_that_the_topology_has_not_brought_yet_learns_why_it_waits():
     wire.say(newcomer, DISPATCH)
     assert wire.hear() == []
     ((_, answer),) = wire.heard_by(newcomer)
-    assert answer == Combine(7, 1, 2, 0, 3, "unknown_source", EMPTY)
+    assert answer == Combine(7, 1, 2, 0, 3, 0, 0, "unknown_source", EMPTY)
 
 
 def test_only_a_dispatch_is_answered():

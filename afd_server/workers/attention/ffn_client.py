@@ -9,11 +9,13 @@ from torch import Tensor
 from afd_server.core.clock import Clock
 from afd_server.core.errors import ProtocolError, WorkerFailed
 from afd_server.core.stage import StageId
-from afd_server.core.topology import FFNParallel, Role
+from afd_server.core.topology import FFNParallel, Member, Role
 from afd_server.models.base import FFNCall
 from afd_server.models.forward import add_in_part_order
+from afd_server.telemetry.timeline import EventKind, Timeline
 from afd_server.transport.endpoint import Endpoint, Received
 from afd_server.transport.messages import Combine, Dispatch, Payload
+from afd_server.workers.attention.peer_clock import PeerClock
 from afd_server.workers.config import FFNConfig
 from afd_server.workers.tensors import to_payload, to_tensor
 
@@ -25,13 +27,16 @@ PERMANENT_REFUSALS = frozenset({"part", "range", "shape", "dtype", "model", "fin
 class _PendingCall:
     """One lane's call in flight. The input is kept so that any part can be sent again.
 
-    `epoch` is that of its assignment; resends carry the newest one.
+    `epoch` is that of its assignment; resends carry the newest one. `live_since_s` is since when
+    the worker has had live sequences without a break.
     """
 
     stage: StageId
     num_rows: int
     payload: Payload
+    live_since_s: float
     epoch: int = 0
+    sent_s: float | None = None  # None once it was sent again: which one is answered is unknown
     targets: dict[int, str] = field(default_factory=dict)  # part → incarnation
     partials: dict[int, Tensor] = field(default_factory=dict)
     resend_at: float = 0.0
@@ -53,6 +58,7 @@ class FFNClient:
         dtype: torch.dtype,
         endpoint: Endpoint,
         clock: Clock,
+        timeline: Timeline,
         resend_s: float,
     ) -> None:
         self._config = config
@@ -61,7 +67,9 @@ class FFNClient:
         self._slot = slot
         self._endpoint = endpoint
         self._clock = clock
+        self._timeline = timeline
         self._resend_s = resend_s
+        self._peer_clocks: dict[str, PeerClock] = {}  # by incarnation
         self._pending: dict[int, _PendingCall] = {}  # by lane
         self.counters: Counter[str] = Counter()
 
@@ -70,14 +78,14 @@ class FFNClient:
         """Return how often something was sent again."""
         return self.counters["resends"]
 
-    def dispatch(self, stage: StageId, call: FFNCall) -> bool:
+    def dispatch(self, stage: StageId, call: FFNCall, live_since_s: float) -> bool:
         """Send a lane's call on its way; the lane has no other one.
 
         Returns:
             False: its sum is not there yet.
         """
         assert stage.lane not in self._pending, f"lane {stage.lane} already waits"
-        pending = _PendingCall(stage, call.rows.shape[0], to_payload(call.rows))
+        pending = _PendingCall(stage, call.rows.shape[0], to_payload(call.rows), live_since_s)
         self._pending[stage.lane] = pending
         self._assign(pending)
         return False
@@ -114,6 +122,7 @@ class FFNClient:
             self.counters["bad_partial"] += 1  # the resend timer asks again
             return None
         pending.partials[combine.part] = partial
+        self._record_transfers(pending, received.sender, combine)
         return pending.stage.lane if self._is_complete(pending) else None
 
     def take(self, lane: int) -> Tensor:
@@ -124,10 +133,12 @@ class FFNClient:
 
     def reassign(self) -> None:
         """Follow a new topology: calls that waited for a lost worker start over."""
+        find = self._endpoint.topology.find
+        self._peer_clocks = {inc: c for inc, c in self._peer_clocks.items() if find(inc)}
         for pending in self._pending.values():
             if self._is_complete(pending):
                 continue  # its lane is about to take the sum
-            alive = all(self._endpoint.topology.find(i) for i in pending.targets.values())
+            alive = all(find(incarnation) for incarnation in pending.targets.values())
             if not pending.targets or not alive:
                 self._assign(pending)
 
@@ -138,6 +149,7 @@ class FFNClient:
             if pending.targets and pending.resend_at <= now and not self._is_complete(pending):
                 self.counters["resends"] += 1
                 self._send(pending)
+                pending.sent_s = None
 
     def next_resend_s(self) -> float | None:
         """Return the seconds until `resend_due` has something to do; None if nothing waits."""
@@ -147,6 +159,19 @@ class FFNClient:
             if pending.targets and not self._is_complete(pending)
         ]
         return max(0.0, min(due) - self._clock.now()) if due else None
+
+    def _record_transfers(self, pending: _PendingCall, ffn: Member, combine: Combine) -> None:
+        """Note how long a part's call and answer were under way."""
+        sent_s, back_s = pending.sent_s, self._endpoint.received_s
+        if sent_s is None:
+            return
+        taken_s = combine.taken_us / 1e6
+        computed_s = (combine.taken_us + combine.held_us) / 1e6
+        clock = self._peer_clocks.setdefault(ffn.incarnation, PeerClock())
+        there_s, back_again_s = clock.directions(sent_s, taken_s, computed_s, back_s)
+        rows, record = pending.num_rows, self._timeline.record
+        record(EventKind.A_TO_F, sent_s, sent_s + there_s, pending.stage, rows, ffn.slot)
+        record(EventKind.F_TO_A, back_s - back_again_s, back_s, pending.stage, rows, ffn.slot)
 
     def _is_complete(self, pending: _PendingCall) -> bool:
         return len(pending.partials) == self._config.num_parts
@@ -171,10 +196,12 @@ class FFNClient:
         self._send(pending)
 
     def _send(self, pending: _PendingCall) -> None:
-        pending.resend_at = self._clock.now() + self._resend_s
+        now = pending.sent_s = self._clock.now()
+        pending.resend_at = now + self._resend_s
+        live_us = int((now - pending.live_since_s) * 1e6)
         step, lane, layer = pending.stage
         for part, incarnation in pending.targets.items():
             if part not in pending.partials:
-                message = Dispatch(step, lane, layer, part, pending.payload)
+                message = Dispatch(step, lane, layer, part, live_us, pending.payload)
                 if not self._endpoint.try_send(incarnation, message):
                     pending.resend_at = self._clock.now() + RETRY_REFUSED_S

@@ -19,6 +19,7 @@ class Lane:
     def __init__(self, index: int, sampler: Sampler) -> None:
         self.index = index
         self._sampler = sampler
+        self.begun_s = 0.0  # when its latest step began
         self._plan: StepPlan | None = None
         self._forward: Forward | None = None
 
@@ -28,11 +29,17 @@ class Lane:
         return self._plan is None
 
     def start(
-        self, plan: StepPlan, model: AttentionHalf, kv: tuple[KVLayer, ...], block_size: int
+        self,
+        plan: StepPlan,
+        model: AttentionHalf,
+        kv: tuple[KVLayer, ...],
+        block_size: int,
+        begin_s: float,
     ) -> tuple[StageId, FFNCall]:
         """Begin a step and run it to its first FFN call."""
         assert self._plan is None, f"lane {self.index} is busy"
         self._plan = plan
+        self.begun_s = begin_s
         self._forward = forward(model, micro_batch(plan, kv, block_size))
         return self._staged(next(self._forward))
 

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from afd_server.core.batch import Emitted, StepResult
+from afd_server.core.clock import Clock
 from afd_server.core.errors import ProtocolError
 from afd_server.core.request import SLO, FinishReason, Request, SamplingParams
 from afd_server.core.stage import StageId
 from afd_server.core.topology import Role
 from afd_server.models.base import AttentionHalf, FFNCall
 from afd_server.policy.scheduler import Scheduler
+from afd_server.telemetry.timeline import EventKind, Timeline
 from afd_server.transport.endpoint import Endpoint, Received
 from afd_server.transport.messages import (
     TOKEN_COLUMNS,
@@ -32,6 +34,7 @@ from afd_server.transport.messages import (
 from afd_server.workers.attention.kv_store import KVStore
 from afd_server.workers.attention.lanes import Lane, Outcome
 from afd_server.workers.attention.sampler import Sampler
+from afd_server.workers.tensors import events_payload
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +47,14 @@ class FFNPath(Protocol):
         """Return how often something was sent again."""
         ...
 
-    def dispatch(self, stage: StageId, call: FFNCall) -> bool:
-        """Take a lane's call; tell whether its sum is there already."""
+    def dispatch(self, stage: StageId, call: FFNCall, live_since_s: float) -> bool:
+        """Take a lane's call; tell whether its sum is there already.
+
+        Args:
+            stage: of the call.
+            call: what to compute.
+            live_since_s: since when the worker has had live sequences without a break.
+        """
         ...
 
     def accept(self, received: Received, combine: Combine) -> int | None:
@@ -82,6 +91,8 @@ class AttentionWorker:
         max_model_len: so are sequences of this length.
         ffn: reaches the FFN half.
         endpoint: towards the gateway.
+        clock: dates what goes into the timeline.
+        timeline: takes stages, steps and waits.
     """
 
     def __init__(
@@ -95,12 +106,16 @@ class AttentionWorker:
         max_model_len: int,
         ffn: FFNPath,
         endpoint: Endpoint,
+        clock: Clock,
+        timeline: Timeline,
     ) -> None:
         self._model = model
         self._kv = kv
         self._scheduler = scheduler
         self._ffn = ffn
         self._endpoint = endpoint
+        self._clock = clock
+        self._timeline = timeline
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._connected: set[str] = set()
@@ -109,6 +124,12 @@ class AttentionWorker:
         self._runnable: deque[Lane] = deque()  # idle with a chance of work, or with their sum in
         self._owners: dict[tuple[int, int], str] = {}  # (key, attempt) → gateway
         self._num_rows = 0
+        self._live_since_s: float | None = None  # None while no lane has a step
+        self._waits_since_s: float | None = None  # None unless every lane in a step is away
+
+    @property
+    def num_steps(self) -> int:
+        return self._scheduler.num_steps
 
     def handle(self, received: Received) -> None:
         """Take in a message meant for an attention worker; nothing is computed here."""
@@ -132,23 +153,16 @@ class AttentionWorker:
         if not self._runnable:
             return False
         lane = self._runnable.popleft()
+        begin_s = self._clock.now()
+        if self._waits_since_s is not None:
+            self._timeline.record(EventKind.WAIT, self._waits_since_s, begin_s)
         if lane.is_idle:
-            plan = self._scheduler.plan(lane.index)
-            if plan is None:
-                self._idle.append(lane)
-                return bool(self._runnable)
-            self._num_rows += plan.num_tokens
-            outcome: Outcome = lane.start(plan, self._model, self._kv.layers, self._kv.block_size)
+            self._start(lane, begin_s)
         else:
-            outcome = lane.resume(self._ffn.take(lane.index))
-        while not isinstance(outcome, StepResult):
-            if not self._ffn.dispatch(*outcome):
-                return bool(self._runnable)
-            outcome = lane.resume(self._ffn.take(lane.index))
-        self._report(self._scheduler.commit(outcome))
-        self._runnable.append(lane)
-        self._wake_idle()
-        return True
+            self._go_on(lane, begin_s, lane.resume(self._ffn.take(lane.index)))
+        is_waiting = not self._runnable and len(self._idle) < len(self._lanes)
+        self._waits_since_s = self._clock.now() if is_waiting else None
+        return bool(self._runnable)
 
     def wait_s(self) -> float | None:
         """Return how long the worker may sleep without missing a resend; None: for ever."""
@@ -169,8 +183,8 @@ class AttentionWorker:
                 self._cancel(key, attempt)
 
     def load(self, num_bad_frames: int) -> LoadReport:
-        """Return the present load."""
-        scheduler = self._scheduler
+        """Return the present load and what was done since the last report."""
+        scheduler, events = self._scheduler, events_payload(self._timeline)
         return LoadReport(
             steps=scheduler.num_steps,
             running=scheduler.num_running,
@@ -184,7 +198,51 @@ class AttentionWorker:
             rows=self._num_rows,
             bad_frames=num_bad_frames,
             resends=self._ffn.num_resends,
+            dropped_events=self._timeline.num_dropped,
+            clock_us=int(self._clock.now() * 1e6),
+            events=events,
         )
+
+    def _start(self, lane: Lane, begin_s: float) -> None:
+        """Give an idle lane its next step, if there is one."""
+        plan = self._scheduler.plan(lane.index)
+        if plan is None:
+            self._idle.append(lane)
+            if len(self._idle) == len(self._lanes):
+                self._live_since_s = None
+            return
+        if self._live_since_s is None:
+            self._live_since_s = begin_s
+        self._num_rows += plan.num_tokens
+        planned_s = self._clock.now()
+        outcome = lane.start(plan, self._model, self._kv.layers, self._kv.block_size, begin_s)
+        self._go_on(lane, planned_s, outcome)
+
+    def _go_on(self, lane: Lane, begin_s: float, outcome: Outcome) -> None:
+        """Send a lane's call and run on while sums are there at once; or end its step."""
+        while not isinstance(outcome, StepResult):
+            if not self._dispatch(begin_s, *outcome):
+                return
+            begin_s = self._clock.now()
+            outcome = lane.resume(self._ffn.take(lane.index))
+        self._finish(lane, begin_s, outcome)
+
+    def _dispatch(self, begin_s: float, stage: StageId, call: FFNCall) -> bool:
+        """Note the stage that made a call, and send the call."""
+        assert self._live_since_s is not None, "a lane runs, so there is live work"
+        rows = call.rows.shape[0]
+        self._timeline.record(EventKind.ATTENTION, begin_s, self._clock.now(), stage, rows)
+        return self._ffn.dispatch(stage, call, self._live_since_s)
+
+    def _finish(self, lane: Lane, begin_s: float, result: StepResult) -> None:
+        """Commit and report a step whose sampling began at `begin_s`."""
+        plan, record = result.plan, self._timeline.record
+        stage = StageId(plan.step, lane.index, 0)
+        record(EventKind.SAMPLE, begin_s, self._clock.now(), stage, len(result.token_ids))
+        self._report(self._scheduler.commit(result))
+        record(EventKind.STEP, lane.begun_s, self._clock.now(), stage, plan.num_tokens)
+        self._runnable.append(lane)
+        self._wake_idle()
 
     def _submit(self, gateway: str, submit: Submit) -> None:
         try:

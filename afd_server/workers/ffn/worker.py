@@ -3,19 +3,23 @@
 It keeps no state between calls, so any call may be repeated anywhere (invariant I5).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from afd_server.core.clock import Clock
 from afd_server.core.errors import ProtocolError
 from afd_server.core.model_spec import ModelSpec
+from afd_server.core.stage import StageId
 from afd_server.kernels.table import RowFormat
 from afd_server.models.base import FFNHalf
 from afd_server.policy.gather import gather
+from afd_server.telemetry.timeline import EventKind, Timeline
 from afd_server.transport.endpoint import Endpoint, Received
 from afd_server.transport.messages import EMPTY, Combine, Dispatch, LoadReport
-from afd_server.workers.tensors import to_payload, to_tensor
+from afd_server.workers.tensors import events_payload, to_payload, to_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +27,15 @@ class _WaitingCall:
     """A checked dispatch. `key` names it uniquely: peer, epoch, step, lane, layer, part."""
 
     key: tuple[str, int, int, int, int, int]
-    layer: int
+    stage: StageId
+    peer: int  # the sender's slot
     activations: Tensor  # prepared rows, [rows, …]
+    taken_s: float
+    live_since_s: float  # since when the sender has had live sequences
+
+    @property
+    def layer(self) -> int:
+        return self.stage.layer
 
     @property
     def rows(self) -> int:
@@ -41,6 +52,8 @@ class FFNWorker:
         row_format: of the rows that calls carry.
         endpoint: towards the attention pool.
         max_gather_rows: most rows computed together.
+        clock: dates what goes into the timeline.
+        timeline: takes what was computed, and waits.
     """
 
     def __init__(
@@ -51,6 +64,8 @@ class FFNWorker:
         row_format: RowFormat,
         endpoint: Endpoint,
         max_gather_rows: int,
+        clock: Clock,
+        timeline: Timeline,
     ) -> None:
         self._model = model
         self._spec = spec
@@ -58,9 +73,16 @@ class FFNWorker:
         self._row_format = row_format
         self._endpoint = endpoint
         self._max_gather_rows = max_gather_rows
+        self._clock = clock
+        self._timeline = timeline
+        self._waits_since_s: float | None = clock.now()  # None while calls are there
         self._waiting: dict[tuple[str, int, int, int, int, int], _WaitingCall] = {}
         self._num_calls = 0
         self._num_rows = 0
+
+    @property
+    def num_steps(self) -> int:
+        return self._num_calls
 
     def handle(self, received: Received) -> None:
         """Queue a dispatch, or refuse it with the reason; a repetition in the queue is dropped."""
@@ -72,12 +94,16 @@ class FFNWorker:
             activations = self._checked(message)
         except ProtocolError as error:
             self._endpoint.counters[f"refused_{error.reason}"] += 1
-            key = (message.step, message.lane, message.layer, message.part, envelope.epoch)
-            self._endpoint.try_send(envelope.source, Combine(*key, error.reason, EMPTY))
+            call_key = (message.step, message.lane, message.layer, message.part, envelope.epoch)
+            self._endpoint.try_send(envelope.source, Combine(*call_key, 0, 0, error.reason, EMPTY))
             return
-        call = (message.step, message.lane, message.layer, message.part)
-        waiting = _WaitingCall((envelope.source, envelope.epoch, *call), message.layer, activations)
-        self._waiting.setdefault(waiting.key, waiting)
+        stage = StageId(message.step, message.lane, message.layer)
+        key = (envelope.source, envelope.epoch, *stage, message.part)
+        taken_s = self._endpoint.received_s
+        live_since_s = taken_s - message.live_us / 1e6
+        slot = received.sender.slot
+        call = _WaitingCall(key, stage, slot, activations, taken_s, live_since_s)
+        self._waiting.setdefault(key, call)
 
     def advance(self) -> bool:
         """Compute the oldest group of calls and answer them.
@@ -87,17 +113,25 @@ class FFNWorker:
         """
         if not self._waiting:
             return False
+        begin_s = self._clock.now()
+        self._record_wait(begin_s)
         group = gather(self._waiting.values(), self._max_gather_rows)[0]
         rows = torch.cat([call.activations for call in group])
         partials = self._model.partial_sum(group[0].layer, rows)
+        end_s = self._clock.now()
         by_call = torch.split(partials, [call.rows for call in group])
         for call, partial in zip(group, by_call, strict=True):
             source, epoch, step, lane, layer, part = call.key
-            answer = Combine(step, lane, layer, part, epoch, "", to_payload(partial))
+            taken_us, held_us = int(call.taken_s * 1e6), int((end_s - call.taken_s) * 1e6)
+            answer = Combine(
+                step, lane, layer, part, epoch, taken_us, held_us, "", to_payload(partial)
+            )
             self._endpoint.try_send(source, answer)  # lost answers are asked for again
             del self._waiting[call.key]
         self._num_calls += len(group)
         self._num_rows += rows.shape[0]
+        self._record(group, begin_s, end_s)
+        self._waits_since_s = None if self._waiting else self._clock.now()
         return bool(self._waiting)
 
     def wait_s(self) -> float | None:
@@ -111,7 +145,8 @@ class FFNWorker:
             del self._waiting[key]
 
     def load(self, num_bad_frames: int) -> LoadReport:
-        """Return the present load: `running` counts the calls that wait."""
+        """Return the present load and what was done; `running` counts the calls that wait."""
+        events = events_payload(self._timeline)
         return LoadReport(
             steps=self._num_calls,
             running=len(self._waiting),
@@ -125,7 +160,26 @@ class FFNWorker:
             rows=self._num_rows,
             bad_frames=num_bad_frames,
             resends=0,
+            dropped_events=self._timeline.num_dropped,
+            clock_us=int(self._clock.now() * 1e6),
+            events=events,
         )
+
+    def _record_wait(self, now_s: float) -> None:
+        """Note how long there was live work and nothing to compute."""
+        if self._waits_since_s is None:
+            return
+        live_since_s = min(call.live_since_s for call in self._waiting.values())
+        begin_s = max(self._waits_since_s, live_since_s)
+        if begin_s < now_s:
+            self._timeline.record(EventKind.WAIT, begin_s, now_s)
+
+    def _record(self, group: Sequence[_WaitingCall], begin_s: float, end_s: float) -> None:
+        oldest, *others = group
+        rows, record = sum(call.rows for call in group), self._timeline.record
+        record(EventKind.FFN, begin_s, end_s, oldest.stage, rows, oldest.peer)
+        for call in others:
+            record(EventKind.GATHERED, begin_s, end_s, call.stage, call.rows, call.peer)
 
     def _checked(self, dispatch: Dispatch) -> Tensor:
         if dispatch.part != self._part:

@@ -1,0 +1,133 @@
+"""The timeline of whole pools: every stage is there once, with its rows and its place."""
+
+from collections import Counter
+
+import pytest
+
+from afd_server.core.request import Request, SamplingParams
+from afd_server.core.stage import StageId
+from afd_server.core.topology import FFNParallel, Role
+from afd_server.telemetry.timeline import EventKind, read_events
+from afd_server.transport.inproc import Faults
+from support.checkpoints import tiny_llama
+from support.pools import Pools
+
+NUM_LAYERS = 3
+
+
+def requests(count=3, num_output=4):
+    return [
+        Request(key, tuple(range(5, 12 + 9 * key)), SamplingParams(max_tokens=num_output))
+        for key in range(1, count + 1)
+    ]
+
+
+def events_of(pools, role):
+    """Return the new events of a pool's workers, by slot."""
+    members = sorted((m for m in pools.members.values() if m.role is role), key=lambda m: m.slot)
+    reports = [pools.workers[member.incarnation].load(0) for member in members]
+    assert not any(report.dropped_events for report in reports)
+    return [list(read_events(report.events.data)) for report in reports]
+
+
+def of_kind(events, kind):
+    return [event for event in events if event.kind == kind]
+
+
+def stage(event):
+    return StageId(event.step, event.lane, event.layer)
+
+
+@pytest.mark.parametrize("num_ffn", [1, 2])
+def test_every_stage_of_every_step_is_recorded_once(num_ffn):
+    pools = Pools(tiny_llama()[0], num_ffn=num_ffn)
+    pools.run(requests())
+    (attention,) = events_of(pools, Role.ATTENTION)
+    steps = of_kind(attention, EventKind.STEP)
+    places = {(event.step, event.lane): event.rows for event in steps}
+    assert len(places) == len(steps) > 4
+    assert {event.lane for event in steps} == {0, 1}
+    expected = Counter(
+        StageId(step, lane, layer) for step, lane in places for layer in range(NUM_LAYERS)
+    )
+    stages = of_kind(attention, EventKind.ATTENTION)
+    assert Counter(map(stage, stages)) == expected
+    assert all(event.rows == places[event.step, event.lane] for event in stages)
+    for kind in (EventKind.A_TO_F, EventKind.F_TO_A):
+        calls = Counter((stage(event), event.peer) for event in of_kind(attention, kind))
+        assert calls == Counter((s, peer) for s in expected for peer in range(num_ffn))
+    for ffn in events_of(pools, Role.FFN):
+        computed = of_kind(ffn, EventKind.FFN) + of_kind(ffn, EventKind.GATHERED)
+        assert Counter(map(stage, computed)) == expected
+    sampled = of_kind(attention, EventKind.SAMPLE)
+    assert sum(event.rows for event in sampled) == 3 * 4
+
+
+def test_a_gathered_call_is_recorded_with_its_own_worker():
+    pools = Pools(tiny_llama()[0], num_attention=2, num_lanes=1)
+    pools.run(requests(2), [0, 1])
+    (ffn,) = events_of(pools, Role.FFN)
+    gathered = of_kind(ffn, EventKind.GATHERED)
+    assert gathered
+    groups = {event.begin_s: event for event in of_kind(ffn, EventKind.FFN)}
+    for call in gathered:
+        group = groups[call.begin_s]
+        assert group.rows > call.rows
+        assert (group.layer, group.end_s) == (call.layer, call.end_s)
+        assert {group.peer, call.peer} == {0, 1}
+
+
+def test_stages_follow_each_other_within_their_step():
+    pools = Pools(tiny_llama()[0])
+    pools.run(requests(2))
+    (attention,) = events_of(pools, Role.ATTENTION)
+    for step in of_kind(attention, EventKind.STEP):
+        mine = [e for e in attention if (e.step, e.lane) == (step.step, step.lane)]
+        assert step.begin_s <= min(e.begin_s for e in mine)
+        assert step.end_s >= max(e.end_s for e in mine)
+        stages = of_kind(mine, EventKind.ATTENTION)
+        assert [e.layer for e in stages] == list(range(NUM_LAYERS))
+        for sent, call in zip(stages, of_kind(mine, EventKind.A_TO_F), strict=True):
+            assert sent.end_s <= call.begin_s
+
+
+def test_a_call_that_was_sent_again_has_no_transfer_time():
+    pools = Pools(tiny_llama()[0], faults=Faults(3, drop=0.1), resend_s=0.3)
+    pools.run(requests())
+    (attention,) = events_of(pools, Role.ATTENTION)
+    assert pools.workers[pools.attention()].load(0).resends > 0
+    num_stages = len(of_kind(attention, EventKind.ATTENTION))
+    transfers = of_kind(attention, EventKind.A_TO_F)
+    assert 0 < len(transfers) < num_stages
+    assert all(e.end_s - e.begin_s < 0.3 for e in transfers)
+
+
+def test_waiting_counts_as_a_bubble_only_while_there_is_live_work():
+    pools = Pools(tiny_llama()[0])
+    for request in requests(2):
+        for _ in range(500):  # 5 s of nothing to do
+            pools.turn()
+        pools.run([request])
+    for events in (*events_of(pools, Role.ATTENTION), *events_of(pools, Role.FFN)):
+        waits = of_kind(events, EventKind.WAIT)
+        assert waits
+        assert max(e.end_s - e.begin_s for e in waits) < 0.1
+
+
+def test_replicas_are_named_by_their_slot():
+    pools = Pools(tiny_llama()[0], num_ffn=2, parallel=FFNParallel.REPLICATE)
+    pools.run(requests())
+    (attention,) = events_of(pools, Role.ATTENTION)
+    for event in of_kind(attention, EventKind.A_TO_F):
+        assert event.peer == event.lane % 2
+
+
+def test_a_colocated_worker_records_its_ffn_stages_and_no_transfers():
+    pools = Pools(tiny_llama()[0], num_ffn=0, parallel=FFNParallel.COLOCATED)
+    pools.run(requests())
+    (events,) = events_of(pools, Role.ATTENTION)
+    stages = Counter(map(stage, of_kind(events, EventKind.ATTENTION)))
+    assert Counter(map(stage, of_kind(events, EventKind.FFN))) == stages
+    assert len(stages) == NUM_LAYERS * len(of_kind(events, EventKind.STEP))
+    for kind in (EventKind.A_TO_F, EventKind.F_TO_A, EventKind.WAIT):
+        assert not of_kind(events, kind)
