@@ -388,8 +388,8 @@ def test_an_unknown_role_or_state_is_refused(position, value):
 # -- headers of a fixed layout
 
 calls = st.one_of(
-    st.builds(Dispatch, *[numbers] * 4, any_payload),
-    st.builds(Combine, *[numbers] * 5, st.just("") | words, any_payload),
+    st.builds(Dispatch, *[numbers] * 5, any_payload),
+    st.builds(Combine, *[numbers] * 7, st.just("") | words, any_payload),
 )
 cuts = st.floats(0, 1)
 damages = st.one_of(
