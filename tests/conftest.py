@@ -13,3 +13,9 @@ def short_dir():
     """A directory whose path leaves room for a socket's name (107 bytes in all)."""
     with tempfile.TemporaryDirectory(prefix="t-") as directory:
         yield Path(directory)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--comparisons", type=int, default=300, help="of test_determinism (make determinism)"
+    )

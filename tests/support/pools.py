@@ -55,6 +55,7 @@ class Pools:
         max_model_len: int = 256,
         max_num_seqs: int = 16,
         prefix_caching: bool = True,
+        max_gather_rows: int = 1024,
     ) -> None:
         self.network = InProcessNetwork(faults)
         self._open = link or self.network.link
@@ -81,7 +82,7 @@ class Pools:
                 prefix_caching,
                 resend_s,
             ),  # fmt: skip
-            "ffn": FFNConfig(parallel, num_parts),
+            "ffn": FFNConfig(parallel, num_parts, max_gather_rows),
         }
         self._model_spec = read_model_spec(model)
         self._parallel = parallel

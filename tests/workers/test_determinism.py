@@ -1,0 +1,145 @@
+"""A token depends on its request alone: the same ids and logit bits alone and in any company.
+
+A few rounds run with the other tests; `make determinism` makes 10,000 comparisons.
+"""
+
+import hashlib
+import random
+from dataclasses import dataclass, replace
+
+import pytest
+
+from afd_server.core.request import Request, SamplingParams
+from afd_server.core.topology import FFNParallel
+from afd_server.workers.attention.sampler import Sampler
+from afd_server.workers.config import Numerics
+from support.checkpoints import tiny_llama
+from support.pools import Pools
+
+NATIVE = Numerics("native", "int8", "bfloat16")
+BLOCK_BYTES = 16 * 384  # of the tiny model's keys and values in bfloat16
+Outcome = tuple[list[int], list[str]]  # token ids, a digest of each step's logits
+
+
+@dataclass(frozen=True)
+class Company:
+    """How a round is run: which pools, how full, how cut."""
+
+    num_attention: int
+    num_ffn: int
+    parallel: FFNParallel
+    num_lanes: int
+    max_batch_tokens: int
+    max_gather_rows: int
+    num_blocks: int
+    max_num_seqs: int
+    prefix_caching: bool
+
+    @property
+    def num_parts(self) -> int:
+        return self.num_ffn if self.parallel is FFNParallel.TENSOR else 1
+
+    def pools(self) -> Pools:
+        return Pools(
+            tiny_llama()[0],
+            num_attention=self.num_attention,
+            num_ffn=self.num_ffn,
+            parallel=self.parallel,
+            num_lanes=self.num_lanes,
+            numerics=NATIVE,
+            max_batch_tokens=self.max_batch_tokens,
+            max_gather_rows=self.max_gather_rows,
+            kv_cache_bytes=self.num_blocks * BLOCK_BYTES,
+            max_num_seqs=self.max_num_seqs,
+            prefix_caching=self.prefix_caching,
+        )
+
+
+ALONE = Company(1, 1, FFNParallel.TENSOR, 1, 600, 1024, 300, 4, False)
+
+
+def any_company(rng: random.Random) -> Company:
+    parallel = rng.choice(list(FFNParallel))
+    max_num_seqs = rng.choice([4, 12, 15])
+    return Company(
+        num_attention=rng.randint(1, 3),
+        num_ffn=0 if parallel is FFNParallel.COLOCATED else rng.randint(1, 3),
+        parallel=parallel,
+        num_lanes=rng.randint(1, 4),
+        max_batch_tokens=rng.choice([16, 24, 64, 200, 512]),
+        max_gather_rows=rng.choice([1, 20, 1024]),
+        num_blocks=rng.choice([16, 18, 300]),  # 16 hold one sequence of the longest kind
+        max_num_seqs=max_num_seqs,
+        prefix_caching=rng.random() < 0.7,
+    )
+
+
+def population(rng: random.Random, size: int = 60) -> list[Request]:
+    """Greedy and seeded requests; many begin alike, so that prefixes are hit."""
+    stems = [[rng.randrange(3, 259) for _ in range(rng.choice([16, 40, 64]))] for _ in range(4)]
+    requests = []
+    for key in range(1, size + 1):
+        stem = rng.choice(stems)[: rng.choice([0, 16, 64])]
+        prompt = [*stem, *(rng.randrange(3, 259) for _ in range(rng.randint(1, 80)))]
+        sampling = SamplingParams(
+            max_tokens=rng.randint(1, 10),
+            temperature=rng.choice([0.0, 0.7, 1.2]),
+            top_p=rng.choice([1.0, 0.9]),
+            top_k=rng.choice([0, 0, 30]),
+            seed=key,
+        )
+        requests.append(Request(key, tuple(prompt), sampling))
+    return requests
+
+
+class Recorder:
+    """Digests of all logits that are sampled from, by seed and position."""
+
+    def __init__(self, monkeypatch):
+        self.digests: dict[tuple[int, int], str] = {}
+        original = Sampler.sample
+
+        def sample(sampler, logits, params, position):
+            digest = hashlib.blake2b(logits.numpy().tobytes(), digest_size=8).hexdigest()
+            self.digests[params.seed, position] = digest
+            return original(sampler, logits, params, position)
+
+        monkeypatch.setattr(Sampler, "sample", sample)
+
+    def run(self, company: Company, requests: list[Request]) -> tuple[list[Outcome], int]:
+        """Return what each request gave, and the preemptions on the way."""
+        pools, outcomes = company.pools(), []
+        tokens = pools.run(requests, [r.key % company.num_attention for r in requests])
+        for request, ids in zip(requests, tokens, strict=True):
+            start = len(request.prompt_ids)
+            seed = request.sampling.seed
+            outcomes.append((ids, [self.digests[seed, start + i] for i in range(len(ids))]))
+        loads = [w.load(0) for name, w in pools.workers.items() if name.startswith("attention")]
+        return outcomes, sum(load.preemptions for load in loads)
+
+
+@pytest.fixture
+def num_comparisons(pytestconfig):
+    return pytestconfig.getoption("comparisons")
+
+
+def test_company_changes_no_bit(num_comparisons, pytestconfig, monkeypatch):
+    rng, recorder = random.Random(20250727), Recorder(monkeypatch)
+    requests = population(rng)
+    alone: dict[tuple[int, int], Outcome] = {}
+    compared = preempted = 0
+    while compared < num_comparisons:
+        company = any_company(rng)
+        chosen = rng.sample(requests, rng.randint(1, 32))
+        for request in chosen:
+            if (request.key, company.num_parts) not in alone:
+                single = replace(ALONE, num_ffn=company.num_parts)
+                alone[request.key, company.num_parts] = recorder.run(single, [request])[0][0]
+        outcomes, preemptions = recorder.run(company, chosen)
+        for request, outcome in zip(chosen, outcomes, strict=True):
+            assert outcome == alone[request.key, company.num_parts], f"{request} in {company}"
+        compared += len(chosen)
+        preempted += preemptions
+    assert preempted > 0, "no round was tight enough to preempt"
+    reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
+    reporter.write_line(f"{compared} comparisons, 0 differences, {preempted} preemptions")
