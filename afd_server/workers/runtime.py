@@ -4,6 +4,7 @@ Reports to the supervisor, follows the topology, answers the gateway, and gives 
 messages and its turns. One loop, one thread; every wait has a limit.
 """
 
+import gc
 import hashlib
 import logging
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from afd_server.core.topology import FFNParallel, Member, Role
 from afd_server.kernels.cpu import native_kernels
 from afd_server.kernels.fingerprint import kernel_fingerprint
 from afd_server.kernels.reference import reference
+from afd_server.kernels.selftest import check_rows
 from afd_server.kernels.table import Kernels
 from afd_server.models.base import ColumnShard, column_shard
 from afd_server.models.catalogue import ARCHITECTURES
@@ -49,6 +51,7 @@ from afd_server.workers.tensors import TORCH_DTYPES, row_dtype
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.25
+MAX_GARBAGE = 200_000  # young objects that a worker without a pause may gather: about 30 MB
 FAREWELL_S = 2.0  # how long a failing worker tries to say why
 
 
@@ -126,6 +129,8 @@ class WorkerLoop:
         address, steps = self._endpoint.link.address, self._worker.num_steps
         beat = _heartbeat(self._spec, ProcessState.READY, address, steps)
         self._endpoint.try_send(self._spec.supervisor, beat)
+        if not gc.isenabled() and (not self._has_work or gc.get_count()[0] > MAX_GARBAGE):
+            gc.collect(1)
 
 
 def run_worker(spec: WorkerSpec, should_stop: Callable[[], bool]) -> None:
@@ -144,6 +149,9 @@ def run_worker(spec: WorkerSpec, should_stop: Callable[[], bool]) -> None:
     try:
         worker = _load(spec, endpoint, clock)
         loop = WorkerLoop(spec, worker, endpoint, clock)
+        gc.collect()
+        gc.freeze()  # what was loaded lives on; no collection need look at it
+        gc.disable()  # `WorkerLoop` collects between steps
         log.info("%s is ready", spec.name)
         while not should_stop():
             loop.turn(longest_wait_s=HEARTBEAT_S)
@@ -188,9 +196,17 @@ def _load(spec: WorkerSpec, endpoint: Endpoint, clock: Clock) -> Worker:
     model_spec = read_model_spec(spec.model_directory)
     build = build_attention_worker if spec.role is Role.ATTENTION else build_ffn_worker
     kernels = select_kernels(spec.numerics)
+    _self_test(kernels, model_spec, TORCH_DTYPES[spec.numerics.kv])
     worker = build(spec, model_spec, kernels, endpoint, clock)
     endpoint.identify(numerics_fingerprint(spec, kernels))
     return worker
+
+
+def _self_test(kernels: Kernels, model: ModelSpec, kv_dtype: torch.dtype) -> None:
+    """Try the kernels on the model's shapes; see `check_rows`."""
+    hidden, inner = model.hidden_size, model.intermediate_size
+    heads = (model.num_heads, model.num_kv_heads, model.head_dim)
+    check_rows(kernels, [(hidden, hidden), (hidden, inner), (inner, hidden)], heads, kv_dtype)
 
 
 def select_kernels(numerics: Numerics) -> Kernels:
