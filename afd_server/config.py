@@ -94,7 +94,9 @@ class ServeConfig:
     frame_checksums: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch_as_text)] = (
         _setting("auto", "CRC-32 of every payload; auto: with tcp")
     )
-    lanes: int = _setting(2, "micro-batches of an attention worker in flight")
+    lanes: int | None = _setting(
+        None, "micro-batches of an attention worker in flight; default: 2, or 1 when colocated"
+    )
     max_num_seqs: int = _setting(32, "most sequences of an attention worker in its KV cache")
     max_batch_tokens: int = _setting(256, "most tokens of one micro-batch")
     block_size: Annotated[Literal[1, 2, 4, 8, 16, 32, 64], BeforeValidator(_text_as_integer)] = (
@@ -117,13 +119,15 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         at_least_one = (
-            "attention_workers", "lanes", "max_num_seqs", "max_batch_tokens",
+            "attention_workers", "max_num_seqs", "max_batch_tokens",
             "kv_cache_mb", "max_live_requests", "compute_threads",
         )  # fmt: skip
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in at_least_one:
             if values[name] < 1:
                 raise ConfigError(f"{name} is {values[name]}, must be at least 1")
+        if self.lanes is not None and self.lanes < 1:
+            raise ConfigError(f"lanes is {self.lanes}, must be at least 1")
         if self.ffn_workers < 0:
             raise ConfigError(f"ffn_workers is {self.ffn_workers}, must be at least 0")
         if self.max_model_len is not None and self.max_model_len < 2:

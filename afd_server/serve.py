@@ -142,6 +142,8 @@ class _Plan:
         self.parallel = FFNParallel[config.ffn_parallel.upper()]
         if config.ffn_workers == 0:
             self.parallel = FFNParallel.COLOCATED
+        # each lane reads all weights again, so only a lane that waits is worth another one
+        self.default_lanes = 1 if self.parallel is FFNParallel.COLOCATED else 2
         self.num_parts = config.ffn_workers if self.parallel is FFNParallel.TENSOR else 1
         checksums = {"on": True, "off": False, "auto": config.data_transport == "tcp"}
         self.with_crc = checksums[config.frame_checksums]
@@ -207,7 +209,7 @@ class _Plan:
             transport=self.transport,
             with_crc=self.with_crc,
             attention=AttentionConfig(
-                num_lanes=config.lanes,
+                num_lanes=config.lanes or self.default_lanes,
                 max_model_len=self.max_model_len,
                 max_num_seqs=config.max_num_seqs,
                 max_batch_tokens=config.max_batch_tokens,
