@@ -12,7 +12,7 @@ from afd_server.telemetry.timeline import EVENT_BYTES, Event, EventKind, read_ev
 from afd_server.telemetry.trace import CLOSING, OPENING, ChromeTrace
 from afd_server.transport.messages import DType, LoadReport
 
-KEPT_S = 30.0  # some 8 MB for a busy 1A1F
+KEPT_S = 30.0  # some 12 MB for a busy 1A1F
 BUSY_REPORTS = 20  # make a busy ratio: 5 s, less than between two scrapes
 # Clocks of one host are the same clock; those of two hosts count from their starts, which are
 # further apart than a report takes.

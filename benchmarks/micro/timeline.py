@@ -4,6 +4,7 @@ python benchmarks/micro/timeline.py
 """
 
 import timeit
+from dataclasses import fields
 
 from afd_server.core.clock import MonotonicClock
 from afd_server.core.stage import StageId
@@ -32,7 +33,8 @@ def main() -> None:
 
     record()
     payload = events_payload(timeline)
-    report = LoadReport(*[0] * 10, int(clock.now() * 1e6), payload)
+    counts = [0] * (len(fields(LoadReport)) - 2)
+    report = LoadReport(*counts, clock_us=int(clock.now() * 1e6), events=payload)
     view = StageView(clock, GatewayMetrics("m"))
     worker = Member(Role.ATTENTION, 0, "a0", "", "")
 
