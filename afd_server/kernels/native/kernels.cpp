@@ -27,10 +27,12 @@ void afd_quantise(const float* x, int64_t rows, int64_t width, uint8_t* out) {
 void afd_linear_int8(const uint8_t* x, int64_t rows, int64_t groups, const uint8_t* weight,
                      const float* scales, int64_t columns, float* y) {
   thread_local Panels panels;
-  const Tiles tiles(rows);
+  const bool in_pairs = rows >= kManyRows;
+  const Tiles tiles(rows, in_pairs ? kPairTile : kMaxTile);
   lay_out(x, tiles, groups, panels);
-  for (int64_t column = 0; column < columns; column += kColumns) {
+  for (int64_t column = 0; column < columns;) {
     const int64_t left = columns - column;
+    const bool is_pair = in_pairs && left >= 2 * kColumns;
     for (int64_t tile = 0; tile < tiles.count; tile++) {
       const int64_t first = tiles.start(tile);
       const Panel panel{panels.values.data() + first * groups * 16,
@@ -42,8 +44,13 @@ void afd_linear_int8(const uint8_t* x, int64_t rows, int64_t groups, const uint8
                         y + first * columns + column,
                         columns,
                         static_cast<int>(left < kColumns ? left : kColumns)};
-      multiply_any<kMaxTile>(tiles.start(tile + 1) - first, panel, block);
+      const int64_t height = tiles.start(tile + 1) - first;
+      if (is_pair)
+        multiply_pair_any<kPairTile>(height, panel, block);
+      else
+        multiply_any<kMaxTile>(height, panel, block);
     }
+    column += is_pair ? 2 * kColumns : kColumns;
   }
 }
 

@@ -35,9 +35,12 @@ inline void silu_mul_row(const float* gate_up, int64_t width, float* out) {
 inline void rotate(const float* from, const float* angles, int64_t head_dim, float* to) {
   const int64_t half = head_dim / 2;
   const float *cosines = angles, *sines = angles + head_dim;
-  for (int64_t i = 0; i < half; i++) {
-    to[i] = from[i] * cosines[i] - from[half + i] * sines[i];
-    to[half + i] = from[half + i] * cosines[half + i] + from[i] * sines[half + i];
+  for (int64_t i = 0; i < half; i += 16) {
+    const int64_t n = half - i;
+    const v16 a = load_some(from + i, n), b = load_some(from + half + i, n);
+    store_some(to + i, a * load_some(cosines + i, n) - b * load_some(sines + i, n), n);
+    store_some(to + half + i,
+               b * load_some(cosines + half + i, n) + a * load_some(sines + half + i, n), n);
   }
 }
 

@@ -118,7 +118,8 @@ inline v16 load_some(const float* from, int64_t count) {
 }
 
 inline void store_some(float* to, v16 value, int64_t count) {
-  memcpy(to, &value, (count < 16 ? count : 16) * sizeof(float));
+  if (count >= 16) return store(to, value);
+  memcpy(to, &value, count * sizeof(float));
 }
 
 // What keys, values and weights are stored as.
@@ -134,12 +135,15 @@ inline v16 load(const bf16* from) {
 
 // Rounds to nearest, ties to even; a NaN stays one.
 inline void store_rounded(bf16* to, const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; i++) {
-    uint32_t bits;
-    memcpy(&bits, from + i, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-    to[i].bits = static_cast<uint16_t>(is_nan ? 0x7fc0 : rounded);
+  for (int64_t i = 0; i < count; i += 16) {
+    const u16 bits = (u16)load_some(from + i, count - i);
+    const u16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const i16 is_nan = (i16)(bits & 0x7fffffffu) > 0x7f800000;
+    const h16 values = __builtin_convertvector(is_nan ? u16{} + 0x7fc0u : rounded, h16);
+    if (count - i >= 16)
+      memcpy(to + i, &values, sizeof values);
+    else
+      memcpy(to + i, &values, (count - i) * sizeof(bf16));
   }
 }
 
