@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -55,13 +55,18 @@ def write_tiny_llama(
         initializer_range=0.15,
     )
     model = LlamaForCausalLM(config).eval()
+    write_checkpoint(directory, model)
+    return model
+
+
+def write_checkpoint(directory: Path, model: PreTrainedModel) -> None:
+    """Write a model, its norms and biases made to matter, and a tokenizer."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(directory)
     write_tokenizer(directory)
-    return model
 
 
 @functools.cache
