@@ -11,16 +11,21 @@ from afd_server.core.errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What one layer caches of a token: keys and values of some heads. Sizes are in elements."""
+    """What one layer caches of a token: keys and values of some heads. Sizes are in elements.
+
+    Attributes:
+        value_in_key: a value is the first `value_dim` elements of its key and takes no memory.
+    """
 
     num_heads: int
     key_dim: int
     value_dim: int
+    value_in_key: bool = False
 
     @property
     def elements(self) -> int:
         """Return the memory of one token in one layer."""
-        return self.num_heads * (self.key_dim + self.value_dim)
+        return self.num_heads * (self.key_dim + (0 if self.value_in_key else self.value_dim))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,28 @@ class GQASpec:
         return KVShape(self.num_kv_heads, self.head_dim, self.head_dim)
 
 
-AttentionSpec = GQASpec
+@dataclass(frozen=True, slots=True)
+class MFASpec:
+    """Multi-matrix factorization attention: low-rank queries over one key and value head.
+
+    Attributes:
+        query_rank: elements between the two query projections.
+        reuses_keys: values are made of the cached keys (MFA-KR).
+    """
+
+    num_heads: int
+    head_dim: int
+    query_rank: int
+    rope: RopeSpec
+    reuses_keys: bool
+
+    @property
+    def kv(self) -> KVShape:
+        """Return what is cached."""
+        return KVShape(1, self.head_dim, self.head_dim, self.reuses_keys)
+
+
+AttentionSpec = GQASpec | MFASpec
 
 
 def parse_llama(config: Config) -> tuple[AttentionSpec, ...]:
@@ -65,6 +91,21 @@ def parse_qwen3(config: Config) -> tuple[AttentionSpec, ...]:
     _refuse_windows(config)
     # 128 where transformers' own default was not written
     return (_gqa(config, head_dim=128),) * integer(config, "num_hidden_layers")
+
+
+def parse_step3_text(config: Config) -> tuple[AttentionSpec, ...]:
+    """Read the attention of every layer of `step3_text`."""
+    refuse_unless(config, "num_attention_groups", 1)
+    refuse_unless(config, "mfa_key_reuse", False, True)
+    head_dim = integer(config, "head_dim")
+    attention = MFASpec(
+        num_heads=integer(config, "num_attention_heads"),
+        head_dim=head_dim,
+        query_rank=integer(config, "share_q_dim"),
+        rope=RopeSpec(head_dim, _rope_theta(config)),
+        reuses_keys=config.get("mfa_key_reuse", False),
+    )
+    return (attention,) * integer(config, "num_hidden_layers")
 
 
 def _gqa(config: Config, head_dim: int | None = None) -> GQASpec:

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any  # Any: values of a stranger's JSON, checked field by field
 
-from afd_server.core.attention_spec import AttentionSpec, parse_llama, parse_qwen2, parse_qwen3
+from afd_server.core.attention_spec import (
+    AttentionSpec,
+    parse_llama,
+    parse_qwen2,
+    parse_qwen3,
+    parse_step3_text,
+)
 from afd_server.core.config_fields import Config, integer, number, refuse_unless
 from afd_server.core.errors import ModelError
 
@@ -17,6 +23,7 @@ _ATTENTION: dict[str, Callable[[Config], tuple[AttentionSpec, ...]]] = {
     "llama": parse_llama,
     "qwen2": parse_qwen2,
     "qwen3": parse_qwen3,
+    "step3_text": parse_step3_text,
 }
 
 SUPPORTED_MODEL_TYPES = tuple(_ATTENTION)
@@ -100,7 +107,7 @@ def parse_model_spec(config: Config, generation: Config) -> ModelSpec:
         attention=_ATTENTION[model_type](config),
         intermediate_size=integer(config, "intermediate_size"),
         vocab_size=integer(config, "vocab_size"),
-        max_position=integer(config, "max_position_embeddings"),
+        max_position=_max_position(config),
         rms_norm_eps=number(config, "rms_norm_eps"),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         eos_token_ids=_eos_token_ids(config, generation),
@@ -111,10 +118,26 @@ def _refuse_unsupported(config: Config) -> None:
     refuse_unless(config, "attention_bias", None, False)
     refuse_unless(config, "mlp_bias", None, False)
     refuse_unless(config, "hidden_act", "silu")
+    _refuse_experts(config)
     if config.get("quantization_config"):
         raise ModelError(
             "config.json: quantization_config is not supported; give an unquantised checkpoint"
         )
+
+
+def _refuse_experts(config: Config) -> None:
+    """Refuse layers of experts: Step-3 lists them in a string."""
+    if config["model_type"] == "step3_text" and config.get("moe_layers_enum") != "":
+        raise ModelError(
+            f"config.json: moe_layers_enum {config.get('moe_layers_enum')!r} is not supported; "
+            "expected '', layers without experts"
+        )
+
+
+def _max_position(config: Config) -> int:
+    """Read both spellings; that of Step-3 is the singular."""
+    singular = "max_position_embedding"
+    return integer(config, singular if singular in config else f"{singular}s")
 
 
 def _eos_token_ids(config: Config, generation: Config) -> tuple[int, ...]:

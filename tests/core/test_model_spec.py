@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from afd_server.core.attention_spec import GQASpec, RopeSpec
+from afd_server.core.attention_spec import GQASpec, MFASpec, RopeSpec
 from afd_server.core.errors import ModelError
 from afd_server.core.model_spec import ModelSpec, parse_model_spec, read_json, read_model_spec
 
@@ -120,7 +120,40 @@ def test_end_tokens_of_both_files_count(config_ids, generation_ids, expected):
     assert spec.eos_token_ids == expected
 
 
+STEP3 = {
+    "model_type": "step3_text", "hidden_size": 7168, "intermediate_size": 18432,
+    "num_hidden_layers": 61, "num_attention_heads": 64, "num_attention_groups": 1,
+    "head_dim": 256, "share_q_dim": 2048, "moe_layers_enum": "", "rms_norm_eps": 1e-5,
+    "rope_theta": 500000, "rope_scaling": None, "max_position_embedding": 65536,
+    "vocab_size": 128815,
+}  # fmt: skip
+
+
+def test_step_3_caches_a_key_and_a_value_of_one_head_or_the_key_alone():
+    spec = parse_model_spec(STEP3, {})
+    attention = MFASpec(64, 256, 2048, RopeSpec(256, 500000.0), reuses_keys=False)
+    assert spec.attention == (attention,) * 61
+    assert (spec.max_position, spec.kv_elements_per_token) == (65536, 61 * 512)
+    reusing = parse_model_spec(STEP3 | {"mfa_key_reuse": True}, {})
+    assert reusing.kv_elements_per_token == 61 * 256
+
+
 # -- refusals
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("moe_layers_enum", "4,5"), ("num_attention_groups", 2), ("mfa_key_reuse", "yes")],
+)
+def test_what_our_step_3_does_not_do_is_refused(field, value):
+    with pytest.raises(ModelError, match=f"{field} {value!r} is not supported"):
+        parse_model_spec(STEP3 | {field: value}, {})
+
+
+def test_a_step_3_that_does_not_say_which_layers_have_experts_is_refused():
+    config = {name: value for name, value in STEP3.items() if name != "moe_layers_enum"}
+    with pytest.raises(ModelError, match="moe_layers_enum None"):
+        parse_model_spec(config, {})
 
 
 @pytest.mark.parametrize("model_type", ["mamba", None, "", ["llama"], {}])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 CHAT_TEMPLATE = (
@@ -61,12 +62,17 @@ def write_tiny_llama(
 
 def write_checkpoint(directory: Path, model: PreTrainedModel) -> None:
     """Write a model, its norms and biases made to matter, and a tokenizer."""
+    perturb_norms(model)
+    model.save_pretrained(directory)
+    write_tokenizer(directory)
+
+
+def perturb_norms(model: nn.Module) -> None:
+    """Make norms and biases matter: at first they are all 1 or 0."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(directory)
-    write_tokenizer(directory)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """The memory of the KV blocks. Who owns which block is the scheduler's business."""
 
+import math
 import mmap
 
 import torch
@@ -25,9 +26,11 @@ class KVStore:
 
 
 def _map_layer(kv: KVShape, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVLayer:
-    slots = num_blocks * kv.num_heads * block_size
-    memory = mmap.mmap(-1, slots * (kv.key_dim + kv.value_dim) * dtype.itemsize)
+    memory = mmap.mmap(-1, num_blocks * block_size * kv.elements * dtype.itemsize)
     elements = torch.frombuffer(memory, dtype=dtype)
-    keys, values = torch.split(elements, [slots * kv.key_dim, slots * kv.value_dim])
-    shape = (num_blocks, kv.num_heads, block_size, -1)
-    return KVLayer(keys.view(shape), values.view(shape))
+    shape = (num_blocks, kv.num_heads, block_size)
+    num_keys = math.prod(shape) * kv.key_dim
+    keys = elements[:num_keys].view(*shape, kv.key_dim)
+    if kv.value_in_key:
+        return KVLayer(keys, keys[..., : kv.value_dim])
+    return KVLayer(keys, elements[num_keys:].view(*shape, kv.value_dim))
