@@ -4,39 +4,59 @@ Knows nothing of tensors: the gateway reads it too.
 """
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any  # Any: values of a stranger's JSON, checked field by field
 
+from afd_server.core.attention_spec import (
+    AttentionSpec,
+    parse_llama,
+    parse_qwen2,
+    parse_qwen3,
+    parse_step3_text,
+)
+from afd_server.core.config_fields import Config, integer, number, refuse_unless
 from afd_server.core.errors import ModelError
 
-SUPPORTED_MODEL_TYPES = ("llama",)
+_ATTENTION: dict[str, Callable[[Config], tuple[AttentionSpec, ...]]] = {
+    "llama": parse_llama,
+    "qwen2": parse_qwen2,
+    "qwen3": parse_qwen3,
+    "step3_text": parse_step3_text,
+}
+
+SUPPORTED_MODEL_TYPES = tuple(_ATTENTION)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """The shapes and constants of a decoder. Sizes are in elements."""
+    """The shapes and constants of a decoder. Sizes are in elements.
+
+    Attributes:
+        attention: one for each layer.
+        intermediate_size: of every dense FFN.
+    """
 
     model_type: str
     hidden_size: int
+    attention: tuple[AttentionSpec, ...]
     intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     vocab_size: int
     max_position: int
     rms_norm_eps: float
-    rope_theta: float
     tie_embeddings: bool
     eos_token_ids: tuple[int, ...]
 
     @property
+    def num_layers(self) -> int:
+        """Return the number of decoder layers."""
+        return len(self.attention)
+
+    @property
     def kv_elements_per_token(self) -> int:
         """Return the keys and values of one token over all layers, in elements."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        return sum(layer.kv.elements for layer in self.attention)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -68,7 +88,7 @@ def read_model_spec(directory: Path) -> ModelSpec:
     return parse_model_spec(config, generation)
 
 
-def parse_model_spec(config: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelSpec:
+def parse_model_spec(config: Config, generation: Config) -> ModelSpec:
     """Turn config.json's fields into a `ModelSpec`.
 
     Raises:
@@ -81,77 +101,46 @@ def parse_model_spec(config: Mapping[str, Any], generation: Mapping[str, Any]) -
             f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
     _refuse_unsupported(config)
-    hidden_size = _integer(config, "hidden_size")
-    num_heads = _integer(config, "num_attention_heads")
-    num_kv_heads = _integer(config, "num_key_value_heads", default=num_heads)
-    if num_heads % num_kv_heads:
-        raise ModelError(
-            f"config.json: num_attention_heads {num_heads} is no multiple of "
-            f"num_key_value_heads {num_kv_heads}"
-        )
     return ModelSpec(
-        model_type=str(model_type),
-        hidden_size=hidden_size,
-        intermediate_size=_integer(config, "intermediate_size"),
-        num_layers=_integer(config, "num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=_integer(config, "head_dim", default=hidden_size // num_heads),
-        vocab_size=_integer(config, "vocab_size"),
-        max_position=_integer(config, "max_position_embeddings"),
-        rms_norm_eps=_number(config, "rms_norm_eps"),
-        rope_theta=_rope_theta(config),
+        model_type=model_type,
+        hidden_size=integer(config, "hidden_size"),
+        attention=_ATTENTION[model_type](config),
+        intermediate_size=integer(config, "intermediate_size"),
+        vocab_size=integer(config, "vocab_size"),
+        max_position=_max_position(config),
+        rms_norm_eps=number(config, "rms_norm_eps"),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         eos_token_ids=_eos_token_ids(config, generation),
     )
 
 
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    wanted = {"attention_bias": (None, False), "mlp_bias": (None, False), "hidden_act": ("silu",)}
-    for field, supported in wanted.items():
-        if config.get(field, supported[0]) not in supported:
-            raise ModelError(
-                f"config.json: {field} {config[field]!r} is not supported; "
-                f"expected {supported[-1]!r}"
-            )
+def _refuse_unsupported(config: Config) -> None:
+    refuse_unless(config, "attention_bias", None, False)
+    refuse_unless(config, "mlp_bias", None, False)
+    refuse_unless(config, "hidden_act", "silu")
+    _refuse_experts(config)
     if config.get("quantization_config"):
         raise ModelError(
             "config.json: quantization_config is not supported; give an unquantised checkpoint"
         )
-    field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    scaling = config.get(field) or {}
-    if not isinstance(scaling, dict):
-        raise ModelError(f"config.json: {field} is {scaling!r}, expected a JSON object")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        raise ModelError(f"config.json: rope type {kind!r} is not supported; expected 'default'")
 
 
-def _integer(config: Mapping[str, Any], field: str, default: int | None = None) -> int:
-    value = config.get(field)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ModelError(f"config.json: {field} is {value!r}, expected a positive integer")
-    return value
+def _refuse_experts(config: Config) -> None:
+    """Refuse layers of experts: Step-3 lists them in a string."""
+    if config["model_type"] == "step3_text" and config.get("moe_layers_enum") != "":
+        raise ModelError(
+            f"config.json: moe_layers_enum {config.get('moe_layers_enum')!r} is not supported; "
+            "expected '', layers without experts"
+        )
 
 
-def _number(config: Mapping[str, Any], field: str) -> float:
-    value = config.get(field)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ModelError(f"config.json: {field} is {value!r}, expected a positive number")
-    return float(value)
+def _max_position(config: Config) -> int:
+    """Read both spellings; that of Step-3 is the singular."""
+    singular = "max_position_embedding"
+    return integer(config, singular if singular in config else f"{singular}s")
 
 
-def _rope_theta(config: Mapping[str, Any]) -> float:
-    """Read both spellings: `rope_theta` on the hub, `rope_parameters` from transformers 5."""
-    nested = config.get("rope_parameters")
-    if isinstance(nested, dict) and "rope_theta" in nested:
-        return _number(nested, "rope_theta")
-    return _number(config, "rope_theta") if "rope_theta" in config else 10000.0
-
-
-def _eos_token_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
+def _eos_token_ids(config: Config, generation: Config) -> tuple[int, ...]:
     found: set[int] = set()
     for source in (config, generation):
         value = source.get("eos_token_id")

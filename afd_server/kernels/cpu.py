@@ -236,6 +236,8 @@ def _attention(library: ctypes.CDLL) -> Callable[[Tensor, KVLayer, PagedRows], T
     def attention(query: Tensor, layer: KVLayer, rows: PagedRows) -> Tensor:
         num_rows, num_heads, head_dim = query.shape
         num_kv_heads, block_size = layer.keys.shape[1:3]
+        if layer.values.shape != layer.keys.shape:  # parts of the keys
+            return reference.paged_attention(query, layer, rows)
         query, out = query.contiguous(), torch.empty(num_rows, num_heads * head_dim)
         done = function(
             query.data_ptr(),
@@ -354,15 +356,19 @@ def _rope(library: ctypes.CDLL) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return rope
 
 
-def _write_kv(library: ctypes.CDLL) -> Callable[[KVLayer, Tensor, Tensor, Tensor], None]:
+def _write_kv(
+    library: ctypes.CDLL,
+) -> Callable[[KVLayer, Tensor, Tensor, Tensor | None], None]:
     function = library.afd_write_rows
     function.argtypes = [
         _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _FLAG,
     ]  # fmt: skip
     function.restype = None
 
-    def write_kv(layer: KVLayer, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    def write_kv(layer: KVLayer, slots: Tensor, keys: Tensor, values: Tensor | None) -> None:
         for rows, blocks in ((keys, layer.keys), (values, layer.values)):
+            if rows is None:
+                continue
             rows = _heads_together(rows)
             function(
                 rows.data_ptr(),

@@ -84,12 +84,16 @@ def rope(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
     return x * cos + rotated * sin
 
 
-def write_kv(layer: KVLayer, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Store keys and values [tokens, kv_heads, head_dim] at flat slots [tokens], in place."""
+def write_kv(layer: KVLayer, slots: Tensor, keys: Tensor, values: Tensor | None) -> None:
+    """Store keys and values [tokens, kv_heads, head_dim] at flat slots [tokens], in place.
+
+    No values where those of the layer are a view of its keys.
+    """
     block_size = layer.keys.shape[2]
     block_ids, offsets = slots // block_size, slots % block_size
     for rows, blocks in ((keys, layer.keys), (values, layer.values)):
-        blocks[block_ids, :, offsets] = rows.to(blocks.dtype)
+        if rows is not None:
+            blocks[block_ids, :, offsets] = rows.to(blocks.dtype)
 
 
 def rope_write_kv(
@@ -151,9 +155,9 @@ def paged_attention(query: Tensor, layer: KVLayer, rows: PagedRows) -> Tensor:
         rows: what each token may see.
 
     Returns:
-        [tokens, heads · head_dim] in the query's dtype.
+        [tokens, heads · value_dim] in the query's dtype; a value may be narrower than a key.
     """
-    out = torch.empty_like(query)
+    out = query.new_empty(*query.shape[:2], layer.values.shape[-1])
     lengths = rows.row_starts.diff()
     tables = rows.block_tables.repeat_interleave(lengths, 0)  # [tokens, blocks]
     for start in range(0, query.shape[0], ROW_CHUNK):
@@ -174,7 +178,7 @@ def _attend_chunk(query: Tensor, layer: KVLayer, num_keys: Tensor, tables: Tenso
     grouped = query.float().view(num_rows * num_kv_heads, group, head_dim) * head_dim**-0.5
     highest = torch.full((num_rows * num_kv_heads, group, 1), torch.finfo(torch.float32).min)
     total = torch.zeros_like(highest)
-    weighted = torch.zeros_like(grouped)
+    weighted = torch.zeros(*grouped.shape[:2], layer.values.shape[-1])
     for tile in range(num_tiles):
         blocks = tables[:, tile * blocks_per_tile : (tile + 1) * blocks_per_tile]
         scores = torch.bmm(grouped, _key_tile(layer.keys, blocks).mT)  # [rows, group, 64]
@@ -185,7 +189,7 @@ def _attend_chunk(query: Tensor, layer: KVLayer, num_keys: Tensor, tables: Tenso
         total = total * shrink + weights.sum(-1, keepdim=True)
         weighted = weighted * shrink + torch.bmm(weights, _key_tile(layer.values, blocks))
         highest = new_highest
-    return (weighted / total).view(num_rows, num_heads, head_dim).to(query.dtype)
+    return (weighted / total).view(num_rows, num_heads, -1).to(query.dtype)
 
 
 def _key_tile(blocks: Tensor, tables: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ class KVLayer(NamedTuple):
     """Keys and values of one layer, each [num_blocks, num_kv_heads, block_size, head_dim].
 
     A head's keys of a block lie together: what attention reads next is what it reads next to.
+    Values may be a view of the keys: of their first elements, or of all.
     """
 
     keys: Tensor
@@ -66,7 +67,7 @@ class Kernels:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
-    write_kv: Callable[[KVLayer, Tensor, Tensor, Tensor], None]
+    write_kv: Callable[[KVLayer, Tensor, Tensor, Tensor | None], None]
     rope_write_kv: Callable[[Tensor, int, Tensor, Tensor, Tensor, KVLayer], Tensor]
     paged_attention: Callable[[Tensor, KVLayer, PagedRows], Tensor]
     silu_mul: Callable[[Tensor], Tensor]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from afd_server.core.attention_spec import GQASpec, MFASpec, RopeSpec
 from afd_server.core.errors import ModelError
 from afd_server.core.model_spec import ModelSpec, parse_model_spec, read_json, read_model_spec
 
@@ -39,15 +40,11 @@ def test_a_whole_config_is_read_field_by_field():
     assert parse() == ModelSpec(
         model_type="llama",
         hidden_size=96,
+        attention=(GQASpec(6, 2, 16, RopeSpec(16, 50000.0)),) * 3,
         intermediate_size=176,
-        num_layers=3,
-        num_heads=6,
-        num_kv_heads=2,
-        head_dim=16,
         vocab_size=259,
         max_position=512,
         rms_norm_eps=1e-5,
-        rope_theta=50000.0,
         tie_embeddings=True,
         eos_token_ids=(2,),
     )
@@ -56,20 +53,36 @@ def test_a_whole_config_is_read_field_by_field():
 def test_what_is_left_out_has_the_values_of_the_first_llama():
     optional = ("num_key_value_heads", "rope_theta", "tie_word_embeddings", "eos_token_id")
     spec = parse(without=optional)
-    assert spec.num_kv_heads == spec.num_heads
-    assert spec.head_dim == 96 // 6
-    assert spec.rope_theta == 10000.0
+    assert spec.attention[0] == GQASpec(6, 6, 96 // 6, RopeSpec(16, 10000.0))
     assert not spec.tie_embeddings
     assert spec.eos_token_ids == ()
 
 
 def test_null_is_as_good_as_left_out():
     spec = parse(num_key_value_heads=None, head_dim=None, eos_token_id=None, rope_scaling=None)
-    assert (spec.num_kv_heads, spec.head_dim, spec.eos_token_ids) == (6, 16, ())
+    assert (spec.attention, spec.eos_token_ids) == (parse(num_key_value_heads=6).attention, ())
 
 
 def test_a_head_may_be_wider_than_its_share_of_the_hidden_size():
-    assert parse(head_dim=32).head_dim == 32
+    assert parse(head_dim=32).attention[0].head_dim == 32
+
+
+def test_qwen3s_heads_are_128_wide_where_the_config_does_not_say():
+    assert parse(model_type="qwen3").attention[0].head_dim == 128
+    assert parse(model_type="qwen3", head_dim=16).attention == parse().attention
+
+
+def test_a_window_that_is_switched_off_is_of_no_account():
+    off = {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 28}
+    spec = parse(model_type="qwen2", **off, layer_types=["full_attention"] * 3)
+    assert spec.attention == parse().attention
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_windows_are_refused(model_type):
+    refused("use_sliding_window True", model_type=model_type, use_sliding_window=True)
+    kinds = ["full_attention", "sliding_attention"]
+    refused("layer_types", "'sliding_attention'", model_type=model_type, layer_types=kinds)
 
 
 def test_the_kv_cache_of_a_token_is_counted_over_all_layers():
@@ -89,7 +102,7 @@ def test_the_kv_cache_of_a_token_is_counted_over_all_layers():
     ],
 )
 def test_both_spellings_of_rope_are_read(without, changes, theta):
-    assert parse(without=without, **changes).rope_theta == theta
+    assert parse(without=without, **changes).attention[0].rope.theta == theta
 
 
 @pytest.mark.parametrize(
@@ -107,12 +120,45 @@ def test_end_tokens_of_both_files_count(config_ids, generation_ids, expected):
     assert spec.eos_token_ids == expected
 
 
+STEP3 = {
+    "model_type": "step3_text", "hidden_size": 7168, "intermediate_size": 18432,
+    "num_hidden_layers": 61, "num_attention_heads": 64, "num_attention_groups": 1,
+    "head_dim": 256, "share_q_dim": 2048, "moe_layers_enum": "", "rms_norm_eps": 1e-5,
+    "rope_theta": 500000, "rope_scaling": None, "max_position_embedding": 65536,
+    "vocab_size": 128815,
+}  # fmt: skip
+
+
+def test_step_3_caches_a_key_and_a_value_of_one_head_or_the_key_alone():
+    spec = parse_model_spec(STEP3, {})
+    attention = MFASpec(64, 256, 2048, RopeSpec(256, 500000.0), reuses_keys=False)
+    assert spec.attention == (attention,) * 61
+    assert (spec.max_position, spec.kv_elements_per_token) == (65536, 61 * 512)
+    reusing = parse_model_spec(STEP3 | {"mfa_key_reuse": True}, {})
+    assert reusing.kv_elements_per_token == 61 * 256
+
+
 # -- refusals
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("moe_layers_enum", "4,5"), ("num_attention_groups", 2), ("mfa_key_reuse", "yes")],
+)
+def test_what_our_step_3_does_not_do_is_refused(field, value):
+    with pytest.raises(ModelError, match=f"{field} {value!r} is not supported"):
+        parse_model_spec(STEP3 | {field: value}, {})
+
+
+def test_a_step_3_that_does_not_say_which_layers_have_experts_is_refused():
+    config = {name: value for name, value in STEP3.items() if name != "moe_layers_enum"}
+    with pytest.raises(ModelError, match="moe_layers_enum None"):
+        parse_model_spec(config, {})
 
 
 @pytest.mark.parametrize("model_type", ["mamba", None, "", ["llama"], {}])
 def test_another_kind_of_model_is_refused_with_the_supported_ones(model_type):
-    refused(f"model_type {model_type!r}", "supported: llama", model_type=model_type)
+    refused(f"model_type {model_type!r}", "supported: llama, qwen2", model_type=model_type)
 
 
 @pytest.mark.parametrize(

@@ -45,12 +45,12 @@ def greedy(model, ids, count, eos=2):
 def test_the_monolith_equals_transformers_on_a_fixed_prompt(demo_directory, transformers_model):
     from afd_server.core.model_spec import read_model_spec
     from afd_server.kernels.reference import REFERENCE, PagedRun, plan_paged_rows
-    from afd_server.kernels.table import KVLayer
     from afd_server.models.base import MicroBatch, column_shard
     from afd_server.models.llama import LLAMA
     from afd_server.models.monolith import run_monolith
     from afd_server.weights.checkpoint import Checkpoint
     from afd_server.weights.packed import PackedWeights
+    from afd_server.workers.attention.kv_store import KVStore
 
     spec = read_model_spec(demo_directory)
     reader = PackedWeights(Checkpoint(demo_directory, torch.float32), REFERENCE, None)
@@ -60,8 +60,7 @@ def test_the_monolith_equals_transformers_on_a_fixed_prompt(demo_directory, tran
         for p in (0, 1)
     ]
     ids = list(range(1000, 1048))
-    shape = (4, spec.num_kv_heads, 16, spec.head_dim)
-    kv = tuple(KVLayer(torch.zeros(shape), torch.zeros(shape)) for _ in range(spec.num_layers))
+    kv = KVStore(spec, 4, 16, torch.float32).layers
     positions = list(range(len(ids)))
     batch = MicroBatch(
         torch.tensor(ids), torch.tensor(positions), torch.tensor(positions),

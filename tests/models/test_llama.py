@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from afd_server.core.errors import ModelError
 from afd_server.core.model_spec import read_model_spec
 from afd_server.kernels.reference import REFERENCE, PagedRun, plan_paged_rows
-from afd_server.kernels.table import KVLayer
 from afd_server.models.base import ColumnShard, MicroBatch, column_shard
 from afd_server.models.llama import LLAMA
 from afd_server.models.monolith import run_monolith
 from afd_server.weights.checkpoint import Checkpoint
 from afd_server.weights.packed import PackedWeights
+from afd_server.workers.attention.kv_store import KVStore
 from support.checkpoints import tiny_llama, write_tiny_llama
 
 SHAPES = [
@@ -70,8 +70,7 @@ def batch_of(spec, kv, ids, start=0, table=tuple(range(16))):
 
 
 def empty_kv(spec):
-    shape = (20, spec.num_kv_heads, 16, spec.head_dim)
-    return tuple(KVLayer(torch.zeros(shape), torch.zeros(shape)) for _ in range(spec.num_layers))
+    return KVStore(spec, 20, 16, torch.float32).layers
 
 
 @pytest.mark.parametrize("shape", SHAPES)

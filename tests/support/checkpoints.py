@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -55,13 +56,23 @@ def write_tiny_llama(
         initializer_range=0.15,
     )
     model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    write_checkpoint(directory, model)
+    return model
+
+
+def write_checkpoint(directory: Path, model: PreTrainedModel) -> None:
+    """Write a model, its norms and biases made to matter, and a tokenizer."""
+    perturb_norms(model)
     model.save_pretrained(directory)
     write_tokenizer(directory)
-    return model
+
+
+def perturb_norms(model: nn.Module) -> None:
+    """Make norms and biases matter: at first they are all 1 or 0."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
 @functools.cache

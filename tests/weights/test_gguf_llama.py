@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from afd_server.core.attention_spec import GQASpec, RopeSpec
 from afd_server.core.errors import ModelError
 from afd_server.core.model_spec import read_model_spec
 from afd_server.weights.gguf_llama import build_tokenizer, convert_gguf_llama
@@ -87,9 +88,9 @@ def test_a_model_with_output_weights_is_not_tied(tiny, convert):
 def test_the_config_says_what_the_metadata_says(tiny, convert):
     spec = read_model_spec(convert())
     assert (spec.hidden_size, spec.intermediate_size, spec.num_layers) == (32, 64, 2)
-    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == (4, 2, 6)
+    assert spec.attention == (GQASpec(4, 2, 6, RopeSpec(6, 50000.0)),) * 2
     assert (spec.vocab_size, spec.max_position) == (len(tiny.tokens), 128)
-    assert (spec.rms_norm_eps, spec.rope_theta) == (1e-5, 50000.0)
+    assert spec.rms_norm_eps == 1e-5
     assert spec.eos_token_ids == (2,)
 
 

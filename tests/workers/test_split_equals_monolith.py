@@ -14,19 +14,20 @@ from afd_server.core.model_spec import read_model_spec
 from afd_server.core.request import FinishReason, Request, SamplingParams
 from afd_server.core.topology import FFNParallel, Role
 from afd_server.kernels.reference import PagedRun, plan_paged_rows
-from afd_server.kernels.table import KVLayer
 from afd_server.models.base import MicroBatch, column_shard
-from afd_server.models.llama import LLAMA
+from afd_server.models.catalogue import ARCHITECTURES
 from afd_server.models.monolith import run_monolith
 from afd_server.transport.inproc import Faults
 from afd_server.transport.messages import DType, Payload, submit_of
 from afd_server.weights.checkpoint import Checkpoint
 from afd_server.weights.packed import PackedWeights
+from afd_server.workers.attention.kv_store import KVStore
 from afd_server.workers.attention.sampler import Sampler
 from afd_server.workers.config import Numerics
 from afd_server.workers.runtime import select_kernels
 from afd_server.workers.tensors import TORCH_DTYPES, row_dtype
 from support.checkpoints import tiny_llama
+from support.families import WRITERS, family
 from support.pools import EXACT, Pools, ipc_links, shm_links, tcp_links
 
 TOPOLOGIES = [(1, 1), (2, 1), (1, 2), (2, 2)]
@@ -53,23 +54,20 @@ def make_requests(count=6, temperature=0.0, seed=3, num_output=NUM_OUTPUT):
 class Monolith:
     """The same model in one process: one request, one token at a time."""
 
-    def __init__(self, numerics=EXACT, **shape):
-        directory, _ = tiny_llama(**shape)
+    def __init__(self, numerics=EXACT, directory=None, **shape):
+        directory = directory or tiny_llama(**shape)[0]
         self.kv_dtype = TORCH_DTYPES[numerics.kv]
         self.spec = read_model_spec(directory)
         kernels = select_kernels(numerics)
         reader = PackedWeights(Checkpoint(directory, row_dtype(numerics)), kernels, None)
         self.sampler = Sampler(kernels)
-        self.attention = LLAMA.attention(self.spec, reader, kernels, 256)
+        architecture = ARCHITECTURES[self.spec.model_type]
+        self.attention = architecture.attention(self.spec, reader, kernels, 256)
         shard = column_shard(self.spec.intermediate_size, 0, 1)
-        self.ffn = LLAMA.ffn(self.spec, reader, kernels, shard)
+        self.ffn = architecture.ffn(self.spec, reader, kernels, shard)
 
     def generate(self, request: Request) -> tuple[list[int], list[torch.Tensor]]:
-        shape = (16, self.spec.num_kv_heads, 16, self.spec.head_dim)
-        kv = tuple(
-            KVLayer(*(torch.zeros(shape, dtype=self.kv_dtype) for _ in range(2)))
-            for _ in range(self.spec.num_layers)
-        )
+        kv = KVStore(self.spec, 16, 16, self.kv_dtype).layers
         ids, computed, logits = list(request.prompt_ids), 0, []
         for _ in range(request.sampling.max_tokens):
             positions = list(range(computed, len(ids)))
@@ -200,6 +198,21 @@ def test_tied_embeddings_are_split_as_well(logits_of):
     assert_company_changes_nothing(pools, 1, make_requests(4), Monolith(**shape), logits_of)
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_an_architecture_split_over_pools_is_its_independent_model(name, logits_of):
+    directory, reference = family(name)
+    requests = make_requests(4, num_output=33)
+    pools = Pools(directory, num_attention=2, num_ffn=2, num_lanes=2)  # prefills in chunks
+    outputs = pools.run(requests, [request.key % 2 for request in requests])
+    for request, output in zip(requests, outputs, strict=True):
+        start, ids = len(request.prompt_ids), [*request.prompt_ids, *output]
+        expected = reference(ids)[start - 1 : -1]
+        got = torch.stack([logits_of[request.sampling.seed, start + i] for i in range(33)])
+        assert expected.std() > 0.1  # the comparison means something
+        assert (got - expected).abs().max() <= 1e-4
+        assert output == expected.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize(
     "numerics",
     [
@@ -210,9 +223,11 @@ def test_tied_embeddings_are_split_as_well(logits_of):
     ],
     ids=lambda numerics: f"{numerics.kernels}-{numerics.weights}",
 )
-def test_workers_of_any_numerics_give_the_bits_of_such_a_monolith(numerics, logits_of):
-    pools, requests = Pools(tiny_llama()[0], num_attention=2, numerics=numerics), make_requests(4)
-    monolith = Monolith(numerics)
+@pytest.mark.parametrize("name", WRITERS)
+def test_workers_of_any_numerics_give_the_bits_of_such_a_monolith(name, numerics, logits_of):
+    directory = family(name).directory
+    pools, requests = Pools(directory, num_attention=2, numerics=numerics), make_requests(4)
+    monolith = Monolith(numerics, directory)
     assert_company_changes_nothing(pools, 2, requests, monolith, logits_of)
     for request in requests:
         for step, logits in enumerate(monolith.generate(request)[1]):

@@ -5,6 +5,7 @@ import mmap
 
 import torch
 
+from afd_server.core.attention_spec import KVShape
 from afd_server.core.model_spec import ModelSpec
 from afd_server.kernels.table import KVLayer
 
@@ -18,8 +19,18 @@ class KVStore:
     def __init__(
         self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype
     ) -> None:
-        shape = (spec.num_layers, 2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
         self.block_size = block_size
-        memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-        blocks = torch.frombuffer(memory, dtype=dtype).view(shape)
-        self.layers = tuple(KVLayer(layer[0], layer[1]) for layer in blocks)
+        self.layers = tuple(
+            _map_layer(layer.kv, num_blocks, block_size, dtype) for layer in spec.attention
+        )
+
+
+def _map_layer(kv: KVShape, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVLayer:
+    memory = mmap.mmap(-1, num_blocks * block_size * kv.elements * dtype.itemsize)
+    elements = torch.frombuffer(memory, dtype=dtype)
+    shape = (num_blocks, kv.num_heads, block_size)
+    num_keys = math.prod(shape) * kv.key_dim
+    keys = elements[:num_keys].view(*shape, kv.key_dim)
+    if kv.value_in_key:
+        return KVLayer(keys, keys[..., : kv.value_dim])
+    return KVLayer(keys, elements[num_keys:].view(*shape, kv.value_dim))

@@ -1,0 +1,169 @@
+"""One tiny random checkpoint of each architecture, and an independent model of it."""
+
+import atexit
+import functools
+import json
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from support.checkpoints import VOCAB_SIZE, perturb_norms, write_checkpoint, write_tokenizer
+
+SIZES = {
+    "hidden_size": 96,
+    "intermediate_size": 176,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.15,
+}
+
+
+class Family(NamedTuple):
+    """A checkpoint, and the logits [tokens, vocab] that belong to token ids."""
+
+    directory: Path
+    logits: Callable[[list[int]], Tensor]
+
+
+def _llama(directory):
+    return _saved(directory, LlamaForCausalLM(LlamaConfig(**SIZES, rope_theta=1e4)))
+
+
+def _qwen2(directory):
+    return _saved(directory, Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)))
+
+
+def _qwen3(directory):
+    # as in the release: the heads together are wider than the hidden size
+    return _saved(directory, Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32)))
+
+
+def _saved(directory, model):
+    write_checkpoint(directory, model.eval())
+    return lambda ids: model(torch.tensor([ids])).logits[0]
+
+
+def _step3_text(directory):
+    """Step-3 of stock parts: Llama with one KV head, and a norm between two query projections."""
+    model = _mfa_model()
+    perturb_norms(model)
+    _write(directory, STEP3, model)
+    return lambda ids: model(torch.tensor([ids])).logits[0]
+
+
+def _mfa_kr(directory):
+    """Step-3 that reuses keys: its attention written down from the formula."""
+    model = _mfa_model()
+    for layer in model.model.layers:
+        layer.self_attn = MFAKeyReuse(layer.self_attn)
+    perturb_norms(model)
+    _write(directory, STEP3 | {"mfa_key_reuse": True}, model)
+    return lambda ids: model(torch.tensor([ids])).logits[0]
+
+
+HEAD_DIM, QUERY_RANK = 32, 40
+STEP3 = {
+    "model_type": "step3_text",
+    "hidden_size": SIZES["hidden_size"],
+    "intermediate_size": SIZES["intermediate_size"],
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_attention_groups": 1,
+    "head_dim": HEAD_DIM,
+    "share_q_dim": QUERY_RANK,
+    "moe_layers_enum": "",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": None,
+    "max_position_embedding": 512,
+    "vocab_size": VOCAB_SIZE,
+    "eos_token_id": 2,
+}
+
+
+def _mfa_model():
+    sizes = SIZES | {"num_key_value_heads": 1, "head_dim": HEAD_DIM, "rms_norm_eps": 1e-5}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, rope_theta=500000.0)).eval()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = nn.Sequential(
+            OrderedDict(
+                q_proj=nn.Linear(96, QUERY_RANK, bias=False),
+                inter_norm=LlamaRMSNorm(QUERY_RANK, 1e-5),
+                wq=nn.Linear(QUERY_RANK, 6 * HEAD_DIM, bias=False),
+            )
+        )
+    return model
+
+
+class MFAKeyReuse(nn.Module):
+    """Key j as query i sees its value: rotated by j − i, then times I + diag(α) N."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
+        self.o_proj = attention.o_proj
+        self.value_gate = nn.Parameter(torch.randn(HEAD_DIM))
+        self.value_mix = nn.Linear(HEAD_DIM, HEAD_DIM, bias=False)
+
+    def forward(self, hidden_states, **_):
+        rows = hidden_states[0]
+        count = rows.shape[0]
+        apart = torch.arange(count)[None] - torch.arange(count)[:, None]  # j − i, [i, j]
+        turn = torch.outer(apart.flatten(), 500000.0 ** -(torch.arange(16) / 16))
+        turn = torch.polar(torch.ones_like(turn), turn).view(count, count, 16)
+        keys = self.k_proj(rows)
+        keys = torch.complex(keys[:, :16], keys[:, 16:]) * turn  # [i, j, 16]
+        keys = torch.cat((keys.real, keys.imag), -1)
+        query = self.q_proj(rows).view(count, 6, HEAD_DIM)
+        scores = torch.einsum("ihd,ijd->hij", query, keys) / HEAD_DIM**0.5
+        weights = scores.masked_fill(apart > 0, -torch.inf).softmax(-1)
+        values = keys + self.value_mix(keys) * self.value_gate
+        attended = torch.einsum("hij,ijd->ihd", weights, values).flatten(1)
+        return self.o_proj(attended)[None], None
+
+
+def _write(directory, config, model):
+    """Write a checkpoint with the names that the hub has, which are not those of the modules."""
+    tensors = {name.replace(".q_proj.", ".", 1): t for name, t in model.state_dict().items()}
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config))
+    write_tokenizer(directory)
+
+
+WRITERS = {
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "step3_text": _step3_text,
+    "mfa_kr": _mfa_kr,
+}
+
+
+@functools.cache
+def family(name: str) -> Family:
+    """Return one shared tiny checkpoint; nobody may change it."""
+    directory = Path(tempfile.mkdtemp(prefix=f"tiny-{name}-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    torch.manual_seed(0)
+    return Family(directory, WRITERS[name](directory))
