@@ -218,6 +218,8 @@ class GenerationRequest(BaseModel):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=-1)  # -1 and 0 mean off
     min_p: float = Field(default=0.0, ge=0, le=1)
+    top_n_sigma: float = Field(default=0.0, ge=0)  # 0 means off; n of arXiv 2411.07641
+    min_k: float = Field(default=0.0, ge=0)  # 0 means off; τ of arXiv 2604.11012
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     stop: Annotated[
         tuple[str, ...], PlainValidator(_stop, json_schema_input_type=str | list[str])
@@ -333,6 +335,8 @@ def sampling_params(
         top_p=body.top_p,
         top_k=min(max(body.top_k, 0), vocab_size),
         min_p=body.min_p,
+        top_n_sigma=body.top_n_sigma,
+        min_k=body.min_k,
         seed=chosen_seed & (2**63 - 1),
         choice=choice,
         stop_token_ids=tuple(dict.fromkeys((*body.stop_token_ids, *eos))),

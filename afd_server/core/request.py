@@ -17,8 +17,9 @@ class FinishReason(IntEnum):
 class SamplingParams:
     """How to choose the next token.
 
-    `temperature` 0 means greedy. `top_k` 0, `top_p` 1 and `min_p` 0 mean "off". `seed` is
-    always given: the gateway draws one where the client did not.
+    `temperature` 0 means greedy. `top_k` 0, `top_p` 1, `min_p` 0, `top_n_sigma` 0 and
+    `min_k` 0 mean "off"; `min_k` is the τ of Min-k. `seed` is always given: the gateway draws
+    one where the client did not.
     """
 
     max_tokens: int
@@ -26,6 +27,8 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    top_n_sigma: float = 0.0
+    min_k: float = 0.0
     seed: int = 0
     choice: int = 0
     stop_token_ids: tuple[int, ...] = ()
@@ -36,6 +39,8 @@ class SamplingParams:
         assert 0 < self.top_p <= 1, f"top_p is {self.top_p}, must be in (0, 1]"
         assert self.top_k >= 0, f"top_k is {self.top_k}, must not be negative"
         assert 0 <= self.min_p <= 1, f"min_p is {self.min_p}, must be in [0, 1]"
+        assert self.top_n_sigma >= 0, f"top_n_sigma is {self.top_n_sigma}, must not be negative"
+        assert self.min_k >= 0, f"min_k is {self.min_k}, must not be negative"
         assert 0 <= self.seed < 2**63, f"seed is {self.seed}, must be in [0, 2^63)"
 
 

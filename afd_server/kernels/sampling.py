@@ -59,6 +59,58 @@ def select(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: 
     return ids[:num_kept]
 
 
+def num_within_sigma(logits: Tensor, num_sigmas: float) -> int:
+    """Count the tokens that top-nσ leaves, the highest ones; at least one (arXiv 2411.07641).
+
+    A token stays if its logit is at most `num_sigmas` deviations below the best, σ being the
+    unbiased deviation over the vocabulary. Dividing by a temperature would change nothing, so
+    raw logits decide. Logits of −∞ are not part of the vocabulary.
+    """
+    allowed = _allowed(logits).double()
+    if allowed.shape[0] < 2:
+        return 1
+    return max(1, int((allowed >= allowed.max() - num_sigmas * allowed.std()).sum()))
+
+
+def num_before_cliff(logits: Tensor, tau: float) -> int:
+    """Count the tokens that Min-k leaves, the highest ones (arXiv 2604.11012).
+
+    With logits in descending order and R = l₁ − l_V, those before the cliff stay, which is after
+    the rank i of the largest (lᵢ − lᵢ₊₁) / (R · i), but no fewer than ⌊tau / R⌋; all if R is 0.
+    A temperature would change R, hence the second count, so raw logits decide. Logits of −∞ are
+    not part of the vocabulary.
+    """
+    allowed = _allowed(logits)
+    if allowed.shape[0] < 2:
+        return 1
+    lowest, highest = map(float, allowed.aminmax())
+    if highest == lowest:
+        return allowed.shape[0]
+    fallback = int(min(allowed.shape[0], tau / (highest - lowest)))
+    return max(_cliff(allowed, lowest), fallback)
+
+
+def _cliff(logits: Tensor, lowest: float) -> int:
+    """Return the rank i, from 1, of the largest (lᵢ − lᵢ₊₁) / i, the first among equals.
+
+    No gap after rank m is wider than l_m − l_V, so sorting stops where none can be larger.
+    (49,152 normal logits: 64 are enough nearly always, 0.1 ms instead of 4 ms.)
+    """
+    num_sorted = min(64, logits.shape[0])
+    while True:
+        ranked = torch.topk(logits, num_sorted).values.double()
+        weights = (ranked[:-1] - ranked[1:]) / torch.arange(1, num_sorted)
+        rank = int(weights.argmax())
+        bound = (float(ranked[-1]) - lowest) / num_sorted
+        if weights[rank] >= bound or num_sorted == logits.shape[0]:
+            return rank + 1
+        num_sorted = min(4 * num_sorted, logits.shape[0])
+
+
+def _allowed(logits: Tensor) -> Tensor:
+    return logits if logits.isfinite().all() else logits[logits.isfinite()]
+
+
 def noise_key(seed: int, choice: int, position: int) -> int:
     """Hash what names a draw to 64 bits."""
     return _mix_int(_mix_int(_mix_int(seed + _GOLDEN) ^ choice) ^ position)

@@ -77,6 +77,8 @@ class Submit:
     temperature: float
     top_p: float
     min_p: float
+    top_n_sigma: float
+    min_k: float
     ttft_s: float
     tpot_s: float
     salt: str
@@ -218,6 +220,8 @@ def submit_of(request: Request) -> Submit:
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         min_p=sampling.min_p,
+        top_n_sigma=sampling.top_n_sigma,
+        min_k=sampling.min_k,
         ttft_s=request.slo.ttft_s or 0.0,
         tpot_s=request.slo.tpot_s or 0.0,
         salt=request.salt,

@@ -138,6 +138,10 @@ def test_what_is_neutral_may_depend_on_the_endpoint():
         ("top_p", float("nan")),
         ("min_p", -0.1),
         ("min_p", 1.5),
+        ("top_n_sigma", -0.5),
+        ("top_n_sigma", float("inf")),
+        ("min_k", -3),
+        ("min_k", "3"),
         ("top_k", -2),
         ("top_k", 1.5),
         ("seed", 2**64),
@@ -221,6 +225,8 @@ def test_sampling_follows_the_request():
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0, 0.5, 3, 0.1)
     assert (params.seed, params.choice, params.max_tokens) == (7, 1, 4)
     assert params.stop_token_ids == (5, 2)
+    params = sampling(chat(top_n_sigma=1, min_k=3))
+    assert (params.top_n_sigma, params.min_k) == (1, 3)
 
 
 @pytest.mark.parametrize(("top_k", "effective"), [(-1, 0), (0, 0), (10**30, 10)])

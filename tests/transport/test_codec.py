@@ -57,8 +57,8 @@ DISPATCH = Dispatch(
 COMBINE = Combine(7, 1, 2, 0, 3, 0, 0, "", Payload(DType.FLOAT32, (2, 3), bytes(range(24))))
 SUBMIT = Submit(
     key=1, attempt=1, num_prompt=2, num_emitted=0, max_tokens=8, top_k=0, seed=9, choice=0,
-    temperature=0.7, top_p=1.0, min_p=0.0, ttft_s=0.5, tpot_s=0.05, salt="tenant",
-    tokens=Payload(DType.INT32, (2,), bytes(8)),
+    temperature=0.7, top_p=1.0, min_p=0.0, top_n_sigma=1.0, min_k=3.0, ttft_s=0.5, tpot_s=0.05,
+    salt="tenant", tokens=Payload(DType.INT32, (2,), bytes(8)),
 )  # fmt: skip
 TOPOLOGY = Topology(
     4,
@@ -91,7 +91,7 @@ def payloads(draw):
 
 any_payload = payloads() | st.just(EMPTY)
 messages = st.one_of(
-    st.builds(Submit, *[numbers] * 8, *[reals] * 5, words, any_payload),
+    st.builds(Submit, *[numbers] * 8, *[reals] * 7, words, any_payload),
     st.builds(Cancel, numbers, numbers),
     st.builds(TokenChunk, any_payload),
     st.builds(LoadReport, *[numbers] * 14, any_payload),

@@ -363,6 +363,8 @@ def test_a_stop_token_ends_a_request_before_max_tokens(monolith):
         {"temperature": -1.0},
         {"top_p": 0.0},
         {"min_p": 1.5},
+        {"top_n_sigma": -1.0},
+        {"min_k": -1.0},
         {"max_tokens": 0},
         {"tokens": Payload(DType.INT32, (1,), (10**6).to_bytes(4, "little"))},
         {"tokens": Payload(DType.INT64, (1,), bytes(8))},

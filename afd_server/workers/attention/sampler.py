@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from afd_server.core.request import SamplingParams
-from afd_server.kernels.sampling import noise_key
+from afd_server.kernels.sampling import noise_key, num_before_cliff, num_within_sigma
 from afd_server.kernels.table import Kernels
 
 
@@ -17,7 +17,8 @@ class Sampler:
         """Choose the token at `position` of a sequence.
 
         Greedy at temperature 0, else a draw from the softmax of the scaled logits over the tokens
-        that min-p, top-k and top-p leave.
+        that the filters leave: top-nσ, Min-k, min-p and top-k each look at the whole vocabulary
+        and leave its highest tokens, of which the shortest list stays; top-p looks at that.
 
         Args:
             logits: [vocab] float32.
@@ -27,9 +28,20 @@ class Sampler:
         if params.temperature == 0:
             return self._kernels.argmax(logits)
         ids = None
-        if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
+        top_k = _most_tokens(logits, params)
+        if top_k > 0 or params.top_p < 1 or params.min_p > 0:
             ids = self._kernels.select(
-                logits, params.temperature, params.top_k, params.top_p, params.min_p
+                logits, params.temperature, top_k, params.top_p, params.min_p
             )
         key = noise_key(params.seed, params.choice, position)
         return self._kernels.gumbel_argmax(logits, ids, params.temperature, key)
+
+
+def _most_tokens(logits: Tensor, params: SamplingParams) -> int:
+    """Return the least of the counts that top-nσ, Min-k and top-k leave; 0 if all are off."""
+    counts = [params.top_k] if params.top_k > 0 else []
+    if params.top_n_sigma > 0:
+        counts.append(num_within_sigma(logits, params.top_n_sigma))
+    if params.min_k > 0:
+        counts.append(num_before_cliff(logits, params.min_k))
+    return min(counts, default=0)

@@ -310,7 +310,8 @@ def _request_of(submit: Submit, vocab_size: int, max_model_len: int) -> Request:
         raise ProtocolError("a token id is outside of the vocabulary", "range")
     if not submit.num_emitted < submit.max_tokens:
         raise ProtocolError("nothing is left to generate", "range")
-    if not (submit.temperature >= 0 and 0 < submit.top_p <= 1 and 0 <= submit.min_p <= 1):
+    not_negative = min(submit.temperature, submit.top_n_sigma, submit.min_k) >= 0
+    if not (not_negative and 0 < submit.top_p <= 1 and 0 <= submit.min_p <= 1):
         raise ProtocolError("a sampling parameter is out of range", "range")
     sampling = SamplingParams(
         max_tokens=submit.max_tokens,
@@ -318,6 +319,8 @@ def _request_of(submit: Submit, vocab_size: int, max_model_len: int) -> Request:
         top_p=submit.top_p,
         top_k=submit.top_k,
         min_p=submit.min_p,
+        top_n_sigma=submit.top_n_sigma,
+        min_k=submit.min_k,
         seed=submit.seed,
         choice=submit.choice,
         stop_token_ids=tuple(tokens[num_known:]),
