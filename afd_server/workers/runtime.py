@@ -205,8 +205,10 @@ def _load(spec: WorkerSpec, endpoint: Endpoint, clock: Clock) -> Worker:
 def _self_test(kernels: Kernels, model: ModelSpec, kv_dtype: torch.dtype) -> None:
     """Try the kernels on the model's shapes; see `check_rows`."""
     hidden, inner = model.hidden_size, model.intermediate_size
-    heads = (model.num_heads, model.num_kv_heads, model.head_dim)
-    check_rows(kernels, [(hidden, hidden), (hidden, inner), (inner, hidden)], heads, kv_dtype)
+    products = [(hidden, hidden), (hidden, inner), (inner, hidden)]
+    for attention in sorted(set(model.attention), key=repr):
+        heads = (attention.num_heads, attention.kv.num_heads, attention.kv.key_dim)
+        check_rows(kernels, products, heads, kv_dtype)
 
 
 def select_kernels(numerics: Numerics) -> Kernels:
