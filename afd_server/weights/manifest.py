@@ -94,9 +94,10 @@ def _hash(path: Path) -> str:
 
 
 def _file_names(directory: Path) -> list[str]:
+    """Return what belongs to the model; a hidden directory holds what was made from it."""
     paths = (path for path in directory.rglob("*") if path.is_file())
     names = (path.relative_to(directory).as_posix() for path in paths)
-    return sorted(name for name in names if name != MANIFEST_NAME)
+    return sorted(name for name in names if name != MANIFEST_NAME and not name.startswith("."))
 
 
 def _read_manifest(directory: Path) -> tuple[str, dict[str, FileEntry]]:

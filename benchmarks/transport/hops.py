@@ -22,7 +22,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from afd_server.core.clock import MonotonicClock
-from afd_server.core.errors import TransportError
 from afd_server.core.topology import Member, Role, Topology
 from afd_server.transport.base import Link
 from afd_server.transport.endpoint import Endpoint, Identity
@@ -33,6 +32,7 @@ from afd_server.transport.zeromq import ZeroMQLink
 HIDDEN = 576  # of the demo model; a row is 2,304 bytes
 ROWS = (1, 16)
 TRANSPORTS = ("zmq", "shm")
+PATIENCE_S = 10.0
 
 
 def topology(directory: str) -> Topology:
@@ -62,15 +62,16 @@ def compute(work_us: int) -> None:
 
 
 def answer(transport: str, directory: str, work_us: int) -> None:
-    """Be the FFN worker until killed."""
+    """Be the FFN worker as long as there is somebody to answer."""
+    parent = os.getppid()
     endpoint = endpoint_of(1, transport, directory)
     print("listening", flush=True)
-    while True:
+    while os.getppid() == parent:
         for received in endpoint.receive(0.25):
             call = received.message
             compute(work_us)
             key = (call.step, call.lane, call.layer, call.part)
-            partial = Combine(*key, received.envelope.epoch, "", call.activations)
+            partial = Combine(*key, received.envelope.epoch, 0, 0, "", call.activations)
             endpoint.send(received.envelope.source, partial)
 
 
@@ -96,16 +97,13 @@ class Pair:
         payload = Payload(DType.FLOAT32, (rows, HIDDEN), bytes(4 * rows * HIDDEN))
         compute(self._work_us)
         began = time.perf_counter()
-        while True:
-            try:
-                self._endpoint.send("ffn", Dispatch(self._step, 0, 0, 0, payload))
-                break
-            except TransportError:  # not connected yet
-                self._endpoint.link.receive(0.01)
-        while True:
+        while not self._endpoint.try_send("ffn", Dispatch(self._step, 0, 0, 0, 0, payload)):
+            self._endpoint.link.receive(0.01)  # not connected yet
+        while time.perf_counter() - began < PATIENCE_S:
             for received in self._endpoint.receive(0.25):
                 assert received.message.step == self._step
                 return time.perf_counter() - began - 1e-6 * self._work_us
+        raise TimeoutError(f"call {self._step} was not answered")
 
     def close(self) -> None:
         self._process.kill()
@@ -170,6 +168,7 @@ def main() -> None:
     if options.answer:
         transport, directory, work_us = options.answer
         answer(transport, directory, int(work_us))
+        return
     runs = []
     for work_us in options.work_us:
         for run in measure(work_us, options.round_trips, options.turns):

@@ -86,6 +86,16 @@ def test_a_note_beside_the_model_does_no_harm(directory):
     verify_manifest(directory)
 
 
+def test_weights_packed_at_an_earlier_start_are_no_part_of_the_model(directory):
+    write_manifest(directory, "org/tiny")
+    digest = model_digest(directory)
+    (directory / ".packed").mkdir()
+    (directory / ".packed" / "0123.safetensors").write_bytes(WEIGHTS)
+    verify_manifest(directory)
+    write_manifest(directory, "org/tiny")
+    assert model_digest(directory) == digest
+
+
 def test_a_directory_without_a_manifest_does_not_verify(directory):
     with pytest.raises(ModelError, match=r"lacks manifest.json"):
         verify_manifest(directory)
