@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from afd_server.core.errors import InvalidRequest
-from afd_server.core.request import SamplingParams
+from afd_server.core.request import GUARD_WINDOWS, SamplingParams
 
 MAX_CHOICES = 8
 MAX_STOP_STRINGS = 16  # OpenAI takes 4; evaluation harnesses send more
@@ -220,6 +220,7 @@ class GenerationRequest(BaseModel):
     min_p: float = Field(default=0.0, ge=0, le=1)
     top_n_sigma: float = Field(default=0.0, ge=0)  # 0 means off; n of arXiv 2411.07641
     min_k: float = Field(default=0.0, ge=0)  # 0 means off; τ of arXiv 2604.11012
+    guard_window: int = Field(default=0, ge=0, lt=GUARD_WINDOWS.stop)  # 0 means off
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     stop: Annotated[
         tuple[str, ...], PlainValidator(_stop, json_schema_input_type=str | list[str])
@@ -245,6 +246,38 @@ class GenerationRequest(BaseModel):
                 raise InvalidRequest(
                     f"{field} {_short(extra[field])} is not supported by this server; "
                     f"leave {field} out",
+                    param=field,
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_what_does_not_go_with_guard(self) -> Self:
+        if self.guard_window == 0:
+            return self
+        if self.guard_window not in GUARD_WINDOWS:
+            raise InvalidRequest(
+                f"guard_window: expected 0 or at least {GUARD_WINDOWS.start}; "
+                f"got {self.guard_window}",
+                param="guard_window",
+            )
+        if self.temperature == 0:
+            raise InvalidRequest(
+                "guard_window: GUARD draws tokens and temperature 0 does not; raise the "
+                "temperature or leave guard_window out",
+                param="guard_window",
+            )
+        filters = (
+            (self.top_p < 1, "top_p"),
+            (self.top_k > 0, "top_k"),
+            (self.min_p > 0, "min_p"),
+            (self.top_n_sigma > 0, "top_n_sigma"),
+            (self.min_k > 0, "min_k"),
+        )
+        for is_set, field in filters:
+            if is_set:
+                raise InvalidRequest(
+                    f"{field}: GUARD chooses the candidates itself; leave {field} or "
+                    "guard_window out",
                     param=field,
                 )
         return self
@@ -337,6 +370,7 @@ def sampling_params(
         min_p=body.min_p,
         top_n_sigma=body.top_n_sigma,
         min_k=body.min_k,
+        guard_window=body.guard_window,
         seed=chosen_seed & (2**63 - 1),
         choice=choice,
         stop_token_ids=tuple(dict.fromkeys((*body.stop_token_ids, *eos))),

@@ -1,8 +1,10 @@
 """What one step of one lane must do, and what came of it."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from afd_server.core.request import FinishReason, SamplingParams
+from afd_server.core.sequence import History
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,7 +13,8 @@ class PlannedSequence:
 
     The tokens sit at positions `start … start + len(token_ids) − 1` and their keys and
     values go to the blocks of `block_ids` (the whole table, block i holding positions
-    i · block_size onwards). `samples` says that the last token's logits give a new token.
+    i · block_size onwards). `samples` says that the last token's logits give a new token;
+    `history` is set if GUARD is to choose it.
     """
 
     key: int
@@ -21,6 +24,7 @@ class PlannedSequence:
     block_ids: tuple[int, ...]
     samples: bool
     sampling: SamplingParams
+    history: History | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +41,27 @@ class StepPlan:
         return sum(len(planned.token_ids) for planned in self.sequences)
 
 
+class Sampled(NamedTuple):
+    """A new token; with GUARD, the entropy of the distribution it was drawn from."""
+
+    token_id: int
+    entropy: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """The sampled tokens of a step: one for each planned sequence with `samples`, in order."""
 
     plan: StepPlan
-    token_ids: tuple[int, ...]
+    tokens: tuple[Sampled, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Emitted:
     """A token to be sent to the gateway; `index` counts the request's tokens from 0.
 
-    `num_cached` is how many tokens of the prompt this attempt found computed.
+    `num_cached` is how many tokens of the prompt this attempt found computed, `entropy` that of
+    the token's distribution, with GUARD.
     """
 
     key: int
@@ -58,3 +70,4 @@ class Emitted:
     token_id: int
     finish: FinishReason | None
     num_cached: int
+    entropy: float | None = None

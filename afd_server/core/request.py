@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+GUARD_WINDOWS = range(2, 65)  # the paper's runs had 7
+
 
 class FinishReason(IntEnum):
     """Why a request ended. The numbers travel on the wire."""
@@ -18,8 +20,9 @@ class SamplingParams:
     """How to choose the next token.
 
     `temperature` 0 means greedy. `top_k` 0, `top_p` 1, `min_p` 0, `top_n_sigma` 0 and
-    `min_k` 0 mean "off"; `min_k` is the τ of Min-k. `seed` is always given: the gateway draws
-    one where the client did not.
+    `min_k` 0 mean "off"; `min_k` is the τ of Min-k. With `guard_window`, unless 0, GUARD chooses
+    the candidates, and no filter does. `seed` is always given: the gateway draws one where the
+    client did not.
     """
 
     max_tokens: int
@@ -29,6 +32,7 @@ class SamplingParams:
     min_p: float = 0.0
     top_n_sigma: float = 0.0
     min_k: float = 0.0
+    guard_window: int = 0
     seed: int = 0
     choice: int = 0
     stop_token_ids: tuple[int, ...] = ()
@@ -41,6 +45,9 @@ class SamplingParams:
         assert 0 <= self.min_p <= 1, f"min_p is {self.min_p}, must be in [0, 1]"
         assert self.top_n_sigma >= 0, f"top_n_sigma is {self.top_n_sigma}, must not be negative"
         assert self.min_k >= 0, f"min_k is {self.min_k}, must not be negative"
+        assert self.guard_window in (0, *GUARD_WINDOWS), (
+            f"guard_window is {self.guard_window}, must be 0 or in {GUARD_WINDOWS}"
+        )
         assert 0 <= self.seed < 2**63, f"seed is {self.seed}, must be in [0, 2^63)"
 
 
@@ -57,8 +64,9 @@ class Request:
     """One choice of one client request; immutable.
 
     `key` is minted by the gateway and unique in its life; `attempt` counts the assignments
-    of this request to attention workers (invariant I4 of docs/protocol.md). Requests share
-    computed blocks only if they have the same `salt`.
+    of this request to attention workers (invariant I4 of docs/protocol.md). With GUARD,
+    `emitted_entropies` has the entropy of each emitted token. Requests share computed blocks
+    only if they have the same `salt`.
     """
 
     key: int
@@ -66,9 +74,14 @@ class Request:
     sampling: SamplingParams
     attempt: int = 1
     emitted_ids: tuple[int, ...] = ()
+    emitted_entropies: tuple[float, ...] = ()
     slo: SLO = field(default_factory=SLO)
     salt: str = ""
 
     def __post_init__(self) -> None:
         assert self.prompt_ids, "a request needs at least one prompt token"
         assert len(self.emitted_ids) < self.sampling.max_tokens, "nothing is left to generate"
+        num_entropies = len(self.emitted_ids) if self.sampling.guard_window else 0
+        assert len(self.emitted_entropies) == num_entropies, (
+            f"{len(self.emitted_entropies)} entropies for {num_entropies} tokens"
+        )

@@ -1,5 +1,6 @@
 """The progress of one request on an attention worker."""
 
+from collections import Counter
 from enum import Enum
 
 from afd_server.core.request import FinishReason, Request
@@ -14,22 +15,37 @@ class SequenceState(Enum):
     FINISHED = "finished"
 
 
+class History:
+    """What GUARD looks back on: how often each token occurred, and the generated ones' entropies.
+
+    Grows with its sequence; whoever samples the next token only reads it.
+    """
+
+    __slots__ = ("counts", "entropies")
+
+    def __init__(self, request: Request) -> None:
+        self.counts = Counter((*request.prompt_ids, *request.emitted_ids))
+        self.entropies = list(request.emitted_entropies)
+
+
 class Sequence:
     """Tokens known, tokens computed, blocks owned.
 
     Owned by one `Scheduler`. `num_computed` counts the tokens whose keys and values are in
     the blocks; the last known token is never computed before it is used to predict the next.
+    `history` is kept for GUARD alone.
     `num_reached` is the most that `num_computed` has been or will be after the step in flight,
     and `num_cached` how many of these others had computed. `chain` names the full blocks.
     """
 
-    __slots__ = ("arrival", "block_ids", "cancelled", "chain", "finish", "num_cached",
+    __slots__ = ("arrival", "block_ids", "cancelled", "chain", "finish", "history", "num_cached",
                  "num_computed", "num_reached", "request", "state", "token_ids")  # fmt: skip
 
     def __init__(self, request: Request, arrival: int) -> None:
         self.request = request
         self.arrival = arrival  # rank in order of arrival: smaller is older
         self.token_ids = [*request.prompt_ids, *request.emitted_ids]
+        self.history = History(request) if request.sampling.guard_window else None
         self.num_computed = 0
         self.num_reached = 0
         self.num_cached = 0
@@ -49,10 +65,14 @@ class Sequence:
         """Return how many tokens were generated so far, over all attempts."""
         return len(self.token_ids) - len(self.request.prompt_ids)
 
-    def append(self, token_id: int) -> None:
-        """Take a sampled token; the sequence is then decoding."""
+    def append(self, token_id: int, entropy: float | None = None) -> None:
+        """Take a sampled token; the sequence is then decoding. Its entropy is there with GUARD."""
         assert self.num_pending == 0, "a token was sampled before all others were computed"
         self.token_ids.append(token_id)
+        if self.history is not None:
+            assert entropy is not None, "GUARD needs every entropy"
+            self.history.counts[token_id] += 1
+            self.history.entropies.append(entropy)
 
     def forget_computed(self) -> list[int]:
         """Give up all blocks (preemption): the sequence waits and will prefill again.

@@ -6,6 +6,7 @@ counts only if it is the next one of the current attempt (I4).
 
 import asyncio
 import logging
+import math
 import secrets
 from dataclasses import dataclass, field
 
@@ -16,7 +17,14 @@ from afd_server.core.topology import Role, Topology
 from afd_server.policy.router import choose_worker
 from afd_server.telemetry.metrics import GatewayMetrics
 from afd_server.transport.endpoint import Endpoint
-from afd_server.transport.messages import TOKEN_COLUMNS, Cancel, DType, TokenChunk, submit_of
+from afd_server.transport.messages import (
+    TOKEN_COLUMNS,
+    Cancel,
+    DType,
+    TokenChunk,
+    bits_float,
+    submit_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +75,7 @@ class JournalEntry:
     heard_s: float  # any sign of life of the present attempt
     asked_s: float | None  # the last submit; None if it could not be sent
     emitted_ids: list[int] = field(default_factory=list)
+    emitted_entropies: list[float] = field(default_factory=list)  # with GUARD
     attempt: int = 0
     fruitless: int = 0  # attempts since the last token
     worker: str | None = None
@@ -144,21 +153,22 @@ class Generations:
         values = memoryview(chunk.rows.data).cast("q")
         for start in range(0, len(values), TOKEN_COLUMNS):
             row = values[start : start + TOKEN_COLUMNS]
-            key, attempt, index, count, token_id, finish, num_cached = row
+            key, attempt, index, count, token_id, finish, num_cached, bits = row
             entry = self._live.get(key)
             if entry is None or (entry.attempt, entry.worker) != (attempt, source):
                 self._metrics.fenced()
                 continue
             if finish not in _FINISHES or not 0 <= num_cached <= len(entry.prompt_ids):
                 raise ProtocolError(f"finish reason {finish}, {num_cached} cached", "range")
+            if not (0 <= bits < 2**32 and math.isfinite(bits_float(bits))):
+                raise ProtocolError(f"{bits} are no bits of a number", "range")
             entry.heard_s = self._clock.now()
             if finish == FinishReason.ERROR:
                 self._fail(entry, WorkerFailed("the attention worker cannot take this request"))
             elif count == 1:
                 ending = FinishReason(finish) if finish else None
-                self._take_token(
-                    entry, index, TokenEvent(entry.choice, token_id, ending, num_cached)
-                )
+                event = TokenEvent(entry.choice, token_id, ending, num_cached)
+                self._take_token(entry, index, event, bits_float(bits))
 
     def follow(self, topology: Topology) -> None:
         """Give requests of lost workers to others, and waiting ones to new workers."""
@@ -185,7 +195,9 @@ class Generations:
             ):
                 self._submit(entry)
 
-    def _take_token(self, entry: JournalEntry, index: int, event: TokenEvent) -> None:
+    def _take_token(
+        self, entry: JournalEntry, index: int, event: TokenEvent, entropy: float
+    ) -> None:
         expected = len(entry.emitted_ids)
         if index < expected:
             self._metrics.fenced()
@@ -196,6 +208,8 @@ class Generations:
             self._assign(entry)
             return
         entry.emitted_ids.append(event.token_id)
+        if entry.sampling.guard_window:
+            entry.emitted_entropies.append(entropy)
         entry.fruitless = 0
         self._time_token(entry)
         if event.finish is not None:
@@ -272,6 +286,7 @@ def _request_of(entry: JournalEntry) -> Request:
         sampling=entry.sampling,
         attempt=entry.attempt,
         emitted_ids=tuple(entry.emitted_ids),
+        emitted_entropies=tuple(entry.emitted_entropies),
         slo=entry.slo,
         salt=entry.salt,
     )

@@ -6,7 +6,7 @@ Knows nothing of tensors, wires or time: it sees sequences, blocks and lanes.
 from collections import deque
 from dataclasses import dataclass
 
-from afd_server.core.batch import Emitted, PlannedSequence, StepPlan, StepResult
+from afd_server.core.batch import Emitted, PlannedSequence, Sampled, StepPlan, StepResult
 from afd_server.core.errors import ConfigError
 from afd_server.core.request import FinishReason, Request
 from afd_server.core.sequence import Sequence, SequenceState
@@ -158,17 +158,17 @@ class Scheduler:
         """
         sequences = self._in_lane.pop(result.plan.lane)
         del self._filling[result.plan.lane]
-        sampled = iter(result.token_ids)
+        sampled = iter(result.tokens)
         emitted = []
         for sequence, planned in zip(sequences, result.plan.sequences, strict=True):
             sequence.state = SequenceState.RUNNING
             sequence.num_computed += len(planned.token_ids)
             self._hand_on(sequence, planned.start)
-            token_id = next(sampled) if planned.samples else None
+            token = next(sampled) if planned.samples else None
             if sequence.cancelled:
                 self._end(sequence, FinishReason.CANCELLED)
-            elif token_id is not None:
-                emitted.append(self._extend(sequence, token_id))
+            elif token is not None:
+                emitted.append(self._extend(sequence, token))
         assert next(sampled, None) is None, "more tokens were sampled than planned"
         return emitted
 
@@ -265,9 +265,9 @@ class Scheduler:
         self._waiting.insert(older, sequence)
         self.num_preemptions += 1
 
-    def _extend(self, sequence: Sequence, token_id: int) -> Emitted:
-        index = sequence.num_emitted
-        sequence.append(token_id)
+    def _extend(self, sequence: Sequence, token: Sampled) -> Emitted:
+        index, (token_id, entropy) = sequence.num_emitted, token
+        sequence.append(token_id, entropy)
         sampling = sequence.request.sampling
         finish = None
         if token_id in sampling.stop_token_ids:
@@ -281,7 +281,7 @@ class Scheduler:
             self._end(sequence, finish)
         request = sequence.request
         num_cached = min(sequence.num_cached, len(request.prompt_ids))
-        return Emitted(request.key, request.attempt, index, token_id, finish, num_cached)
+        return Emitted(request.key, request.attempt, index, token_id, finish, num_cached, entropy)
 
     def _end(self, sequence: Sequence, finish: FinishReason) -> None:
         if sequence.state is SequenceState.WAITING:
@@ -306,4 +306,5 @@ def _planned(sequence: Sequence, num_tokens: int) -> PlannedSequence:
         block_ids=tuple(sequence.block_ids),
         samples=stop == len(sequence.token_ids),
         sampling=sequence.request.sampling,
+        history=sequence.history,
     )

@@ -4,6 +4,7 @@ Fields are ints, floats, short strings and enums; a message ends in at most one 
 """
 
 import array
+import struct
 from dataclasses import dataclass
 from enum import IntEnum
 from math import prod
@@ -55,7 +56,7 @@ class Payload:
 
 
 EMPTY = Payload(DType.NONE, (), b"")
-TOKEN_COLUMNS = 7
+TOKEN_COLUMNS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,8 @@ class Submit:
     """Gateway → attention: generate. Repeating it is harmless and asks for a sign of life.
 
     Only requests with the same `salt` share computed blocks. `tokens` is int32: prompt, then
-    already emitted, then stop token ids. A time of 0 is "no target".
+    already emitted, then with GUARD (`guard_window` above 0) the bits of a float32 for each of
+    these, its entropy, then stop token ids. A time of 0 is "no target".
     """
 
     key: int
@@ -72,6 +74,7 @@ class Submit:
     num_emitted: int
     max_tokens: int
     top_k: int
+    guard_window: int
     seed: int
     choice: int
     temperature: float
@@ -98,8 +101,9 @@ class TokenChunk:
     """Attention → gateway: what one step gave.
 
     `rows` is int64 [n, TOKEN_COLUMNS]: key, attempt, index, number of tokens (0 or 1), token id,
-    finish reason (0: goes on), prompt tokens that this attempt found computed. A row without
-    token and finish only says that the attempt is alive.
+    finish reason (0: goes on), prompt tokens that this attempt found computed, and with GUARD
+    the bits of the entropy as a float32, else 0. A row without token and finish only says that
+    the attempt is alive.
     """
 
     rows: Payload
@@ -207,6 +211,7 @@ def submit_of(request: Request) -> Submit:
     sampling = request.sampling
     ids = array.array("i", request.prompt_ids)
     ids.extend(request.emitted_ids)
+    ids.frombytes(array.array("f", request.emitted_entropies).tobytes())
     ids.extend(sampling.stop_token_ids)
     return Submit(
         key=request.key,
@@ -215,6 +220,7 @@ def submit_of(request: Request) -> Submit:
         num_emitted=len(request.emitted_ids),
         max_tokens=sampling.max_tokens,
         top_k=sampling.top_k,
+        guard_window=sampling.guard_window,
         seed=sampling.seed,
         choice=sampling.choice,
         temperature=sampling.temperature,
@@ -227,3 +233,14 @@ def submit_of(request: Request) -> Submit:
         salt=request.salt,
         tokens=Payload(DType.INT32, (len(ids),), ids.tobytes()),
     )
+
+
+def float_bits(value: float) -> int:
+    """Return a float32 as an integer for a token row."""
+    return int.from_bytes(struct.pack("<f", value), "little")
+
+
+def bits_float(bits: int) -> float:
+    """Return what `float_bits` was given; `bits` is in [0, 2^32)."""
+    (value,) = struct.unpack("<f", bits.to_bytes(4, "little"))
+    return float(value)

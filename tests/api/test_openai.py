@@ -142,6 +142,10 @@ def test_what_is_neutral_may_depend_on_the_endpoint():
         ("top_n_sigma", float("inf")),
         ("min_k", -3),
         ("min_k", "3"),
+        ("guard_window", -1),
+        ("guard_window", 1),
+        ("guard_window", 65),
+        ("guard_window", 7.5),
         ("top_k", -2),
         ("top_k", 1.5),
         ("seed", 2**64),
@@ -227,6 +231,17 @@ def test_sampling_follows_the_request():
     assert params.stop_token_ids == (5, 2)
     params = sampling(chat(top_n_sigma=1, min_k=3))
     assert (params.top_n_sigma, params.min_k) == (1, 3)
+    assert sampling(chat(guard_window=7, top_p=1, top_k=-1)).guard_window == 7
+
+
+@pytest.mark.parametrize(
+    "other", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"top_n_sigma": 1}, {"min_k": 3}]
+)
+def test_guard_goes_with_no_filter_and_not_with_greedy(other):
+    wrong = refusal(chat, guard_window=7, **other)
+    assert wrong.param == next(iter(other))
+    assert "GUARD chooses" in str(wrong)
+    assert refusal(chat, guard_window=7, temperature=0).param == "guard_window"
 
 
 @pytest.mark.parametrize(("top_k", "effective"), [(-1, 0), (0, 0), (10**30, 10)])

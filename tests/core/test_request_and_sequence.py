@@ -21,6 +21,7 @@ GREEDY = SamplingParams(max_tokens=4, temperature=0.0)
         ("min_p", [-0.1, 1.1], [0, 1]),
         ("top_n_sigma", [-0.1], [0, 1.0, 9.5]),
         ("min_k", [-0.1], [0, 3.0, 100.0]),
+        ("guard_window", [-1, 1, 65], [0, 2, 64]),
         ("seed", [-1, 2**63], [0, 2**63 - 1]),
     ],
 )
@@ -41,6 +42,20 @@ def test_a_request_with_all_its_tokens_is_over():
     assert Request(1, (5,), GREEDY, emitted_ids=(6, 6, 6))
     with pytest.raises(AssertionError, match="nothing is left"):
         Request(1, (5,), GREEDY, emitted_ids=(6, 6, 6, 6))
+
+
+def test_with_guard_a_request_has_an_entropy_for_each_emitted_token():
+    guarded = SamplingParams(max_tokens=4, guard_window=2)
+    for params, entropies in [(guarded, ()), (GREEDY, (0.5,))]:
+        with pytest.raises(AssertionError, match="entropies for"):
+            Request(1, (5,), params, emitted_ids=(6,), emitted_entropies=entropies)
+    request = Request(1, (5, 6), guarded, emitted_ids=(6,), emitted_entropies=(0.5,))
+    sequence = Sequence(request, arrival=0)
+    sequence.num_computed = 3
+    sequence.append(9, entropy=1.5)
+    assert sequence.history.counts == {5: 1, 6: 2, 9: 1}
+    assert sequence.history.entropies == [0.5, 1.5]
+    assert Sequence(Request(1, (5,), GREEDY), arrival=0).history is None
 
 
 def test_a_request_begins_with_its_first_attempt_and_no_targets():

@@ -19,7 +19,16 @@ from afd_server.gateway.generation import (
     TokenEvent,
 )
 from afd_server.telemetry.metrics import GatewayMetrics
-from afd_server.transport.messages import TOKEN_COLUMNS, Cancel, DType, Payload, Submit, TokenChunk
+from afd_server.transport.messages import (
+    TOKEN_COLUMNS,
+    Cancel,
+    DType,
+    Payload,
+    Submit,
+    TokenChunk,
+    bits_float,
+    float_bits,
+)
 
 WORKERS = [Member(Role.ATTENTION, slot, f"w{slot}", "", "f") for slot in range(2)]
 
@@ -51,8 +60,10 @@ class Bench:
         self.events = asyncio.Queue()
         self.key = self.start(max_tokens)
 
-    def start(self, max_tokens=5):
-        sampling = SamplingParams(max_tokens=max_tokens, seed=4, stop_token_ids=(2,))
+    def start(self, max_tokens=5, guard_window=0):
+        sampling = SamplingParams(
+            max_tokens=max_tokens, seed=4, stop_token_ids=(2,), guard_window=guard_window
+        )
         return self.generations.start(0, (7, 8, 9), sampling, SLO(), "tenant", self.events)
 
     def chunk(self, *rows, source="w0"):
@@ -60,8 +71,10 @@ class Bench:
         payload = Payload(DType.INT64, (len(rows), TOKEN_COLUMNS), values.tobytes())
         self.generations.take(source, TokenChunk(payload))
 
-    def token(self, index, token_id, *, attempt=1, finish=0, source="w0", key=None, cached=0):
-        self.chunk((key or self.key, attempt, index, 1, token_id, finish, cached), source=source)
+    def token(self, index, token_id, *, attempt=1, finish=0, source="w0", key=None, cached=0,
+              bits=0):  # fmt: skip
+        row = (key or self.key, attempt, index, 1, token_id, finish, cached, bits)
+        self.chunk(row, source=source)
 
     def heard(self):
         return [self.events.get_nowait() for _ in range(self.events.qsize())]
@@ -144,7 +157,7 @@ def test_a_sign_of_life_counts_as_news_but_is_no_token():
     bench = Bench()
     bench.endpoint.take()
     bench.clock.advance(ASK_AGAIN_AFTER_S * 0.9)
-    bench.chunk((bench.key, 1, 0, 0, 0, 0, 0))
+    bench.chunk((bench.key, 1, 0, 0, 0, 0, 0, 0))
     bench.clock.advance(ASK_AGAIN_AFTER_S * 0.9)
     bench.generations.ask_again()
     assert bench.endpoint.take() == []
@@ -195,7 +208,7 @@ def test_a_request_that_waits_long_with_signs_of_life_is_left_alone():
     bench = Bench()
     for _ in range(300):
         bench.clock.advance(1.0)
-        bench.chunk((bench.key, 1, 0, 0, 0, 0, 0))
+        bench.chunk((bench.key, 1, 0, 0, 0, 0, 0, 0))
         bench.generations.ask_again()
     assert bench.heard() == []
     assert bench.generations.num_live == 1
@@ -224,6 +237,28 @@ def test_more_found_computed_than_the_prompt_has_is_refused(cached):
     bench = Bench()
     with pytest.raises(ProtocolError):
         bench.token(0, 50, cached=cached)
+
+
+def test_with_guard_the_entropies_are_journalled_and_sent_again():
+    bench = Bench(*WORKERS)
+    bench.generations.abandon(bench.key, "abort")
+    bench.key = bench.start(guard_window=4)
+    bench.token(0, 50, bits=float_bits(1.5))
+    bench.token(1, 51, bits=float_bits(0.1))
+    bench.endpoint.topology = Topology(2, WORKERS[1:])
+    bench.generations.follow(bench.endpoint.topology)
+    submit = bench.endpoint.take()[-1][1]
+    assert submit.guard_window == 4
+    ids = ids_of(submit)
+    assert (ids[:5], ids[7:]) == ([7, 8, 9, 50, 51], [2])
+    assert [bits_float(bits) for bits in ids[5:7]] == [1.5, bits_float(float_bits(0.1))]
+
+
+@pytest.mark.parametrize("bits", [-1, 2**32, float_bits(float("nan")), float_bits(float("inf"))])
+def test_an_entropy_that_is_no_number_is_refused(bits):
+    bench = Bench()
+    with pytest.raises(ProtocolError):
+        bench.token(0, 50, bits=bits)
 
 
 def test_an_unknown_finish_reason_is_refused():
@@ -304,7 +339,7 @@ def test_after_three_unanswered_submits_another_worker_takes_over():
 def test_a_request_the_worker_refuses_fails_alone():
     bench = Bench()
     other = bench.start()
-    bench.chunk((bench.key, 1, 0, 0, 0, FinishReason.ERROR, 0))
+    bench.chunk((bench.key, 1, 0, 0, 0, FinishReason.ERROR, 0, 0))
     (event,) = bench.heard()
     assert isinstance(event, FailureEvent)
     assert bench.generations.num_live == 1

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from afd_server.core.batch import Emitted, StepPlan, StepResult
+from afd_server.core.batch import Emitted, Sampled, StepPlan, StepResult
 from afd_server.core.errors import ConfigError
 from afd_server.core.request import FinishReason, Request, SamplingParams
 from afd_server.policy.scheduler import Scheduler, SchedulerConfig
@@ -42,7 +42,7 @@ def request(key, num_prompt=5, max_tokens=4, attempt=1, emitted=(), first=100):
 
 
 def result_of(plan, token=1):
-    return StepResult(plan, tuple(token for planned in plan.sequences if planned.samples))
+    return StepResult(plan, tuple(Sampled(token) for planned in plan.sequences if planned.samples))
 
 
 def run_alone(scheduler, token=1, lane=0) -> list[Emitted]:
@@ -307,7 +307,7 @@ class Harness:
             for position, slot in enumerate(self.slots(planned, 0)):
                 self.memory[slot] = (req.salt, *ids[: position + 1])
             if planned.samples:
-                sampled.append(next_token(ids))
+                sampled.append(Sampled(next_token(ids)))
         for emitted in self.scheduler.commit(StepResult(plan, tuple(sampled))):
             self.take(emitted)
         self.check_blocks()

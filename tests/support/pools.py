@@ -17,6 +17,7 @@ from afd_server.transport.messages import (
     Cancel,
     TokenChunk,
     TopologyUpdate,
+    bits_float,
     submit_of,
 )
 from afd_server.transport.shm import SharedMemoryLink
@@ -92,6 +93,7 @@ class Pools:
         self.endpoints: dict[str, Endpoint] = {}
         self.epoch = 0
         self.tokens: dict[int, list[int]] = {}
+        self.entropies: dict[int, list[float]] = {}  # with GUARD
         self.finish: dict[int, int] = {}
         self.cached: dict[int, int] = {}
         self.alive_rows = 0
@@ -195,12 +197,15 @@ class Pools:
 
     def _submit_again(self, request: Request, slot: int) -> None:
         known = self.tokens.setdefault(request.key, [])
-        self.submit(replace(request, emitted_ids=tuple(known)), slot)
+        entropies = self.entropies.get(request.key, []) if request.sampling.guard_window else []
+        again = replace(request, emitted_ids=tuple(known), emitted_entropies=tuple(entropies))
+        self.submit(again, slot)
 
     def _take(self, chunk: TokenChunk) -> None:
         values = memoryview(bytes(chunk.rows.data)).cast("q")
         for start in range(0, len(values), TOKEN_COLUMNS):
-            key, _, index, count, token, finish, cached = values[start : start + TOKEN_COLUMNS]
+            row = values[start : start + TOKEN_COLUMNS]
+            key, _, index, count, token, finish, cached, bits = row
             if count == 0:
                 self.alive_rows += finish == 0
                 if finish:
@@ -214,6 +219,7 @@ class Pools:
                     self.cancel(key)
                 continue
             known.append(token)
+            self.entropies.setdefault(key, []).append(bits_float(bits))
             if finish:
                 self.finish[key] = finish
 

@@ -56,9 +56,9 @@ DISPATCH = Dispatch(
 )
 COMBINE = Combine(7, 1, 2, 0, 3, 0, 0, "", Payload(DType.FLOAT32, (2, 3), bytes(range(24))))
 SUBMIT = Submit(
-    key=1, attempt=1, num_prompt=2, num_emitted=0, max_tokens=8, top_k=0, seed=9, choice=0,
-    temperature=0.7, top_p=1.0, min_p=0.0, top_n_sigma=1.0, min_k=3.0, ttft_s=0.5, tpot_s=0.05,
-    salt="tenant", tokens=Payload(DType.INT32, (2,), bytes(8)),
+    key=1, attempt=1, num_prompt=2, num_emitted=0, max_tokens=8, top_k=0, guard_window=7, seed=9,
+    choice=0, temperature=0.7, top_p=1.0, min_p=0.0, top_n_sigma=1.0, min_k=3.0, ttft_s=0.5,
+    tpot_s=0.05, salt="tenant", tokens=Payload(DType.INT32, (2,), bytes(8)),
 )  # fmt: skip
 TOPOLOGY = Topology(
     4,
@@ -91,7 +91,7 @@ def payloads(draw):
 
 any_payload = payloads() | st.just(EMPTY)
 messages = st.one_of(
-    st.builds(Submit, *[numbers] * 8, *[reals] * 7, words, any_payload),
+    st.builds(Submit, *[numbers] * 9, *[reals] * 7, words, any_payload),
     st.builds(Cancel, numbers, numbers),
     st.builds(TokenChunk, any_payload),
     st.builds(LoadReport, *[numbers] * 14, any_payload),
@@ -303,7 +303,7 @@ def test_only_a_string_is_a_string(position, item):
 
 @pytest.mark.parametrize("item", [0.7, 1, "8 bytes.", b"", bytes(7), bytes(9), None], ids=repr)
 def test_only_eight_bytes_are_a_float(item):
-    refused(changed(SUBMIT, {OWN + 8: item}), "type")
+    refused(changed(SUBMIT, {OWN + 9: item}), "type")
 
 
 @pytest.mark.parametrize("message", [CANCEL, SUBMIT, DISPATCH])
@@ -353,7 +353,7 @@ def test_an_integer_outside_63_bits_is_refused(position, value):
 @pytest.mark.parametrize("field", range(5))
 def test_a_float_that_is_no_number_is_refused(field, value):
     assert "finite" in refused(
-        changed(SUBMIT, {OWN + 8 + field: struct.pack("<d", value)}), "range"
+        changed(SUBMIT, {OWN + 9 + field: struct.pack("<d", value)}), "range"
     )
 
 

@@ -8,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afd_server.core.request import SamplingParams
+from afd_server.core.request import Request, SamplingParams
+from afd_server.core.sequence import History
 from afd_server.kernels.cpu import available_builds, native_kernels
+from afd_server.kernels.guard import entropy, guard_step
 from afd_server.kernels.reference import REFERENCE
 from afd_server.kernels.sampling import gumbel_noise, noise_key
 from afd_server.workers.attention.sampler import Sampler
@@ -20,8 +22,13 @@ LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0, -1.0, 2.5])
 
 
 @pytest.fixture(params=KERNELS)
-def sample(request):
-    return Sampler(KERNELS[request.param]).sample
+def sampler(request):
+    return Sampler(KERNELS[request.param])
+
+
+@pytest.fixture
+def sample(sampler):
+    return sampler.sample
 
 
 def draw(sample, count=4000, **params):
@@ -80,6 +87,29 @@ def test_min_k_leaves_what_is_before_the_cliff_but_no_fewer_than_tau_over_the_ra
 
 def test_filters_apply_together(sample):
     assert set(draw(sample, top_k=3, min_p=math.exp(-0.6), top_p=0.999)) == {1, 5}
+
+
+def test_guard_draws_from_its_candidates_each_damped_for_every_occurrence(sampler):
+    """Against the distribution of the published formula, in frequencies."""
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(8)) * 2
+    favourite = int(logits.argmax())
+    params = SamplingParams(max_tokens=9, seed=3, guard_window=3, temperature=1.5)
+    history = History(Request(1, (favourite, 4), params, 1, (favourite, 9), (3.0, 2.0)))
+    now = entropy(logits, 1.5)
+    step = guard_step([3.0, 2.0, now], 3, 50)
+    expected = torch.softmax(logits.double() / 1.5, 0)
+    candidates = expected.topk(step.num_candidates).indices
+    for token, times in {favourite: 2, 4: 1, 9: 1}.items():
+        expected[token] *= step.penalty**times
+    kept = torch.zeros(50, dtype=torch.float64)
+    kept[candidates] = expected[candidates] / expected[candidates].sum()
+    drawn = [sampler.sample_guarded(logits, params, position, history) for position in range(4000)]
+    assert {token.entropy for token in drawn} == {now}
+    counts = Counter(token.token_id for token in drawn)
+    for token, share in enumerate(kept.tolist()):
+        assert counts[token] / 4000 == pytest.approx(
+            share, abs=5 * math.sqrt(share * (1 - share) / 4000)
+        )
 
 
 @pytest.mark.parametrize("build", BUILDS)

@@ -354,6 +354,25 @@ def test_a_stop_token_ends_a_request_before_max_tokens(monolith):
     assert pools.finish[1] == FinishReason.STOP
 
 
+def test_guard_gives_the_same_tokens_in_any_batch_after_preemption_and_in_a_new_attempt():
+    params = SamplingParams(max_tokens=24, seed=5, guard_window=4)
+    guarded = Request(1, (7, 8, 9, 7), params)
+    alone = Pools(tiny_llama()[0])
+    (tokens,), entropies = alone.run([guarded]), alone.entropies[1]
+    assert len(set(entropies)) == 24
+    crowd = [Request(2 + i, (3 + i,) * 40, SamplingParams(max_tokens=30)) for i in range(4)]
+    crowded = Pools(tiny_llama()[0], kv_cache_bytes=150_000, max_model_len=192)
+    assert crowded.run([*crowd, guarded])[-1] == tokens
+    assert crowded.workers[crowded.attention()].load(0).preemptions > 0
+    for num_emitted in (1, 2, 11, 23):
+        emitted = (tuple(tokens[:num_emitted]), tuple(entropies[:num_emitted]))
+        other = Pools(tiny_llama()[0])
+        other.submit(Request(1, guarded.prompt_ids, params, 2, *emitted))
+        while 1 not in other.finish:
+            other.turn()
+        assert other.tokens[1] == tokens
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -365,6 +384,9 @@ def test_a_stop_token_ends_a_request_before_max_tokens(monolith):
         {"min_p": 1.5},
         {"top_n_sigma": -1.0},
         {"min_k": -1.0},
+        {"guard_window": 1, "temperature": 1.0},
+        {"guard_window": 7, "temperature": 0.0},
+        {"guard_window": 7, "temperature": 1.0, "num_emitted": 1},
         {"max_tokens": 0},
         {"tokens": Payload(DType.INT32, (1,), (10**6).to_bytes(4, "little"))},
         {"tokens": Payload(DType.INT64, (1,), bytes(8))},

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from afd_server.core.batch import StepPlan, StepResult
+from afd_server.core.batch import PlannedSequence, Sampled, StepPlan, StepResult
 from afd_server.core.stage import StageId
 from afd_server.kernels.table import KVLayer
 from afd_server.models.base import AttentionHalf, FFNCall
@@ -56,10 +56,13 @@ class Lane:
         assert self._plan is not None
         return StageId(self._plan.step, self.index, call.layer), call
 
-    def _sample_all(self, plan: StepPlan, logits: Tensor) -> tuple[int, ...]:
+    def _sample_all(self, plan: StepPlan, logits: Tensor) -> tuple[Sampled, ...]:
         """Sample each row of [rows, vocab] for the sequence that asked for it, in plan order."""
         sampling = [planned for planned in plan.sequences if planned.samples]
-        return tuple(
-            self._sampler.sample(row, planned.sampling, planned.start + len(planned.token_ids))
-            for row, planned in zip(logits, sampling, strict=True)
-        )
+        return tuple(map(self._sample, logits, sampling))
+
+    def _sample(self, logits: Tensor, planned: PlannedSequence) -> Sampled:
+        params, position = planned.sampling, planned.start + len(planned.token_ids)
+        if planned.history is None:
+            return Sampled(self._sampler.sample(logits, params, position))
+        return self._sampler.sample_guarded(logits, params, position, planned.history)

@@ -1,8 +1,14 @@
-"""Logits to tokens, as a pure function of the request and the position."""
+"""Logits to tokens, as a pure function of the request, the position and, with GUARD, its past."""
 
+import math
+
+import torch
 from torch import Tensor
 
+from afd_server.core.batch import Sampled
 from afd_server.core.request import SamplingParams
+from afd_server.core.sequence import History
+from afd_server.kernels.guard import REACH, entropy, guard_step
 from afd_server.kernels.sampling import noise_key, num_before_cliff, num_within_sigma
 from afd_server.kernels.table import Kernels
 
@@ -35,6 +41,29 @@ class Sampler:
             )
         key = noise_key(params.seed, params.choice, position)
         return self._kernels.gumbel_argmax(logits, ids, params.temperature, key)
+
+    def sample_guarded(
+        self, logits: Tensor, params: SamplingParams, position: int, history: History
+    ) -> Sampled:
+        """Choose the token at `position` as GUARD does.
+
+        Drawn from as many of the most probable tokens as GUARD says, each less probable by the
+        penalty for every time it has occurred, the prompt included.
+
+        Args:
+            logits: [vocab] float32.
+            params: of the request; the temperature is above 0.
+            position: index of the new token in its sequence, prompt included.
+            history: of the tokens before it.
+        """
+        temperature, now = params.temperature, entropy(logits, params.temperature)
+        step = guard_step([*history.entropies[-REACH:], now], params.guard_window, len(logits))
+        ids = self._kernels.select(logits, temperature, step.num_candidates, 1.0, 0.0)
+        counts = torch.tensor([history.counts[token_id] for token_id in ids.tolist()])
+        damped = logits.clone()
+        damped[ids] += counts * (temperature * math.log(step.penalty))
+        key = noise_key(params.seed, params.choice, position)
+        return Sampled(self._kernels.gumbel_argmax(damped, ids, temperature, key), now)
 
 
 def _most_tokens(logits: Tensor, params: SamplingParams) -> int:

@@ -4,6 +4,7 @@ One synchronous object driven by `workers.runtime`: messages in, one piece of wo
 """
 
 import logging
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
@@ -14,7 +15,7 @@ from torch import Tensor
 from afd_server.core.batch import Emitted, StepResult
 from afd_server.core.clock import Clock
 from afd_server.core.errors import ProtocolError
-from afd_server.core.request import SLO, FinishReason, Request, SamplingParams
+from afd_server.core.request import GUARD_WINDOWS, SLO, FinishReason, Request, SamplingParams
 from afd_server.core.stage import StageId
 from afd_server.core.topology import Role
 from afd_server.models.base import AttentionHalf, FFNCall
@@ -30,6 +31,7 @@ from afd_server.transport.messages import (
     Payload,
     Submit,
     TokenChunk,
+    float_bits,
 )
 from afd_server.workers.attention.kv_store import KVStore
 from afd_server.workers.attention.lanes import Lane, Outcome
@@ -238,7 +240,7 @@ class AttentionWorker:
         """Commit and report a step whose sampling began at `begin_s`."""
         plan, record = result.plan, self._timeline.record
         stage = StageId(plan.step, lane.index, 0)
-        record(EventKind.SAMPLE, begin_s, self._clock.now(), stage, len(result.token_ids))
+        record(EventKind.SAMPLE, begin_s, self._clock.now(), stage, len(result.tokens))
         self._report(self._scheduler.commit(result))
         record(EventKind.STEP, lane.begun_s, self._clock.now(), stage, plan.num_tokens)
         self._runnable.append(lane)
@@ -249,11 +251,13 @@ class AttentionWorker:
             request = _request_of(submit, self._vocab_size, self._max_model_len)
         except ProtocolError as error:  # fails this request alone
             log.warning("refused request %d: %s", submit.key, error)
-            self._send_rows(gateway, [(submit.key, submit.attempt, 0, 0, 0, FinishReason.ERROR, 0)])
+            self._send_rows(
+                gateway, [(submit.key, submit.attempt, 0, 0, 0, FinishReason.ERROR, 0, 0)]
+            )
             return
         self._scheduler.submit(request)
         self._owners[request.key, request.attempt] = gateway
-        self._send_rows(gateway, [(request.key, request.attempt, 0, 0, 0, 0, 0)])
+        self._send_rows(gateway, [(request.key, request.attempt, 0, 0, 0, 0, 0, 0)])
         self._wake_idle()
 
     def _cancel(self, key: int, attempt: int) -> None:
@@ -279,6 +283,7 @@ class AttentionWorker:
                 token.token_id,
                 token.finish or 0,
                 token.num_cached,
+                0 if token.entropy is None else float_bits(token.entropy),
             )
             by_gateway.setdefault(owner, []).append(row)
             if token.finish is not None:
@@ -301,18 +306,27 @@ def _request_of(submit: Submit, vocab_size: int, max_model_len: int) -> Request:
     """
     counts = (submit.num_prompt, submit.num_emitted)
     num_known = sum(counts)
+    num_all = num_known + (submit.num_emitted if submit.guard_window else 0)  # with entropies
     if submit.tokens.dtype is not DType.INT32 or len(submit.tokens.shape) != 1:
         raise ProtocolError("the tokens are no row of int32", "dtype")
     tokens = memoryview(submit.tokens.data).cast("B").cast("i")
-    if not 1 <= submit.num_prompt <= num_known <= len(tokens) or num_known >= max_model_len:
+    if (
+        not 1 <= submit.num_prompt <= num_known <= num_all <= len(tokens)
+        or num_known >= max_model_len
+    ):
         raise ProtocolError(f"{counts} of {len(tokens)} tokens", "range")
-    if not all(0 <= token < vocab_size for token in tokens):
+    ids, stop_ids = tokens[:num_known], tokens[num_all:]
+    entropies = tuple(tokens[num_known:num_all].cast("B").cast("f"))
+    if not all(0 <= token < vocab_size for token in (*ids, *stop_ids)):
         raise ProtocolError("a token id is outside of the vocabulary", "range")
     if not submit.num_emitted < submit.max_tokens:
         raise ProtocolError("nothing is left to generate", "range")
     not_negative = min(submit.temperature, submit.top_n_sigma, submit.min_k) >= 0
     if not (not_negative and 0 < submit.top_p <= 1 and 0 <= submit.min_p <= 1):
         raise ProtocolError("a sampling parameter is out of range", "range")
+    can_guard = submit.guard_window in GUARD_WINDOWS and submit.temperature > 0
+    if not ((submit.guard_window == 0 or can_guard) and all(map(math.isfinite, entropies))):
+        raise ProtocolError("GUARD with these parameters and entropies", "range")
     sampling = SamplingParams(
         max_tokens=submit.max_tokens,
         temperature=submit.temperature,
@@ -321,15 +335,17 @@ def _request_of(submit: Submit, vocab_size: int, max_model_len: int) -> Request:
         min_p=submit.min_p,
         top_n_sigma=submit.top_n_sigma,
         min_k=submit.min_k,
+        guard_window=submit.guard_window,
         seed=submit.seed,
         choice=submit.choice,
-        stop_token_ids=tuple(tokens[num_known:]),
+        stop_token_ids=tuple(stop_ids),
     )
     return Request(
         key=submit.key,
         attempt=submit.attempt,
-        prompt_ids=tuple(tokens[: submit.num_prompt]),
-        emitted_ids=tuple(tokens[submit.num_prompt : num_known]),
+        prompt_ids=tuple(ids[: submit.num_prompt]),
+        emitted_ids=tuple(ids[submit.num_prompt :]),
+        emitted_entropies=entropies,
         sampling=sampling,
         slo=SLO(submit.ttft_s or None, submit.tpot_s or None),
         salt=submit.salt,
