@@ -585,7 +585,7 @@ def test_random_bytes_are_refused(header, data, with_crc):
 EXAMPLES = [
     SUBMIT,
     CANCEL,
-    TokenChunk(Payload(DType.INT64, (1, 7), bytes(56))),
+    TokenChunk(Payload(DType.INT64, (1, 8), bytes(64))),
     LoadReport(*range(14), Payload(DType.UINT8, (1, 40), bytes(40))),
     DISPATCH,
     Combine(7, 1, 2, 0, 3, 0, 0, "", Payload(DType.FLOAT32, (2, 3), bytes(24))),
