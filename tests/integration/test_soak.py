@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SETTINGS = (tiny_llama()[0], "--launcher", "local", "--kv-cache-mb", 1)  # 85 blocks of 16 tokens
 NUM_CLIENTS = 32
 NUM_WARM_UP, NUM_REQUESTS = 1_000, 10_000
+TIMELINE_BYTES = 16 * 2**20  # the gateway fills its last 30 s of timeline only during the run
 MOST_GROWTH_BYTES = 4 * 2**20  # of a process: 0.4 KiB a request, less than a journal entry
 
 
@@ -62,7 +63,9 @@ def test_ten_thousand_short_requests_leave_no_memory_sockets_or_blocks_behind(sh
         after = idle_facts(server)
         assert after.keys() == before.keys(), "a process was replaced"
         for pid, (rss, num_fds, num_threads) in after.items():
-            assert rss - before[pid][0] < MOST_GROWTH_BYTES, psutil.Process(pid).cmdline()
+            command = psutil.Process(pid).cmdline()
+            allowed = MOST_GROWTH_BYTES + ("gateway" in command) * TIMELINE_BYTES
+            assert rss - before[pid][0] < allowed, command
             assert num_fds <= before[pid][1] + 2, psutil.Process(pid).cmdline()
             assert num_threads <= before[pid][2]
         assert server.http.get("/health").json() == {"status": "ok"}
