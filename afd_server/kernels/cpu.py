@@ -24,6 +24,7 @@ LIBRARIES = Path(__file__).parent / "native"
 COLUMNS = 16  # output channels interleaved in a packed block, as kernels.cpp has it
 
 WeightFormat = Literal["int8", "float32", "bfloat16"]
+_DTYPES = {"int8": torch.int8, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # What each build needs of the CPU, best first.
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -89,7 +90,7 @@ def native_kernels(weights: WeightFormat, build: str | None = None) -> Kernels:
         row_format=RowFormat(torch.uint8, quantised_row_bytes)
         if quantised
         else RowFormat(torch.float32, lambda width: width),
-        pack=pack_native_int8 if quantised else _pack_float(getattr(torch, weights)),
+        pack=pack_native_int8 if quantised else _pack_float(_DTYPES[weights]),
         pack_parts=("blocks", "scales", "num_rows") if quantised else ("blocks", "num_rows"),
         dump=_dump,
         unpack=_unpack,

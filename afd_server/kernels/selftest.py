@@ -20,7 +20,7 @@ KEYS = 40  # two tiles of native attention and a part
 def check_rows(
     kernels: Kernels,
     products: Iterable[tuple[int, int]],
-    heads: tuple[int, int, int],
+    heads: Iterable[tuple[int, int, int]],
     kv_dtype: torch.dtype,
 ) -> None:
     """Compute 1 … 33 rows together and compare each with the same row of all 33.
@@ -28,7 +28,7 @@ def check_rows(
     Args:
         kernels: to be tried.
         products: (in, out) of the model's linear layers.
-        heads: query heads, key/value heads and head size.
+        heads: query heads, key/value heads and head size of each kind of attention.
         kv_dtype: of keys and values.
 
     Raises:
@@ -48,15 +48,16 @@ def check_rows(
             return kernels.linear(kernels.add_norm(rows, None, norm, 1e-5)[1], weight)
 
         _compare(f"{kernels.name} product {width} x {columns}", multiply, x)
-    num_heads, num_kv_heads, head_dim = heads
-    shape = (1, num_kv_heads, 64, head_dim)
-    layer = KVLayer(draw(*shape).to(kv_dtype), draw(*shape).to(kv_dtype))
+    for num_heads, num_kv_heads, head_dim in heads:
+        shape = (1, num_kv_heads, 64, head_dim)
+        layer = KVLayer(draw(*shape).to(kv_dtype), draw(*shape).to(kv_dtype))
 
-    def attend(query: Tensor) -> Tensor:
-        plan = plan_paged_rows([PagedRun(KEYS - MOST_ROWS, query.shape[0], [0])])
-        return kernels.paged_attention(query, layer, plan)
+        def attend(query: Tensor, layer: KVLayer = layer) -> Tensor:
+            plan = plan_paged_rows([PagedRun(KEYS - MOST_ROWS, query.shape[0], [0])])
+            return kernels.paged_attention(query, layer, plan)
 
-    _compare(f"{kernels.name} attention", attend, draw(MOST_ROWS, num_heads, head_dim))
+        query = draw(MOST_ROWS, num_heads, head_dim)
+        _compare(f"{kernels.name} attention of heads of {head_dim}", attend, query)
 
 
 def _compare(name: str, kernel: Callable[[Tensor], Tensor], rows: Tensor) -> None:

@@ -8,8 +8,7 @@ Each text gives one window of tokens; the model predicts every token of it from 
 import argparse
 import json
 import math
-import platform
-import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,6 +28,9 @@ from afd_server.workers.attention.kv_store import KVStore
 from afd_server.workers.config import Numerics
 from afd_server.workers.runtime import select_kernels
 from afd_server.workers.tensors import TORCH_DTYPES, row_dtype
+
+sys.path.append(str(Path(__file__).parents[1]))
+from facts import environment
 
 EXACT = Numerics("native", "float32", "float32")
 OTHERS = {
@@ -98,13 +100,14 @@ def main() -> None:
     for name, by_text in scores.items():
         print(name, *(f"{t} {p:.3f} ({p / exact[t] - 1:+.2%})" for t, p in by_text.items()))
     if options.output:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        facts = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit,
-                 "machine": platform.processor() or platform.machine(),
-                 "tokens": options.tokens, "perplexity": scores}  # fmt: skip
-        options.output.write_text(json.dumps(facts, indent=1) + "\n")
+        result = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "environment": environment(),
+            "tokens": options.tokens,
+            "skipped": options.skip,
+            "perplexity": scores,
+        }
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

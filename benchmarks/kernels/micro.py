@@ -6,9 +6,9 @@ python benchmarks/kernels/micro.py --output result.json
 import argparse
 import ctypes
 import json
-import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +21,9 @@ from afd_server.kernels.cpu import available_builds, native_kernels
 from afd_server.kernels.reference import PagedRun, plan_paged_rows, rope_table
 from afd_server.kernels.sampling import noise_key
 from afd_server.kernels.table import Kernels, KVLayer
+
+sys.path.append(str(Path(__file__).parents[1]))
+from facts import environment
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 576, 1536, 9, 3, 64, 49152
 PRODUCTS = {
@@ -155,15 +158,13 @@ def main() -> None:
         results[f"rows {rows}"] = row_kernels(int8, rows)
         print(rows, "rows:", {k: round(v, 1) for k, v in row_kernels(int8, rows).items()}, "us")
     if options.output:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        model = next(
-            (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")), platform.machine())  # fmt: skip
-        facts = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit,
-                 "cpu": model, "build": options.build or available_builds()[0]}  # fmt: skip
-        options.output.write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")
+        result = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "environment": environment(),
+            "build": options.build or available_builds()[0],
+            "results": results,
+        }
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

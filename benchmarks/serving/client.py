@@ -7,14 +7,9 @@ No prompt is sent twice, so that no cache of prefixes can help.
 import asyncio
 import itertools
 import json
-import os
-import platform
 import random
 import resource
-import subprocess
 import time
-from importlib.metadata import version
-from pathlib import Path
 
 import httpx
 
@@ -134,25 +129,3 @@ def show(run: dict) -> None:
     name = f"c={run['max_concurrency']}" if "max_concurrency" in run else f"r={run['request_rate']}"
     print(name, "  ".join(f"{key} {run[key]:.4g}" for key in keys if key in run),
           *run.get("errors", ()), flush=True)  # fmt: skip
-
-
-def environment() -> dict:
-    """Return what figures depend on: hardware, versions, commit."""
-    model = next(
-        (line.split(":", 1)[1].strip()
-         for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-         if line.startswith("model name")),
-        platform.processor(),
-    )  # fmt: skip
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "ray": version("ray"),
-        "commit": commit.stdout.strip(),
-    }

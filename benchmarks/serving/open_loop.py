@@ -16,7 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
-from client import Workload, environment, measure, send, show
+from client import Workload, measure, send, show
+
+sys.path.append(str(Path(__file__).parents[1]))
+from facts import environment
 
 
 async def measure_all(options: argparse.Namespace) -> list[dict]:

@@ -32,9 +32,12 @@ from pathlib import Path
 
 import httpx
 import psutil
-from client import Workload, environment, measure, send, show
+from client import Workload, measure, send, show
 
 from afd_server.config import ENV_PREFIX, process_environment
+
+sys.path.append(str(Path(__file__).parents[1]))
+from facts import environment
 
 RESULTS = Path(__file__).parents[1] / "results"
 READY = re.compile(r"^ready: (\S+) .*\n", re.MULTILINE)

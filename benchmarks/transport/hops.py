@@ -11,7 +11,6 @@ be woken.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,9 @@ from afd_server.transport.endpoint import Endpoint, Identity
 from afd_server.transport.messages import Combine, Dispatch, DType, Payload
 from afd_server.transport.shm import SharedMemoryLink
 from afd_server.transport.zeromq import ZeroMQLink
+
+sys.path.append(str(Path(__file__).parents[1]))
+from facts import environment
 
 HIDDEN = 576  # of the demo model; a row is 2,304 bytes
 ROWS = (1, 16)
@@ -136,24 +138,6 @@ def measure(work_us: int, rounds: int, turns: int) -> list[dict]:
         }
         for (name, rows), taken in times.items()
     ]
-
-
-def environment() -> dict:
-    model = next(
-        (line.split(":", 1)[1].strip()
-         for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-         if line.startswith("model name")),
-        platform.processor(),
-    )  # fmt: skip
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-    }
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ KERNELS = [
     reference(torch.bfloat16),
     *(native_kernels(w, b) for b in available_builds() for w in ("int8", "float32", "bfloat16")),
 ]
-PRODUCTS, HEADS = [(576, 96), (96, 576)], (9, 3, 64)
+PRODUCTS, HEADS = [(576, 96), (96, 576)], [(9, 3, 64), (8, 1, 32)]
 
 
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.name)
@@ -38,5 +38,5 @@ def test_so_is_such_an_attention():
         return out + 1e-6 * (query.shape[0] == 2)
 
     broken = replace(REFERENCE, paged_attention=attention)
-    with pytest.raises(ConfigError, match="attention gives a row other bits among 2 rows"):
+    with pytest.raises(ConfigError, match="heads of 64 gives a row other bits among 2 rows"):
         check_rows(broken, PRODUCTS, HEADS, torch.float32)

@@ -11,9 +11,9 @@ import pytest
 
 from afd_server.core.request import Request, SamplingParams
 from afd_server.core.topology import FFNParallel
-from afd_server.workers.attention.sampler import Sampler
 from afd_server.workers.config import Numerics
 from support.checkpoints import tiny_llama
+from support.logits import record_logits
 from support.pools import Pools
 
 NATIVE = Numerics("native", "int8", "bfloat16")
@@ -92,30 +92,30 @@ def population(rng: random.Random, size: int = 60) -> list[Request]:
     return requests
 
 
-class Recorder:
-    """Digests of all logits that are sampled from, by seed and position."""
+class Runs:
+    """Runs requests in pools and writes down what each gave."""
 
     def __init__(self, monkeypatch):
-        self.digests: dict[tuple[int, int], str] = {}
-        original = Sampler.sample
+        self._logits = record_logits(monkeypatch)
+        self.num_preemptions = self.num_hit_tokens = 0
 
-        def sample(sampler, logits, params, position):
-            digest = hashlib.blake2b(logits.numpy().tobytes(), digest_size=8).hexdigest()
-            self.digests[params.seed, position] = digest
-            return original(sampler, logits, params, position)
-
-        monkeypatch.setattr(Sampler, "sample", sample)
-
-    def run(self, company: Company, requests: list[Request]) -> tuple[list[Outcome], int]:
-        """Return what each request gave, and the preemptions on the way."""
-        pools, outcomes = company.pools(), []
+    def outcomes(self, company: Company, requests: list[Request]) -> list[Outcome]:
+        self._logits.clear()
+        pools = company.pools()
         tokens = pools.run(requests, [r.key % company.num_attention for r in requests])
-        for request, ids in zip(requests, tokens, strict=True):
-            start = len(request.prompt_ids)
-            seed = request.sampling.seed
-            outcomes.append((ids, [self.digests[seed, start + i] for i in range(len(ids))]))
-        loads = [w.load(0) for name, w in pools.workers.items() if name.startswith("attention")]
-        return outcomes, sum(load.preemptions for load in loads)
+        for name, worker in pools.workers.items():
+            if name.startswith("attention"):
+                load = worker.load(0)
+                self.num_preemptions += load.preemptions
+                self.num_hit_tokens += load.hit_tokens
+        return [
+            (ids, [self._digest(request, step) for step in range(len(ids))])
+            for request, ids in zip(requests, tokens, strict=True)
+        ]
+
+    def _digest(self, request: Request, step: int) -> str:
+        logits = self._logits[request.sampling.seed, len(request.prompt_ids) + step]
+        return hashlib.blake2b(logits.numpy().tobytes(), digest_size=8).hexdigest()
 
 
 @pytest.fixture
@@ -124,22 +124,24 @@ def num_comparisons(pytestconfig):
 
 
 def test_company_changes_no_bit(num_comparisons, pytestconfig, monkeypatch):
-    rng, recorder = random.Random(20250727), Recorder(monkeypatch)
+    rng, runs = random.Random(20250727), Runs(monkeypatch)
     requests = population(rng)
     alone: dict[tuple[int, int], Outcome] = {}
-    compared = preempted = 0
-    while compared < num_comparisons:
+    num_compared = 0
+    while num_compared < num_comparisons:
         company = any_company(rng)
         chosen = rng.sample(requests, rng.randint(1, 32))
         for request in chosen:
             if (request.key, company.num_parts) not in alone:
                 single = replace(ALONE, num_ffn=company.num_parts)
-                alone[request.key, company.num_parts] = recorder.run(single, [request])[0][0]
-        outcomes, preemptions = recorder.run(company, chosen)
-        for request, outcome in zip(chosen, outcomes, strict=True):
+                (alone[request.key, company.num_parts],) = runs.outcomes(single, [request])
+        for request, outcome in zip(chosen, runs.outcomes(company, chosen), strict=True):
             assert outcome == alone[request.key, company.num_parts], f"{request} in {company}"
-        compared += len(chosen)
-        preempted += preemptions
-    assert preempted > 0, "no round was tight enough to preempt"
+        num_compared += len(chosen)
+    assert runs.num_preemptions > 0, "no round was tight enough to preempt"
+    assert runs.num_hit_tokens > 0, "no round found a prefix computed"
     reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
-    reporter.write_line(f"{compared} comparisons, 0 differences, {preempted} preemptions")
+    reporter.write_line(
+        f"{num_compared} comparisons, 0 differences; on the way {runs.num_preemptions} "
+        f"preemptions and {runs.num_hit_tokens} tokens found computed"
+    )

@@ -9,9 +9,9 @@ import torch
 from afd_server.core.request import Request, SamplingParams
 from afd_server.core.topology import FFNParallel, Role
 from afd_server.transport.inproc import Faults
-from afd_server.workers.attention.sampler import Sampler
 from afd_server.workers.config import Numerics
 from support.checkpoints import tiny_llama
+from support.logits import record_logits
 from support.pools import Pools
 
 TINY_KV_BYTES = 10 * 16 * 768  # 10 blocks: two sequences at most
@@ -19,16 +19,7 @@ TINY_KV_BYTES = 10 * 16 * 768  # 10 blocks: two sequences at most
 
 @pytest.fixture
 def logits_of(monkeypatch):
-    """Every row of logits that a worker samples from, by (seed of the request, position)."""
-    recorded: dict[tuple[int, int], torch.Tensor] = {}
-
-    def record(sampler, logits, params, position):
-        recorded[params.seed, position] = logits.clone()
-        return original(sampler, logits, params, position)
-
-    original = Sampler.sample
-    monkeypatch.setattr(Sampler, "sample", record)
-    return recorded
+    return record_logits(monkeypatch)
 
 
 def prompts_that_begin_alike(count=8, seed=5):

@@ -28,6 +28,7 @@ from afd_server.workers.runtime import select_kernels
 from afd_server.workers.tensors import TORCH_DTYPES, row_dtype
 from support.checkpoints import tiny_llama
 from support.families import WRITERS, family
+from support.logits import record_logits
 from support.pools import EXACT, Pools, ipc_links, shm_links, tcp_links
 
 TOPOLOGIES = [(1, 1), (2, 1), (1, 2), (2, 2)]
@@ -90,20 +91,9 @@ def monolith():
     return Monolith()
 
 
-def record_logits(pools: Pools) -> list[torch.Tensor]:
-    """Have every attention worker's logits written down in order."""
-    recorded: list[torch.Tensor] = []
-    for worker in pools.workers.values():
-        model = getattr(worker, "_model", None)
-        if hasattr(model, "logits"):
-
-            def logits(hidden, rows, inner=model.logits):
-                result = inner(hidden, rows)
-                recorded.extend(result)
-                return result
-
-            model.logits = logits
-    return recorded
+@pytest.fixture
+def logits_of(monkeypatch):
+    return record_logits(monkeypatch)
 
 
 def links(kind, tmp_path):
@@ -114,38 +104,24 @@ def links(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["inproc", "ipc", "tcp", "shm"])
 @pytest.mark.parametrize(("num_attention", "num_ffn"), TOPOLOGIES)
 def test_logits_of_the_split_model_are_the_monoliths(
-    kind, num_attention, num_ffn, monolith, tmp_path
+    kind, num_attention, num_ffn, monolith, logits_of, tmp_path
 ):
     pools = Pools(
         tiny_llama()[0], num_attention=num_attention, num_ffn=num_ffn, link=links(kind, tmp_path)
     )
-    recorded = record_logits(pools)
     try:
         for number, request in enumerate(make_requests(3)):
             expected_tokens, expected_logits = monolith.generate(request)
-            recorded.clear()
+            logits_of.clear()
             tokens = pools.run([request], [number % num_attention])[0]
             assert tokens == expected_tokens
-            gap = (torch.stack(recorded) - torch.stack(expected_logits)).abs().max()
+            got = torch.stack(list(logits_of.values()))
+            gap = (got - torch.stack(expected_logits)).abs().max()
             assert gap <= 1e-5
             if num_ffn == 1:
                 assert gap == 0  # the same parts in the same order: the same bits
     finally:
         pools.close()
-
-
-@pytest.fixture
-def logits_of(monkeypatch):
-    """Every row of logits that a worker samples from, by (seed of the request, position)."""
-    recorded: dict[tuple[int, int], torch.Tensor] = {}
-
-    def record(sampler, logits, params, position):
-        recorded[params.seed, position] = logits.clone()
-        return original(sampler, logits, params, position)
-
-    original = Sampler.sample
-    monkeypatch.setattr(Sampler, "sample", record)
-    return recorded
 
 
 def assert_company_changes_nothing(pools, num_attention, requests, monolith, logits_of):
