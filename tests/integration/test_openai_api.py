@@ -304,12 +304,13 @@ def test_clients_that_leave_while_queued_are_forgotten(server):
 
     queued = [{**LONG, "prompt": [[k] * 290], "max_tokens": 200} for k in range(5, 15)]
 
+    async def keep_asking(http, body):
+        while True:  # the worker reports twice a second, and may be done sooner
+            await http.post("/v1/completions", json=body, timeout=60)
+
     async def leave_all():
         async with httpx.AsyncClient(base_url=server.url) as http:
-            asked = [
-                asyncio.create_task(http.post("/v1/completions", json=body, timeout=60))
-                for body in queued
-            ]
+            asked = [asyncio.create_task(keep_asking(http, body)) for body in queued]
             await asyncio.to_thread(
                 server.wait_for, lambda: server.status()["workers"][0]["load"]["waiting"] > 0
             )

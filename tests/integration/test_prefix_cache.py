@@ -120,6 +120,7 @@ def test_operators_see_queries_hits_and_cached_blocks(server):
     for _ in range(3):
         ask(server, prompt)
     server.wait_for(lambda: figures()[0] >= before[0] + 120)
+    server.wait_for(server.all_blocks_free)  # the last request was counted when it was planned
     queries, hits, *for_all = figures()
     assert hits >= before[1] + 64
     assert for_all == [queries, hits]
