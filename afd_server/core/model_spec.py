@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any  # Any: values of a stranger's JSON, checked field by field
+from typing import Any, Literal  # Any: values of a stranger's JSON, checked field by field
 
 from afd_server.core.attention_spec import (
     AttentionSpec,
@@ -27,6 +27,8 @@ _ATTENTION: dict[str, Callable[[Config], tuple[AttentionSpec, ...]]] = {
 }
 
 SUPPORTED_MODEL_TYPES = tuple(_ATTENTION)
+
+LoadFormat = Literal["auto", "dummy"]  # a checkpoint's weights, or random ones
 
 
 @dataclass(frozen=True, slots=True)
