@@ -24,6 +24,7 @@ import yaml
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from afd_server.core.errors import ConfigError
+from afd_server.core.model_spec import LoadFormat
 
 ENV_PREFIX = "AFD_"
 
@@ -49,6 +50,10 @@ class ServeConfig:
     model: str = _setting(
         "smollm2-135m-instruct", "a Hugging Face model directory, or a name that `pull` knows"
     )
+    load_format: LoadFormat = _setting(
+        "auto", "dummy: random weights instead of the model's, for load tests; a directory with "
+        "config.json is enough"
+    )  # fmt: skip
     attention_workers: int = _setting(1, "workers with the attention half")
     ffn_workers: int = _setting(
         1, "workers with the FFN half; 0: the attention workers hold it too (colocated)"

@@ -61,7 +61,7 @@ def run_server(config: ServeConfig) -> int:
     # SystemExit is what Ray's own handlers turn a signal into while it starts
     with contextlib.suppress(_Stopped, SystemExit), contextlib.ExitStack() as cleanup:
         listener = cleanup.enter_context(_listener(config))
-        directory = resolve(config.model, config.cache_directory)
+        directory = _model_directory(config)
         stop.raises_at_once = False
         plan = _Plan(config, directory, read_model_spec(directory))
         runtime_dir = cleanup.enter_context(_runtime_directory())
@@ -134,7 +134,7 @@ class _Plan:
         self._directory = directory.resolve()
         self.supervisor = new_incarnation()
         self.gateway = new_incarnation()
-        self.digest = model_digest(directory)
+        self.digest = model_digest(directory, config.load_format)
         self.model_name = config.served_model_name or self._directory.name
         self.max_model_len = config.max_model_len or model.max_position
         self.numerics = _resolve_numerics(config)
@@ -189,6 +189,7 @@ class _Plan:
             with_crc=self.with_crc,
             shutdown_timeout_s=config.shutdown_timeout_s,
             log_level=config.log_level,
+            load_format=config.load_format,
         )
 
     def _worker_spec(
@@ -218,6 +219,7 @@ class _Plan:
                 prefix_caching=config.prefix_caching,
             ),
             ffn=FFNConfig(self.parallel, self.num_parts),
+            load_format=config.load_format,
         )
 
     def _check(self, model: ModelSpec) -> None:
@@ -281,6 +283,18 @@ class _Plan:
                 "a Ray cluster may place workers on other hosts, which ipc does not reach; "
                 "use --data-transport tcp"
             )
+
+
+def _model_directory(config: ServeConfig) -> Path:
+    if config.load_format == "auto":
+        return resolve(config.model, config.cache_directory)
+    directory = Path(config.model)
+    if not directory.is_dir():
+        raise ConfigError(
+            f"load_format is dummy, which needs a directory with config.json; {config.model!r} is "
+            "no directory"
+        )
+    return directory
 
 
 def _resolve_numerics(config: ServeConfig) -> Numerics:

@@ -23,6 +23,7 @@ from afd_server.core.errors import ConfigError
 # Another value than the default for every setting, as a file would hold it.
 OTHERS = {
     "model": "/models/other",
+    "load_format": "dummy",
     "attention_workers": 3,
     "ffn_workers": 2,
     "ffn_parallel": "replicate",

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any  # Any: values of a stranger's JSON, checked field by field
+from typing import Any, Literal  # Any: values of a stranger's JSON, checked field by field
 
 from afd_server.core.attention_spec import (
     AttentionSpec,
@@ -27,6 +27,8 @@ _ATTENTION: dict[str, Callable[[Config], tuple[AttentionSpec, ...]]] = {
 }
 
 SUPPORTED_MODEL_TYPES = tuple(_ATTENTION)
+
+LoadFormat = Literal["auto", "dummy"]  # a checkpoint's weights, or random ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +121,7 @@ def _refuse_unsupported(config: Config) -> None:
     refuse_unless(config, "mlp_bias", None, False)
     refuse_unless(config, "hidden_act", "silu")
     _refuse_experts(config)
-    if config.get("quantization_config"):
-        raise ModelError(
-            "config.json: quantization_config is not supported; give an unquantised checkpoint"
-        )
+    _refuse_quantisation(config.get("quantization_config") or {})
 
 
 def _refuse_experts(config: Config) -> None:
@@ -132,6 +131,26 @@ def _refuse_experts(config: Config) -> None:
             f"config.json: moe_layers_enum {config.get('moe_layers_enum')!r} is not supported; "
             "expected '', layers without experts"
         )
+
+
+def _refuse_quantisation(quantisation: object) -> None:
+    """Accept float8 weights with a factor for each block; which tensors are, their files say."""
+    wanted: dict[str, tuple[object, ...]] = {
+        "quant_method": ("fp8",),
+        "weight_block_size": ([128, 128],),
+        "fmt": ("e4m3", None),
+        "activation_scheme": ("dynamic", None),
+    }
+    if not isinstance(quantisation, dict):
+        raise ModelError(
+            f"config.json: quantization_config is {quantisation!r}, expected a JSON object"
+        )
+    for field, supported in wanted.items() if quantisation else ():
+        if quantisation.get(field) not in supported:
+            raise ModelError(
+                f"config.json: quantization_config.{field} {quantisation.get(field)!r} is not "
+                f"supported; expected {supported[0]!r}"
+            )
 
 
 def _max_position(config: Config) -> int:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from afd_server.core.model_spec import LoadFormat
+
 
 @dataclass(frozen=True, slots=True)
 class GatewaySpec:
@@ -21,6 +23,7 @@ class GatewaySpec:
             workers suffice.
         shutdown_timeout_s: how long running requests may go on after a stop signal.
         log_level: of the logging module.
+        load_format: `dummy` makes do without a tokenizer.
     """
 
     incarnation: str
@@ -39,6 +42,7 @@ class GatewaySpec:
     with_crc: bool
     shutdown_timeout_s: float
     log_level: str
+    load_format: LoadFormat = "auto"
 
     @property
     def model_directory(self) -> Path:

@@ -10,6 +10,7 @@ from afd_server.core.clock import Clock, MonotonicClock
 from afd_server.core.errors import ProtocolError, WorkerFailed
 from afd_server.core.model_spec import read_model_spec
 from afd_server.core.topology import Member, Role
+from afd_server.gateway.byte_codec import byte_codec
 from afd_server.gateway.config import GatewaySpec
 from afd_server.gateway.generation import Generations
 from afd_server.gateway.pool_view import PoolView
@@ -48,7 +49,7 @@ class Service:
         self._spec = spec
         clock = clock or MonotonicClock()
         model = read_model_spec(spec.model_directory)
-        self.codec = TextCodec.load(spec.model_directory)
+        self.codec = _codec(spec, model.vocab_size)
         self.model_name = spec.served_model_name
         self.eos_token_ids = model.eos_token_ids
         self.vocab_size = model.vocab_size
@@ -201,3 +202,9 @@ class Service:
             kv_usage=1 - free / blocks if blocks else 0.0,
             preemptions=sum(r.preemptions for r in reports),
         )
+
+
+def _codec(spec: GatewaySpec, vocab_size: int) -> TextCodec:
+    if spec.load_format == "dummy" and not (spec.model_directory / "tokenizer.json").is_file():
+        return byte_codec(vocab_size)
+    return TextCodec.load(spec.model_directory)

@@ -1,5 +1,8 @@
 """Reads safetensors checkpoints one tensor at a time.
 
+A float8 tensor `X` with factors `X_scale_inv` beside it is multiplied by them: which tensors of a
+checkpoint are quantised is seen from the tensors, not from config.json.
+
 Knows nothing of what a tensor is for; models say which names and shapes they want.
 """
 
@@ -11,7 +14,16 @@ from torch import Tensor
 
 from afd_server.core.errors import ModelError
 from afd_server.core.model_spec import read_json
+from afd_server.weights.block_fp8 import (
+    BLOCK,
+    FP8,
+    dequantise,
+    scale_name,
+    scale_part,
+    scale_shape,
+)
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -36,7 +48,7 @@ class Checkpoint:
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return the whole tensor; `ModelError` if it is missing or of another shape."""
-        return self._slice(name, shape, (slice(None),))
+        return self._slice(name, shape, ())
 
     def read_rows(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
         """Return rows start … stop − 1; errors as for `read`."""
@@ -44,9 +56,22 @@ class Checkpoint:
 
     def read_columns(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
         """Return columns start … stop − 1; errors as for `read`."""
-        return self._slice(name, shape, (slice(None), slice(start, stop)))
+        return self._slice(name, shape, (slice(0, shape[0]), slice(start, stop)))
 
     def _slice(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> Tensor:
+        """Return a part of a tensor; the dimensions that `part` does not name are whole."""
+        part += tuple(slice(0, length) for length in shape[len(part) :])
+        tensor = self._stored(name, shape, part)
+        if tensor.dtype is FP8:
+            rank = len(shape)
+            scales = self._stored(scale_name(name), scale_shape(shape), scale_part(part, rank))
+            offsets = (piece.start % BLOCK for piece in part[-2:])
+            return dequantise(tensor, scales, *offsets).to(self._dtype)
+        # clone: a tensor of the right dtype would else keep the file's mapping alive
+        return tensor.to(self._dtype).clone(memory_format=torch.contiguous_format)
+
+    def _stored(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> Tensor:
+        """Return a part of a tensor as it is in its file, which it keeps mapped."""
         path = self._files.get(name)
         if path is None:
             raise ModelError(
@@ -61,10 +86,9 @@ class Checkpoint:
                     f"config.json says {list(shape)}"
                 )
             tensor: Tensor = view[part]
-            if not tensor.is_floating_point():
+            if tensor.dtype not in FLOATS and not (tensor.dtype is FP8 and tensor.dim() > 1):
                 raise ModelError(f"{path.name}: tensor {name} is {tensor.dtype}, expected floats")
-            # clone: a tensor of the right dtype would else keep the file's mapping alive
-            return tensor.to(self._dtype).clone(memory_format=torch.contiguous_format)
+            return tensor
 
 
 def _find_tensors(directory: Path) -> dict[str, Path]:

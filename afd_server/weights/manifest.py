@@ -10,10 +10,11 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 
 from afd_server.core.errors import ModelError
-from afd_server.core.model_spec import read_json
+from afd_server.core.model_spec import LoadFormat, read_json
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
+DUMMY_SEED = 0  # of the random weights of load format `dummy`
 
 # 64 bits: two models of one cluster meet by chance once in 2^64, and it fits a log line.
 _DIGEST_HEX_CHARS = 16
@@ -65,20 +66,22 @@ def verify_manifest(directory: Path) -> None:
         _check_hash(directory / name, entry, source)
 
 
-def model_digest(directory: Path) -> str:
+def model_digest(directory: Path, load_format: LoadFormat = "auto") -> str:
     """Name the content of a model directory in 16 hex characters.
 
     With a manifest the digest covers the name and hash of every file. Without one, it covers
     config.json, the name, size and header of each *.safetensors and the size of tokenizer.json:
     hashing terabytes at every start is too slow, while shapes, dtypes and sizes already tell
-    models of one family apart. Fine-tunes of one model may then share a digest.
+    models of one family apart. Fine-tunes of one model may then share a digest. Of random
+    weights it covers config.json and the seed, which decide over them.
 
     Raises:
         ModelError: a needed file is missing or damaged.
     """
     digest = sha256()
-    parts = _manifest_parts if (directory / MANIFEST_NAME).is_file() else _header_parts
-    for part in parts(directory):
+    has_manifest = (directory / MANIFEST_NAME).is_file()
+    parts = _manifest_parts if has_manifest else _header_parts
+    for part in _dummy_parts(directory) if load_format == "dummy" else parts(directory):
         # The length keeps "ab" + "c" apart from "a" + "bc".
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:_DIGEST_HEX_CHARS]
@@ -141,11 +144,18 @@ def _manifest_parts(directory: Path) -> list[bytes]:
     return [part.encode() for name in sorted(files) for part in (name, files[name].sha256)]
 
 
+def _dummy_parts(directory: Path) -> list[bytes]:
+    return [_existing(directory / "config.json").read_bytes(), b"dummy", str(DUMMY_SEED).encode()]
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ModelError(f"{path.parent} lacks {path.name}, which every model directory has")
+    return path
+
+
 def _header_parts(directory: Path) -> list[bytes]:
-    config, tokenizer = directory / "config.json", directory / "tokenizer.json"
-    for path in (config, tokenizer):
-        if not path.is_file():
-            raise ModelError(f"{directory} lacks {path.name}, which every model directory has")
+    config, tokenizer = (_existing(directory / f"{kind}.json") for kind in ("config", "tokenizer"))
     parts = [config.read_bytes(), str(tokenizer.stat().st_size).encode()]
     for path in sorted(directory.glob("*.safetensors")):
         parts += [path.name.encode(), str(path.stat().st_size).encode(), _header_bytes(path)]

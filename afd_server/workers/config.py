@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
+from afd_server.core.model_spec import LoadFormat
 from afd_server.core.topology import FFNParallel, Role
 
 
@@ -66,6 +67,7 @@ class WorkerSpec:
         compute_threads: of tensor operations; more threads than owned cores slow everything.
         transport: between workers: `zmq`, or `shm` for shared memory beside it.
         with_crc: whether frames carry checksums.
+        load_format: where the weights come from.
     """
 
     role: Role
@@ -82,6 +84,7 @@ class WorkerSpec:
     with_crc: bool
     attention: AttentionConfig
     ffn: FFNConfig
+    load_format: LoadFormat = "auto"
 
     @property
     def name(self) -> str:

@@ -37,7 +37,8 @@ from afd_server.transport.messages import (
 from afd_server.transport.shm import SharedMemoryLink
 from afd_server.transport.zeromq import ZeroMQLink
 from afd_server.weights.checkpoint import Checkpoint
-from afd_server.weights.manifest import model_digest
+from afd_server.weights.dummy import DummyWeights
+from afd_server.weights.manifest import DUMMY_SEED, model_digest
 from afd_server.weights.packed import PackedWeights, pack_path
 from afd_server.workers.attention.colocated import ColocatedFFN
 from afd_server.workers.attention.ffn_client import FFNClient
@@ -187,7 +188,7 @@ def _heartbeat(
 
 
 def _load(spec: WorkerSpec, endpoint: Endpoint, clock: Clock) -> Worker:
-    found = model_digest(spec.model_directory)
+    found = model_digest(spec.model_directory, spec.load_format)
     if found != spec.model_digest:
         raise ModelError(
             f"{spec.model_path} holds model {found}, the server serves {spec.model_digest}; "
@@ -318,10 +319,12 @@ def build_ffn_worker(
 
 
 def _weights(spec: WorkerSpec, kernels: Kernels) -> PackedWeights:
-    """Return the weights of this worker's part, from the checkpoint or from an earlier start."""
-    directory = spec.model_directory
+    """Return this worker's weights: from the checkpoint, from an earlier start, or random ones."""
+    directory, dtype = spec.model_directory, row_dtype(spec.numerics)
+    if spec.load_format == "dummy":
+        return PackedWeights(DummyWeights(dtype, DUMMY_SEED), kernels, None)
     path = None
     if spec.numerics.kernels == "native":  # the reference keeps tensors as the checkpoint does
         part = (spec.role.name, spec.ffn.parallel.name, spec.part, spec.ffn.num_parts)
         path = pack_path(directory, spec.model_digest, kernels.name, part)
-    return PackedWeights(Checkpoint(directory, row_dtype(spec.numerics)), kernels, path)
+    return PackedWeights(Checkpoint(directory, dtype), kernels, path)

@@ -219,8 +219,34 @@ def test_what_our_layers_do_may_be_said():
     assert parse(attention_bias=False, mlp_bias=None, hidden_act="silu", quantization_config=None)
 
 
-def test_a_quantised_checkpoint_is_refused():
-    refused("quantization_config", "unquantised", quantization_config={"quant_method": "gptq"})
+BLOCK_FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+def test_a_block_fp8_checkpoint_has_the_shape_of_an_unquantised_one():
+    spoken = {"fmt": "e4m3", "activation_scheme": "dynamic", "modules_to_not_convert": ["lm_head"]}
+    for quantisation in (BLOCK_FP8, BLOCK_FP8 | spoken, {}, None):
+        assert parse(quantization_config=quantisation) == parse()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("quant_method", "gptq", "'fp8'"),
+        ("quant_method", None, "'fp8'"),
+        ("weight_block_size", None, "[128, 128]"),
+        ("weight_block_size", [64, 128], "[128, 128]"),
+        ("fmt", "e5m2", "'e4m3'"),
+        ("activation_scheme", "static", "'dynamic'"),
+    ],
+)
+def test_another_quantisation_is_refused_by_its_field(field, value, expected):
+    quantisation = BLOCK_FP8 | {field: value}
+    words = (f"quantization_config.{field} {value!r}", f"expected {expected}")
+    refused(*words, quantization_config=quantisation)
+
+
+def test_a_quantisation_that_is_no_object_is_refused():
+    refused("quantization_config is 'fp8'", "JSON object", quantization_config="fp8")
 
 
 @pytest.mark.parametrize(
