@@ -26,7 +26,6 @@ struct KVHead {  // one key/value head of one sequence
   const int64_t* blocks;
   int block_bits;  // log2 of the block size
   int64_t block_stride, head_dim;
-  bool is_cold;  // its keys and values were not read a moment ago
 
   // Where a position's key is; its value is as far from `values`.
   int64_t at(int64_t position) const {
@@ -36,7 +35,6 @@ struct KVHead {  // one key/value head of one sequence
 
   // The hardware does not know which block comes next.
   void prefetch(int64_t at, int head_dim) const {
-    if (!is_cold) return;
     for (int i = 0; i < head_dim; i += 64 / static_cast<int>(sizeof(KV))) {
       __builtin_prefetch(keys + at + i);
       __builtin_prefetch(values + at + i);
@@ -171,8 +169,12 @@ int32_t attend_all(const float* query, int64_t heads, int64_t head_dim, const KV
   for (int64_t sequence = 0; sequence < s.count; sequence++) {
     for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++) {
       const int64_t at = kv_head * block_size * head_dim;
-      KVHead<KV> kv{keys + at,  values + at, s.block_tables + sequence * s.table_width,
-                    block_bits, kv_heads * block_size * head_dim, head_dim, true};
+      const KVHead<KV> kv{keys + at,
+                          values + at,
+                          s.block_tables + sequence * s.table_width,
+                          block_bits,
+                          kv_heads * block_size * head_dim,
+                          head_dim};
       queries.clear();
       for (int64_t row = s.row_starts[sequence]; row < s.row_starts[sequence + 1]; row++) {
         const int64_t stop = s.num_keys[row];
@@ -187,7 +189,6 @@ int32_t attend_all(const float* query, int64_t heads, int64_t head_dim, const KV
         const int64_t done = attend_any(head_dim, count - at, kv, queries.data() + at, scale);
         if (done == 0) return 0;
         at += done;
-        kv.is_cold = false;
       }
     }
   }
