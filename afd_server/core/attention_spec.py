@@ -3,6 +3,7 @@
 Knows nothing of tensors, nor of the rest of the model.
 """
 
+import math
 from dataclasses import dataclass
 
 from afd_server.core.config_fields import Config, integer, number, refuse_unless
@@ -29,11 +30,30 @@ class KVShape:
 
 
 @dataclass(frozen=True, slots=True)
+class YarnSpec:
+    """How a model was stretched to `factor` times its original context (YaRN, arXiv 2309.00071).
+
+    Attributes:
+        original_max_position: the context before.
+        beta_fast, beta_slow: pairs that turn at least `beta_fast` times in it are left alone,
+            those that turn at most `beta_slow` times are slowed by the whole factor.
+        magnitude: multiplies what is rotated.
+    """
+
+    factor: float
+    original_max_position: int
+    beta_fast: float
+    beta_slow: float
+    magnitude: float
+
+
+@dataclass(frozen=True, slots=True)
 class RopeSpec:
     """How queries and keys are rotated: `dim` elements, by angles that fall from 1 to 1/theta."""
 
     dim: int
     theta: float
+    yarn: YarnSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +92,34 @@ class MFASpec:
         return KVShape(1, self.head_dim, self.head_dim, self.reuses_keys)
 
 
-AttentionSpec = GQASpec | MFASpec
+@dataclass(frozen=True, slots=True)
+class MLASpec:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    Attributes:
+        query_rank: elements between the two query projections.
+        latent_dim: of what keys and values of all heads are made of.
+        plain_dim: elements of a head's query and key that are not rotated.
+        value_dim: elements of a head's value.
+        rope: of the rest of each query, and of a key that all heads share.
+        scale: of the scores.
+    """
+
+    num_heads: int
+    query_rank: int
+    latent_dim: int
+    plain_dim: int
+    value_dim: int
+    rope: RopeSpec
+    scale: float
+
+    @property
+    def kv(self) -> KVShape:
+        """Return what is cached: the latent, which is key and value, and the rotated key."""
+        return KVShape(1, self.latent_dim + self.rope.dim, self.latent_dim, value_in_key=True)
+
+
+AttentionSpec = GQASpec | MFASpec | MLASpec
 
 
 def parse_llama(config: Config) -> tuple[AttentionSpec, ...]:
@@ -102,8 +149,25 @@ def parse_step3_text(config: Config) -> tuple[AttentionSpec, ...]:
         num_heads=integer(config, "num_attention_heads"),
         head_dim=head_dim,
         query_rank=integer(config, "share_q_dim"),
-        rope=RopeSpec(head_dim, _rope_theta(config)),
+        rope=_plain_rope(config, head_dim),
         reuses_keys=config.get("mfa_key_reuse", False),
+    )
+    return (attention,) * integer(config, "num_hidden_layers")
+
+
+def parse_deepseek_v3(config: Config) -> tuple[AttentionSpec, ...]:
+    """Read the attention of every layer of `deepseek_v3`."""
+    refuse_unless(config, "rope_interleave", None, True)
+    plain_dim, rope_dim = integer(config, "qk_nope_head_dim"), integer(config, "qk_rope_head_dim")
+    rope, stretch = _yarn_rope(config, rope_dim)
+    attention = MLASpec(
+        num_heads=integer(config, "num_attention_heads"),
+        query_rank=integer(config, "q_lora_rank"),
+        latent_dim=integer(config, "kv_lora_rank"),
+        plain_dim=plain_dim,
+        value_dim=integer(config, "v_head_dim"),
+        rope=rope,
+        scale=(plain_dim + rope_dim) ** -0.5 * stretch**2,
     )
     return (attention,) * integer(config, "num_hidden_layers")
 
@@ -118,7 +182,7 @@ def _gqa(config: Config, head_dim: int | None = None) -> GQASpec:
         )
     default = head_dim or integer(config, "hidden_size") // num_heads
     head_dim = integer(config, "head_dim", default=default)
-    return GQASpec(num_heads, num_kv_heads, head_dim, RopeSpec(head_dim, _rope_theta(config)))
+    return GQASpec(num_heads, num_kv_heads, head_dim, _plain_rope(config, head_dim))
 
 
 def _refuse_windows(config: Config) -> None:
@@ -132,15 +196,56 @@ def _refuse_windows(config: Config) -> None:
             )
 
 
-def _rope_theta(config: Config) -> float:
-    """Read both spellings: `rope_theta` on the hub, `rope_parameters` from transformers 5."""
-    field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    scaling = config.get(field) or {}
-    if not isinstance(scaling, dict):
-        raise ModelError(f"config.json: {field} is {scaling!r}, expected a JSON object")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+def _plain_rope(config: Config, dim: int) -> RopeSpec:
+    kind = _rope_kind(_rope_fields(config))
     if kind != "default":
         raise ModelError(f"config.json: rope type {kind!r} is not supported; expected 'default'")
+    return RopeSpec(dim, _rope_theta(config))
+
+
+def _yarn_rope(config: Config, dim: int) -> tuple[RopeSpec, float]:
+    """Return how to rotate, and by how much a stretched model multiplies queries and keys."""
+    fields = _rope_fields(config)
+    kind = _rope_kind(fields)
+    if kind not in ("default", "yarn"):
+        raise ModelError(
+            f"config.json: rope type {kind!r} is not supported; expected 'default' or 'yarn'"
+        )
+    if kind == "default":
+        return RopeSpec(dim, _rope_theta(config)), 1.0
+    refuse_unless(fields, "attention_factor", None)
+    refuse_unless(fields, "truncate", None, True)
+    factor = number(fields, "factor")
+    stretch = _yarn_magnitude(factor, number(fields, "mscale_all_dim"))
+    yarn = YarnSpec(
+        factor=factor,
+        original_max_position=integer(fields, "original_max_position_embeddings"),
+        beta_fast=number(fields, "beta_fast"),
+        beta_slow=number(fields, "beta_slow"),
+        magnitude=_yarn_magnitude(factor, number(fields, "mscale")) / stretch,
+    )
+    return RopeSpec(dim, _rope_theta(config), yarn), stretch
+
+
+def _yarn_magnitude(factor: float, weight: float) -> float:
+    """Return what makes up for the flatter softmax of a longer context (YaRN, section 3.4)."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _rope_fields(config: Config) -> Config:
+    """Read both spellings: `rope_scaling` on the hub, `rope_parameters` from transformers 5."""
+    field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    fields = config.get(field) or {}
+    if not isinstance(fields, dict):
+        raise ModelError(f"config.json: {field} is {fields!r}, expected a JSON object")
+    return fields
+
+
+def _rope_kind(fields: Config) -> object:
+    return fields.get("rope_type", fields.get("type", "default"))
+
+
+def _rope_theta(config: Config) -> float:
     nested = config.get("rope_parameters")
     if isinstance(nested, dict) and "rope_theta" in nested:
         return number(nested, "rope_theta")

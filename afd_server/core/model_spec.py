@@ -11,6 +11,7 @@ from typing import Any  # Any: values of a stranger's JSON, checked field by fie
 
 from afd_server.core.attention_spec import (
     AttentionSpec,
+    parse_deepseek_v3,
     parse_llama,
     parse_qwen2,
     parse_qwen3,
@@ -24,6 +25,7 @@ _ATTENTION: dict[str, Callable[[Config], tuple[AttentionSpec, ...]]] = {
     "qwen2": parse_qwen2,
     "qwen3": parse_qwen3,
     "step3_text": parse_step3_text,
+    "deepseek_v3": parse_deepseek_v3,
 }
 
 SUPPORTED_MODEL_TYPES = tuple(_ATTENTION)
@@ -126,7 +128,14 @@ def _refuse_unsupported(config: Config) -> None:
 
 
 def _refuse_experts(config: Config) -> None:
-    """Refuse layers of experts: Step-3 lists them in a string."""
+    """Refuse layers of experts: Step-3 lists them in a string, DeepSeek's follow dense ones."""
+    if config["model_type"] == "deepseek_v3":
+        num_dense = integer(config, "first_k_dense_replace")
+        if num_dense < integer(config, "num_hidden_layers"):
+            raise ModelError(
+                f"config.json: first_k_dense_replace {num_dense} is not supported; "
+                "expected num_hidden_layers, layers without experts"
+            )
     if config["model_type"] == "step3_text" and config.get("moe_layers_enum") != "":
         raise ModelError(
             f"config.json: moe_layers_enum {config.get('moe_layers_enum')!r} is not supported; "

@@ -71,6 +71,11 @@ def rope_table(head_dim: int, theta: float, num_positions: int) -> Tensor:
     frequencies = 1.0 / theta ** (
         torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     )
+    return angle_table(frequencies, num_positions)
+
+
+def angle_table(frequencies: Tensor, num_positions: int) -> Tensor:
+    """Tabulate the angles of frequencies [head_dim / 2], as `rope_table` does."""
     angles = torch.outer(torch.arange(num_positions).float(), frequencies)
     both = torch.cat((angles, angles), dim=-1)
     return torch.stack((both.cos(), both.sin()), dim=1)

@@ -2,6 +2,7 @@
 
 from afd_server.core.model_spec import SUPPORTED_MODEL_TYPES
 from afd_server.models.base import Architecture
+from afd_server.models.deepseek_v3 import DEEPSEEK_V3
 from afd_server.models.llama import LLAMA
 from afd_server.models.qwen2 import QWEN2
 from afd_server.models.qwen3 import QWEN3
@@ -12,6 +13,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "step3_text": STEP3_TEXT,
+    "deepseek_v3": DEEPSEEK_V3,
 }
 
 assert set(ARCHITECTURES) == set(SUPPORTED_MODEL_TYPES), "core.model_spec lists other types"

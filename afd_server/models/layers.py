@@ -12,9 +12,9 @@ from torch import Tensor
 
 from afd_server.core.attention_spec import GQASpec
 from afd_server.core.model_spec import ModelSpec
-from afd_server.kernels.reference import rope_table
 from afd_server.kernels.table import Kernels, KVLayer, LinearWeight
 from afd_server.models.base import ColumnShard, FFNCall, MicroBatch, WeightSource
+from afd_server.models.rope import rope_table
 
 
 class SelfAttention(Protocol):
@@ -80,7 +80,7 @@ class Decoder:
         self._eps = spec.rms_norm_eps
         self._kernels = kernels
         ropes = {layer.rope for layer in spec.attention}
-        tables = {rope: rope_table(rope.dim, rope.theta, max_model_len) for rope in ropes}
+        tables = {rope: rope_table(rope, max_model_len) for rope in ropes}
         vocabulary = (spec.vocab_size, spec.hidden_size)
         self._embeddings = weights.read("model.embed_tokens.weight", vocabulary)
         self._attention = [

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from afd_server.core.attention_spec import GQASpec, MFASpec, RopeSpec
+from afd_server.core.attention_spec import GQASpec, KVShape, MFASpec, MLASpec, RopeSpec, YarnSpec
 from afd_server.core.errors import ModelError
 from afd_server.core.model_spec import ModelSpec, parse_model_spec, read_json, read_model_spec
 
@@ -138,7 +138,56 @@ def test_step_3_caches_a_key_and_a_value_of_one_head_or_the_key_alone():
     assert reusing.kv_elements_per_token == 61 * 256
 
 
+DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432,
+    "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128,
+    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+    "v_head_dim": 128, "first_k_dense_replace": 61, "rms_norm_eps": 1e-6, "rope_theta": 10000,
+    "max_position_embeddings": 163840, "vocab_size": 129280,
+    "rope_scaling": {
+        "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096,
+        "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+    },
+}  # fmt: skip
+
+
+def test_deepseek_v3_caches_576_elements_for_a_token_and_layer():
+    spec = parse_model_spec(DEEPSEEK_V3, {})
+    attention = spec.attention[0]
+    assert isinstance(attention, MLASpec)
+    assert spec.kv_elements_per_token == 61 * 576
+    assert attention.kv == KVShape(1, 576, 512, value_in_key=True)
+    assert attention.rope == RopeSpec(64, 10000.0, YarnSpec(40.0, 4096, 32.0, 1.0, 1.0))
+    assert attention.scale == pytest.approx(192**-0.5 * 1.3689**2, rel=1e-4)
+
+
+def test_deepseek_v3_may_not_be_stretched_at_all():
+    attention = parse_model_spec(DEEPSEEK_V3 | {"rope_scaling": None}, {}).attention[0]
+    assert attention.rope == RopeSpec(64, 10000.0)
+    assert attention.scale == 192**-0.5
+
+
 # -- refusals
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("first_k_dense_replace", 3), ("rope_interleave", False), ("q_lora_rank", None)],
+)
+def test_what_our_deepseek_does_not_do_is_refused(field, value):
+    with pytest.raises(ModelError, match=f"{field} (is )?{value!r}"):
+        parse_model_spec(DEEPSEEK_V3 | {field: value}, {})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("type", "linear"), ("truncate", False), ("attention_factor", 1.5), ("beta_fast", None),
+     ("mscale", 0)],
+)  # fmt: skip
+def test_what_our_yarn_does_not_do_is_refused(field, value):
+    scaling = DEEPSEEK_V3["rope_scaling"] | {field: value}
+    with pytest.raises(ModelError, match=f"(rope )?{field} (is )?{value!r}"):
+        parse_model_spec(DEEPSEEK_V3 | {"rope_scaling": scaling}, {})
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -80,6 +82,25 @@ def _mfa_kr(directory):
     perturb_norms(model)
     _write(directory, STEP3 | {"mfa_key_reuse": True}, model)
     return lambda ids: model(torch.tensor([ids])).logits[0]
+
+
+def _deepseek_v3(directory):
+    config = DeepseekV3Config(
+        **SIZES | {"num_key_value_heads": 6, "rms_norm_eps": 1e-6},
+        q_lora_rank=56,
+        kv_lora_rank=40,
+        qk_nope_head_dim=24,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        first_k_dense_replace=3,
+        num_nextn_predict_layers=0,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0,
+            "original_max_position_embeddings": 64, "beta_fast": 4.0, "beta_slow": 1.0,
+            "mscale": 1.0, "mscale_all_dim": 0.7,
+        },
+    )  # fmt: skip
+    return _saved(directory, DeepseekV3ForCausalLM(config))
 
 
 HEAD_DIM, QUERY_RANK = 32, 40
@@ -157,6 +178,7 @@ WRITERS = {
     "qwen3": _qwen3,
     "step3_text": _step3_text,
     "mfa_kr": _mfa_kr,
+    "deepseek_v3": _deepseek_v3,
 }
 
 
