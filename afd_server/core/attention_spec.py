@@ -48,22 +48,49 @@ class YarnSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Llama3Spec:
+    """How Llama 3.1 was stretched to `factor` times its original context.
+
+    Attributes:
+        original_max_position: the context before.
+        least_turns, most_turns: pairs that turn fewer times in it than the first are slowed by
+            the whole factor, those that turn more often than the second are left alone.
+    """
+
+    factor: float
+    original_max_position: int
+    least_turns: float
+    most_turns: float
+
+
+@dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """How queries and keys are rotated: `dim` elements, by angles that fall from 1 to 1/theta."""
+    """How queries and keys are rotated: `dim` elements, by angles that fall from 1 to 1/theta.
+
+    Attributes:
+        scaling: how that is stretched to a longer context, if it is.
+        num_still: elements behind them that are not rotated.
+    """
 
     dim: int
     theta: float
-    yarn: YarnSpec | None = None
+    scaling: YarnSpec | Llama3Spec | None = None
+    num_still: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class GQASpec:
-    """Grouped-query attention: `num_heads` query heads share `num_kv_heads` keys and values."""
+    """Grouped-query attention: `num_heads` query heads share `num_kv_heads` keys and values.
+
+    Attributes:
+        window: how many positions a token sees, the latest and its own among them; None for all.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     rope: RopeSpec
+    window: int | None = None
 
     @property
     def kv(self) -> KVShape:
@@ -170,6 +197,77 @@ def parse_deepseek_v3(config: Config) -> tuple[AttentionSpec, ...]:
         scale=(plain_dim + rope_dim) ** -0.5 * stretch**2,
     )
     return (attention,) * integer(config, "num_hidden_layers")
+
+
+def parse_step3p5(config: Config) -> tuple[AttentionSpec, ...]:
+    """Read the attention of every layer of `step3p5`: some see all, some a window."""
+    for field in ("use_qk_norm", "use_head_wise_attn_gate", "zero_centered"):
+        refuse_unless(config, field, None, True)
+    refuse_unless(config, "sink", None, False)
+    refuse_unless(config, "use_rope_layers", None, [])
+    kinds = _by_layer(config, "layer_types")
+    return tuple(_step3p5_layer(config, layer, kind) for layer, kind in enumerate(kinds))
+
+
+def _step3p5_layer(config: Config, layer: int, kind: object) -> GQASpec:
+    if kind not in ("full_attention", "sliding_attention"):
+        raise ModelError(
+            f"config.json: layer_types has {kind!r}, which is not supported; "
+            "expected 'full_attention' or 'sliding_attention'"
+        )
+    slides = kind == "sliding_attention"
+    other = config.get("attention_other_setting") if slides else None
+    shape = {**config, **other} if isinstance(other, dict) else config
+    num_heads = integer(shape, "num_attention_heads")
+    num_kv_heads = integer(shape, "num_attention_groups")
+    if num_heads % num_kv_heads:
+        raise ModelError(
+            f"config.json: num_attention_heads {num_heads} is no multiple of "
+            f"num_attention_groups {num_kv_heads}"
+        )
+    head_dim = integer(shape, "head_dim")
+    return GQASpec(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rope=_step3p5_rope(config, layer, kind, head_dim),
+        window=integer(config, "sliding_window") if slides else None,
+    )
+
+
+def _step3p5_rope(config: Config, layer: int, kind: object, head_dim: int) -> RopeSpec:
+    """Read the layer's entries of the lists; only some kinds of layers are stretched."""
+    theta = number({"rope_theta": _by_layer(config, "rope_theta")[layer]}, "rope_theta")
+    field = "partial_rotary_factors"
+    rotated = head_dim * number({field: _by_layer(config, field)[layer]}, field)
+    dim = int(rotated)
+    if dim != rotated or dim % 2 or dim > head_dim:
+        raise ModelError(
+            f"config.json: {field} make {rotated} rotated elements of {head_dim} in a head, "
+            "expected an even number"
+        )
+    fields = _rope_fields(config)
+    scaling = None
+    if fields and kind in config.get("yarn_only_types", ()):
+        refuse_unless(fields, "rope_type", "llama3")
+        scaling = Llama3Spec(
+            factor=number(fields, "factor"),
+            original_max_position=integer(fields, "original_max_position_embeddings"),
+            least_turns=number(fields, "low_freq_factor"),
+            most_turns=number(fields, "high_freq_factor"),
+        )
+    return RopeSpec(dim, theta, scaling, num_still=head_dim - dim)
+
+
+def _by_layer(config: Config, field: str) -> list[object]:
+    """Return a list's entries of the decoder layers; those of draft layers may follow."""
+    entries, num_layers = config.get(field), integer(config, "num_hidden_layers")
+    if not isinstance(entries, list) or len(entries) < num_layers:
+        raise ModelError(
+            f"config.json: {field} is {entries!r}, expected an entry for each of "
+            f"{num_layers} layers"
+        )
+    return entries[:num_layers]
 
 
 def _gqa(config: Config, head_dim: int | None = None) -> GQASpec:

@@ -16,6 +16,7 @@ from afd_server.core.attention_spec import (
     parse_qwen2,
     parse_qwen3,
     parse_step3_text,
+    parse_step3p5,
 )
 from afd_server.core.config_fields import Config, integer, number, refuse_unless
 from afd_server.core.errors import ModelError
@@ -25,6 +26,7 @@ _ATTENTION: dict[str, Callable[[Config], tuple[AttentionSpec, ...]]] = {
     "qwen2": parse_qwen2,
     "qwen3": parse_qwen3,
     "step3_text": parse_step3_text,
+    "step3p5": parse_step3p5,
     "deepseek_v3": parse_deepseek_v3,
 }
 
@@ -121,6 +123,11 @@ def _refuse_unsupported(config: Config) -> None:
     refuse_unless(config, "mlp_bias", None, False)
     refuse_unless(config, "hidden_act", "silu")
     _refuse_experts(config)
+    if any(config.get("swiglu_limits_shared") or ()):
+        raise ModelError(
+            f"config.json: swiglu_limits_shared {config['swiglu_limits_shared']!r} is not "
+            "supported; expected no limits"
+        )
     if config.get("quantization_config"):
         raise ModelError(
             "config.json: quantization_config is not supported; give an unquantised checkpoint"
@@ -136,7 +143,7 @@ def _refuse_experts(config: Config) -> None:
                 f"config.json: first_k_dense_replace {num_dense} is not supported; "
                 "expected num_hidden_layers, layers without experts"
             )
-    if config["model_type"] == "step3_text" and config.get("moe_layers_enum") != "":
+    if config["model_type"] in ("step3_text", "step3p5") and config.get("moe_layers_enum") != "":
         raise ModelError(
             f"config.json: moe_layers_enum {config.get('moe_layers_enum')!r} is not supported; "
             "expected '', layers without experts"
