@@ -3,6 +3,7 @@
 Knows nothing of tensors, nor of the rest of the model.
 """
 
+import math
 from dataclasses import dataclass
 
 from afd_server.core.config_fields import Config, integer, number, refuse_unless
@@ -29,21 +30,67 @@ class KVShape:
 
 
 @dataclass(frozen=True, slots=True)
+class YarnSpec:
+    """How a model was stretched to `factor` times its original context (YaRN, arXiv 2309.00071).
+
+    Attributes:
+        original_max_position: the context before.
+        beta_fast, beta_slow: pairs that turn at least `beta_fast` times in it are left alone,
+            those that turn at most `beta_slow` times are slowed by the whole factor.
+        magnitude: multiplies what is rotated.
+    """
+
+    factor: float
+    original_max_position: int
+    beta_fast: float
+    beta_slow: float
+    magnitude: float
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Spec:
+    """How Llama 3.1 was stretched to `factor` times its original context.
+
+    Attributes:
+        original_max_position: the context before.
+        least_turns, most_turns: pairs that turn fewer times in it than the first are slowed by
+            the whole factor, those that turn more often than the second are left alone.
+    """
+
+    factor: float
+    original_max_position: int
+    least_turns: float
+    most_turns: float
+
+
+@dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """How queries and keys are rotated: `dim` elements, by angles that fall from 1 to 1/theta."""
+    """How queries and keys are rotated: `dim` elements, by angles that fall from 1 to 1/theta.
+
+    Attributes:
+        scaling: how that is stretched to a longer context, if it is.
+        num_still: elements behind them that are not rotated.
+    """
 
     dim: int
     theta: float
+    scaling: YarnSpec | Llama3Spec | None = None
+    num_still: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class GQASpec:
-    """Grouped-query attention: `num_heads` query heads share `num_kv_heads` keys and values."""
+    """Grouped-query attention: `num_heads` query heads share `num_kv_heads` keys and values.
+
+    Attributes:
+        window: how many positions a token sees, the latest and its own among them; None for all.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     rope: RopeSpec
+    window: int | None = None
 
     @property
     def kv(self) -> KVShape:
@@ -72,7 +119,34 @@ class MFASpec:
         return KVShape(1, self.head_dim, self.head_dim, self.reuses_keys)
 
 
-AttentionSpec = GQASpec | MFASpec
+@dataclass(frozen=True, slots=True)
+class MLASpec:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    Attributes:
+        query_rank: elements between the two query projections.
+        latent_dim: of what keys and values of all heads are made of.
+        plain_dim: elements of a head's query and key that are not rotated.
+        value_dim: elements of a head's value.
+        rope: of the rest of each query, and of a key that all heads share.
+        scale: of the scores.
+    """
+
+    num_heads: int
+    query_rank: int
+    latent_dim: int
+    plain_dim: int
+    value_dim: int
+    rope: RopeSpec
+    scale: float
+
+    @property
+    def kv(self) -> KVShape:
+        """Return what is cached: the latent, which is key and value, and the rotated key."""
+        return KVShape(1, self.latent_dim + self.rope.dim, self.latent_dim, value_in_key=True)
+
+
+AttentionSpec = GQASpec | MFASpec | MLASpec
 
 
 def parse_llama(config: Config) -> tuple[AttentionSpec, ...]:
@@ -102,10 +176,98 @@ def parse_step3_text(config: Config) -> tuple[AttentionSpec, ...]:
         num_heads=integer(config, "num_attention_heads"),
         head_dim=head_dim,
         query_rank=integer(config, "share_q_dim"),
-        rope=RopeSpec(head_dim, _rope_theta(config)),
+        rope=_plain_rope(config, head_dim),
         reuses_keys=config.get("mfa_key_reuse", False),
     )
     return (attention,) * integer(config, "num_hidden_layers")
+
+
+def parse_deepseek_v3(config: Config) -> tuple[AttentionSpec, ...]:
+    """Read the attention of every layer of `deepseek_v3`."""
+    refuse_unless(config, "rope_interleave", None, True)
+    plain_dim, rope_dim = integer(config, "qk_nope_head_dim"), integer(config, "qk_rope_head_dim")
+    rope, stretch = _yarn_rope(config, rope_dim)
+    attention = MLASpec(
+        num_heads=integer(config, "num_attention_heads"),
+        query_rank=integer(config, "q_lora_rank"),
+        latent_dim=integer(config, "kv_lora_rank"),
+        plain_dim=plain_dim,
+        value_dim=integer(config, "v_head_dim"),
+        rope=rope,
+        scale=(plain_dim + rope_dim) ** -0.5 * stretch**2,
+    )
+    return (attention,) * integer(config, "num_hidden_layers")
+
+
+def parse_step3p5(config: Config) -> tuple[AttentionSpec, ...]:
+    """Read the attention of every layer of `step3p5`: some see all, some a window."""
+    for field in ("use_qk_norm", "use_head_wise_attn_gate", "zero_centered"):
+        refuse_unless(config, field, None, True)
+    refuse_unless(config, "sink", None, False)
+    refuse_unless(config, "use_rope_layers", None, [])
+    kinds = _by_layer(config, "layer_types")
+    return tuple(_step3p5_layer(config, layer, kind) for layer, kind in enumerate(kinds))
+
+
+def _step3p5_layer(config: Config, layer: int, kind: object) -> GQASpec:
+    if kind not in ("full_attention", "sliding_attention"):
+        raise ModelError(
+            f"config.json: layer_types has {kind!r}, which is not supported; "
+            "expected 'full_attention' or 'sliding_attention'"
+        )
+    slides = kind == "sliding_attention"
+    other = config.get("attention_other_setting") if slides else None
+    shape = {**config, **other} if isinstance(other, dict) else config
+    num_heads = integer(shape, "num_attention_heads")
+    num_kv_heads = integer(shape, "num_attention_groups")
+    if num_heads % num_kv_heads:
+        raise ModelError(
+            f"config.json: num_attention_heads {num_heads} is no multiple of "
+            f"num_attention_groups {num_kv_heads}"
+        )
+    head_dim = integer(shape, "head_dim")
+    return GQASpec(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rope=_step3p5_rope(config, layer, kind, head_dim),
+        window=integer(config, "sliding_window") if slides else None,
+    )
+
+
+def _step3p5_rope(config: Config, layer: int, kind: object, head_dim: int) -> RopeSpec:
+    """Read the layer's entries of the lists; only some kinds of layers are stretched."""
+    theta = number({"rope_theta": _by_layer(config, "rope_theta")[layer]}, "rope_theta")
+    field = "partial_rotary_factors"
+    rotated = head_dim * number({field: _by_layer(config, field)[layer]}, field)
+    dim = int(rotated)
+    if dim != rotated or dim % 2 or dim > head_dim:
+        raise ModelError(
+            f"config.json: {field} make {rotated} rotated elements of {head_dim} in a head, "
+            "expected an even number"
+        )
+    fields = _rope_fields(config)
+    scaling = None
+    if fields and kind in config.get("yarn_only_types", ()):
+        refuse_unless(fields, "rope_type", "llama3")
+        scaling = Llama3Spec(
+            factor=number(fields, "factor"),
+            original_max_position=integer(fields, "original_max_position_embeddings"),
+            least_turns=number(fields, "low_freq_factor"),
+            most_turns=number(fields, "high_freq_factor"),
+        )
+    return RopeSpec(dim, theta, scaling, num_still=head_dim - dim)
+
+
+def _by_layer(config: Config, field: str) -> list[object]:
+    """Return a list's entries of the decoder layers; those of draft layers may follow."""
+    entries, num_layers = config.get(field), integer(config, "num_hidden_layers")
+    if not isinstance(entries, list) or len(entries) < num_layers:
+        raise ModelError(
+            f"config.json: {field} is {entries!r}, expected an entry for each of "
+            f"{num_layers} layers"
+        )
+    return entries[:num_layers]
 
 
 def _gqa(config: Config, head_dim: int | None = None) -> GQASpec:
@@ -118,7 +280,7 @@ def _gqa(config: Config, head_dim: int | None = None) -> GQASpec:
         )
     default = head_dim or integer(config, "hidden_size") // num_heads
     head_dim = integer(config, "head_dim", default=default)
-    return GQASpec(num_heads, num_kv_heads, head_dim, RopeSpec(head_dim, _rope_theta(config)))
+    return GQASpec(num_heads, num_kv_heads, head_dim, _plain_rope(config, head_dim))
 
 
 def _refuse_windows(config: Config) -> None:
@@ -132,15 +294,56 @@ def _refuse_windows(config: Config) -> None:
             )
 
 
-def _rope_theta(config: Config) -> float:
-    """Read both spellings: `rope_theta` on the hub, `rope_parameters` from transformers 5."""
-    field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    scaling = config.get(field) or {}
-    if not isinstance(scaling, dict):
-        raise ModelError(f"config.json: {field} is {scaling!r}, expected a JSON object")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+def _plain_rope(config: Config, dim: int) -> RopeSpec:
+    kind = _rope_kind(_rope_fields(config))
     if kind != "default":
         raise ModelError(f"config.json: rope type {kind!r} is not supported; expected 'default'")
+    return RopeSpec(dim, _rope_theta(config))
+
+
+def _yarn_rope(config: Config, dim: int) -> tuple[RopeSpec, float]:
+    """Return how to rotate, and by how much a stretched model multiplies queries and keys."""
+    fields = _rope_fields(config)
+    kind = _rope_kind(fields)
+    if kind not in ("default", "yarn"):
+        raise ModelError(
+            f"config.json: rope type {kind!r} is not supported; expected 'default' or 'yarn'"
+        )
+    if kind == "default":
+        return RopeSpec(dim, _rope_theta(config)), 1.0
+    refuse_unless(fields, "attention_factor", None)
+    refuse_unless(fields, "truncate", None, True)
+    factor = number(fields, "factor")
+    stretch = _yarn_magnitude(factor, number(fields, "mscale_all_dim"))
+    yarn = YarnSpec(
+        factor=factor,
+        original_max_position=integer(fields, "original_max_position_embeddings"),
+        beta_fast=number(fields, "beta_fast"),
+        beta_slow=number(fields, "beta_slow"),
+        magnitude=_yarn_magnitude(factor, number(fields, "mscale")) / stretch,
+    )
+    return RopeSpec(dim, _rope_theta(config), yarn), stretch
+
+
+def _yarn_magnitude(factor: float, weight: float) -> float:
+    """Return what makes up for the flatter softmax of a longer context (YaRN, section 3.4)."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _rope_fields(config: Config) -> Config:
+    """Read both spellings: `rope_scaling` on the hub, `rope_parameters` from transformers 5."""
+    field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    fields = config.get(field) or {}
+    if not isinstance(fields, dict):
+        raise ModelError(f"config.json: {field} is {fields!r}, expected a JSON object")
+    return fields
+
+
+def _rope_kind(fields: Config) -> object:
+    return fields.get("rope_type", fields.get("type", "default"))
+
+
+def _rope_theta(config: Config) -> float:
     nested = config.get("rope_parameters")
     if isinstance(nested, dict) and "rope_theta" in nested:
         return number(nested, "rope_theta")

@@ -11,10 +11,12 @@ from typing import Any, Literal  # Any: values of a stranger's JSON, checked fie
 
 from afd_server.core.attention_spec import (
     AttentionSpec,
+    parse_deepseek_v3,
     parse_llama,
     parse_qwen2,
     parse_qwen3,
     parse_step3_text,
+    parse_step3p5,
 )
 from afd_server.core.config_fields import Config, integer, number, refuse_unless
 from afd_server.core.errors import ModelError
@@ -24,6 +26,8 @@ _ATTENTION: dict[str, Callable[[Config], tuple[AttentionSpec, ...]]] = {
     "qwen2": parse_qwen2,
     "qwen3": parse_qwen3,
     "step3_text": parse_step3_text,
+    "step3p5": parse_step3p5,
+    "deepseek_v3": parse_deepseek_v3,
 }
 
 SUPPORTED_MODEL_TYPES = tuple(_ATTENTION)
@@ -121,12 +125,24 @@ def _refuse_unsupported(config: Config) -> None:
     refuse_unless(config, "mlp_bias", None, False)
     refuse_unless(config, "hidden_act", "silu")
     _refuse_experts(config)
+    if any(config.get("swiglu_limits_shared") or ()):
+        raise ModelError(
+            f"config.json: swiglu_limits_shared {config['swiglu_limits_shared']!r} is not "
+            "supported; expected no limits"
+        )
     _refuse_quantisation(config.get("quantization_config") or {})
 
 
 def _refuse_experts(config: Config) -> None:
-    """Refuse layers of experts: Step-3 lists them in a string."""
-    if config["model_type"] == "step3_text" and config.get("moe_layers_enum") != "":
+    """Refuse layers of experts: Step-3 lists them in a string, DeepSeek's follow dense ones."""
+    if config["model_type"] == "deepseek_v3":
+        num_dense = integer(config, "first_k_dense_replace")
+        if num_dense < integer(config, "num_hidden_layers"):
+            raise ModelError(
+                f"config.json: first_k_dense_replace {num_dense} is not supported; "
+                "expected num_hidden_layers, layers without experts"
+            )
+    if config["model_type"] in ("step3_text", "step3p5") and config.get("moe_layers_enum") != "":
         raise ModelError(
             f"config.json: moe_layers_enum {config.get('moe_layers_enum')!r} is not supported; "
             "expected '', layers without experts"

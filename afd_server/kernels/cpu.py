@@ -18,7 +18,14 @@ from torch import Tensor
 from afd_server.core.errors import ConfigError
 from afd_server.kernels import reference
 from afd_server.kernels.quant import GROUP, Int8Weight, pack_int8, quantised_row_bytes
-from afd_server.kernels.table import Kernels, KVLayer, LinearWeight, PagedRows, RowFormat
+from afd_server.kernels.table import (
+    Kernels,
+    KVLayer,
+    LinearWeight,
+    PagedAttention,
+    PagedRows,
+    RowFormat,
+)
 
 LIBRARIES = Path(__file__).parent / "native"
 COLUMNS = 16  # output channels interleaved in a packed block, as kernels.cpp has it
@@ -226,7 +233,7 @@ def _linear_float(library: ctypes.CDLL) -> Callable[[Tensor, object], Tensor]:
     return linear
 
 
-def _attention(library: ctypes.CDLL) -> Callable[[Tensor, KVLayer, PagedRows], Tensor]:
+def _attention(library: ctypes.CDLL) -> PagedAttention:
     function = library.afd_paged_attention
     function.argtypes = [
         _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _FLAG, _SIZE, _SIZE, _SIZE, _POINTER,
@@ -234,11 +241,13 @@ def _attention(library: ctypes.CDLL) -> Callable[[Tensor, KVLayer, PagedRows], T
     ]  # fmt: skip
     function.restype = _FLAG
 
-    def attention(query: Tensor, layer: KVLayer, rows: PagedRows) -> Tensor:
+    def attention(
+        query: Tensor, layer: KVLayer, rows: PagedRows, window: int | None = None
+    ) -> Tensor:
         num_rows, num_heads, head_dim = query.shape
         num_kv_heads, block_size = layer.keys.shape[1:3]
         if layer.values.shape != layer.keys.shape:  # parts of the keys
-            return reference.paged_attention(query, layer, rows)
+            return reference.paged_attention(query, layer, rows, window)
         query, out = query.contiguous(), torch.empty(num_rows, num_heads * head_dim)
         done = function(
             query.data_ptr(),
@@ -254,11 +263,11 @@ def _attention(library: ctypes.CDLL) -> Callable[[Tensor, KVLayer, PagedRows], T
             rows.num_keys.data_ptr(),
             rows.block_tables.data_ptr(),
             rows.block_tables.shape[1],
-            0,
+            window or 0,
             out.data_ptr(),
         )
         # head sizes that are not built in are left to the reference, always
-        return out if done else reference.paged_attention(query, layer, rows)
+        return out if done else reference.paged_attention(query, layer, rows, window)
 
     return attention
 

@@ -71,6 +71,11 @@ def rope_table(head_dim: int, theta: float, num_positions: int) -> Tensor:
     frequencies = 1.0 / theta ** (
         torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     )
+    return angle_table(frequencies, num_positions)
+
+
+def angle_table(frequencies: Tensor, num_positions: int) -> Tensor:
+    """Tabulate the angles of frequencies [head_dim / 2], as `rope_table` does."""
     angles = torch.outer(torch.arange(num_positions).float(), frequencies)
     both = torch.cat((angles, angles), dim=-1)
     return torch.stack((both.cos(), both.sin()), dim=1)
@@ -142,7 +147,9 @@ def plan_paged_rows(runs: Sequence[PagedRun]) -> PagedRows:
     )
 
 
-def paged_attention(query: Tensor, layer: KVLayer, rows: PagedRows) -> Tensor:
+def paged_attention(
+    query: Tensor, layer: KVLayer, rows: PagedRows, window: int | None = None
+) -> Tensor:
     """Attend with an online softmax over key tiles of 64, in order, in fp32.
 
     A row is computed alone, by products of fixed shape [group, head_dim] · [head_dim, 64], so
@@ -153,6 +160,7 @@ def paged_attention(query: Tensor, layer: KVLayer, rows: PagedRows) -> Tensor:
         query: [tokens, heads, head_dim]; heads are grouped over the key/value heads.
         layer: the blocks, already holding the keys and values of these tokens.
         rows: what each token may see.
+        window: of that, how many positions it sees at most, the latest; None for all.
 
     Returns:
         [tokens, heads · value_dim] in the query's dtype; a value may be narrower than a key.
@@ -162,11 +170,14 @@ def paged_attention(query: Tensor, layer: KVLayer, rows: PagedRows) -> Tensor:
     tables = rows.block_tables.repeat_interleave(lengths, 0)  # [tokens, blocks]
     for start in range(0, query.shape[0], ROW_CHUNK):
         chunk = slice(start, start + ROW_CHUNK)
-        out[chunk] = _attend_chunk(query[chunk], layer, rows.num_keys[chunk], tables[chunk])
+        seen = rows.num_keys[chunk]
+        out[chunk] = _attend_chunk(query[chunk], layer, seen, tables[chunk], window)
     return out.flatten(1)
 
 
-def _attend_chunk(query: Tensor, layer: KVLayer, num_keys: Tensor, tables: Tensor) -> Tensor:
+def _attend_chunk(
+    query: Tensor, layer: KVLayer, num_keys: Tensor, tables: Tensor, window: int | None
+) -> Tensor:
     """Attend for a few rows: num_keys [rows], tables [rows, blocks]."""
     num_rows, num_heads, head_dim = query.shape
     num_kv_heads, block_size = layer.keys.shape[1:3]
@@ -182,7 +193,7 @@ def _attend_chunk(query: Tensor, layer: KVLayer, num_keys: Tensor, tables: Tenso
     for tile in range(num_tiles):
         blocks = tables[:, tile * blocks_per_tile : (tile + 1) * blocks_per_tile]
         scores = torch.bmm(grouped, _key_tile(layer.keys, blocks).mT)  # [rows, group, 64]
-        scores.masked_fill_(_hidden_keys(num_keys, tile, num_kv_heads), -math.inf)
+        scores.masked_fill_(_hidden_keys(num_keys, window, tile, num_kv_heads), -math.inf)
         new_highest = torch.maximum(highest, scores.amax(-1, keepdim=True))
         weights = torch.exp(scores - new_highest)
         shrink = torch.exp(highest - new_highest)
@@ -198,10 +209,12 @@ def _key_tile(blocks: Tensor, tables: Tensor) -> Tensor:
     return tile.float().reshape(-1, KEY_TILE, blocks.shape[-1])
 
 
-def _hidden_keys(num_keys: Tensor, tile: int, num_kv_heads: int) -> Tensor:
+def _hidden_keys(num_keys: Tensor, window: int | None, tile: int, num_kv_heads: int) -> Tensor:
     """Mark the keys a row may not see: [rows · kv_heads, 1, 64] bool."""
     positions = torch.arange(tile * KEY_TILE, (tile + 1) * KEY_TILE)
     hidden = positions >= num_keys.unsqueeze(1)
+    if window is not None:
+        hidden |= positions < num_keys.unsqueeze(1) - window
     return hidden.repeat_interleave(num_kv_heads, dim=0).unsqueeze(1)
 
 

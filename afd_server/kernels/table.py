@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,14 @@ class PagedRows:
     row_starts: Tensor
     num_keys: Tensor
     block_tables: Tensor
+
+
+class PagedAttention(Protocol):
+    """Attention over paged keys and values; see `reference.paged_attention`."""
+
+    def __call__(
+        self, query: Tensor, layer: KVLayer, rows: PagedRows, window: int | None = None, /
+    ) -> Tensor: ...
 
 
 # A weight as its kernels keep it, made by `Kernels.pack` from [out, in]. Models never look inside.
@@ -69,7 +77,7 @@ class Kernels:
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     write_kv: Callable[[KVLayer, Tensor, Tensor, Tensor | None], None]
     rope_write_kv: Callable[[Tensor, int, Tensor, Tensor, Tensor, KVLayer], Tensor]
-    paged_attention: Callable[[Tensor, KVLayer, PagedRows], Tensor]
+    paged_attention: PagedAttention
     silu_mul: Callable[[Tensor], Tensor]
     argmax: Callable[[Tensor], int]
     gumbel_argmax: Callable[[Tensor, Tensor | None, float, int], int]

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from afd_server.core.attention_spec import GQASpec
 from afd_server.core.model_spec import ModelSpec
-from afd_server.kernels.reference import rope_table
 from afd_server.kernels.table import Kernels, KVLayer, LinearWeight
 from afd_server.models.base import ColumnShard, FFNCall, MicroBatch, WeightSource
+from afd_server.models.rope import rope_table
 
 
 class SelfAttention(Protocol):
@@ -56,6 +56,15 @@ class LayerSource:
         return self.weights.pack(self.name(tensor), lambda: self.read(f"{tensor}.weight", *shape))
 
 
+# Reads a norm's weight of a size as the kernels want it: what is normed is multiplied by it.
+ReadNorm = Callable[[WeightSource, str, int], Tensor]
+
+
+def read_norm(weights: WeightSource, name: str, size: int) -> Tensor:
+    """Return a norm's weight as it is."""
+    return weights.read(name, (size,))
+
+
 class Decoder:
     """The attention half of a decoder: embeddings, norms and head around its layers' attention.
 
@@ -66,6 +75,7 @@ class Decoder:
     Args:
         attention: makes the attention of one layer.
         spec, weights, kernels, max_model_len: as for every `Architecture`.
+        read_norm: for architectures whose weights of norms mean something else.
     """
 
     def __init__(
@@ -75,20 +85,24 @@ class Decoder:
         weights: WeightSource,
         kernels: Kernels,
         max_model_len: int,
+        read_norm: ReadNorm = read_norm,
     ) -> None:
         self.num_layers = spec.num_layers
         self._eps = spec.rms_norm_eps
         self._kernels = kernels
         ropes = {layer.rope for layer in spec.attention}
-        tables = {rope: rope_table(rope.dim, rope.theta, max_model_len) for rope in ropes}
+        tables = {rope: rope_table(rope, max_model_len) for rope in ropes}
         vocabulary = (spec.vocab_size, spec.hidden_size)
         self._embeddings = weights.read("model.embed_tokens.weight", vocabulary)
         self._attention = [
             attention(LayerSource(spec, index, weights, kernels, tables[layer.rope]))
             for index, layer in enumerate(spec.attention)
         ]
-        self._norms = [_LayerNorms(spec, weights, layer) for layer in range(spec.num_layers)]
-        self._norm = weights.read("model.norm.weight", (spec.hidden_size,))
+        self._norms = [
+            _LayerNorms(spec.hidden_size, weights, layer, read_norm)
+            for layer in range(spec.num_layers)
+        ]
+        self._norm = read_norm(weights, "model.norm.weight", spec.hidden_size)
         self._head = weights.pack(
             "lm_head",
             lambda: (
@@ -116,10 +130,10 @@ class Decoder:
 class _LayerNorms:
     """The norms before attention and before the FFN, [hidden] each."""
 
-    def __init__(self, spec: ModelSpec, weights: WeightSource, layer: int) -> None:
-        prefix, shape = f"model.layers.{layer}", (spec.hidden_size,)
-        self.input = weights.read(f"{prefix}.input_layernorm.weight", shape)
-        self.post_attention = weights.read(f"{prefix}.post_attention_layernorm.weight", shape)
+    def __init__(self, size: int, weights: WeightSource, layer: int, read: ReadNorm) -> None:
+        prefix = f"model.layers.{layer}"
+        self.input = read(weights, f"{prefix}.input_layernorm.weight", size)
+        self.post_attention = read(weights, f"{prefix}.post_attention_layernorm.weight", size)
 
 
 def gqa(source: LayerSource) -> GQASpec:

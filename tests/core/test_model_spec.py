@@ -4,7 +4,15 @@ import json
 
 import pytest
 
-from afd_server.core.attention_spec import GQASpec, MFASpec, RopeSpec
+from afd_server.core.attention_spec import (
+    GQASpec,
+    KVShape,
+    Llama3Spec,
+    MFASpec,
+    MLASpec,
+    RopeSpec,
+    YarnSpec,
+)
 from afd_server.core.errors import ModelError
 from afd_server.core.model_spec import ModelSpec, parse_model_spec, read_json, read_model_spec
 
@@ -138,7 +146,114 @@ def test_step_3_caches_a_key_and_a_value_of_one_head_or_the_key_alone():
     assert reusing.kv_elements_per_token == 61 * 256
 
 
+DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432,
+    "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128,
+    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+    "v_head_dim": 128, "first_k_dense_replace": 61, "rms_norm_eps": 1e-6, "rope_theta": 10000,
+    "max_position_embeddings": 163840, "vocab_size": 129280,
+    "rope_scaling": {
+        "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096,
+        "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+    },
+}  # fmt: skip
+
+
+def test_deepseek_v3_caches_576_elements_for_a_token_and_layer():
+    spec = parse_model_spec(DEEPSEEK_V3, {})
+    attention = spec.attention[0]
+    assert isinstance(attention, MLASpec)
+    assert spec.kv_elements_per_token == 61 * 576
+    assert attention.kv == KVShape(1, 576, 512, value_in_key=True)
+    assert attention.rope == RopeSpec(64, 10000.0, YarnSpec(40.0, 4096, 32.0, 1.0, 1.0))
+    assert attention.scale == pytest.approx(192**-0.5 * 1.3689**2, rel=1e-4)
+
+
+def test_deepseek_v3_may_not_be_stretched_at_all():
+    attention = parse_model_spec(DEEPSEEK_V3 | {"rope_scaling": None}, {}).attention[0]
+    assert attention.rope == RopeSpec(64, 10000.0)
+    assert attention.scale == 192**-0.5
+
+
+# the released layers: all positions, then three with a window, again and again
+STEP3P5 = {
+    "model_type": "step3p5", "hidden_size": 4096, "intermediate_size": 11264,
+    "num_hidden_layers": 45, "num_attention_heads": 64, "num_attention_groups": 8, "head_dim": 128,
+    "attention_other_setting": {"num_attention_heads": 96, "num_attention_groups": 8,
+                                "head_dim": 128, "attention_type": "sliding_attention"},
+    "sliding_window": 512, "layer_types": (["full_attention"] + ["sliding_attention"] * 3) * 12,
+    "rope_theta": [5e6, 1e4, 1e4, 1e4] * 12, "partial_rotary_factors": [0.5, 1, 1, 1] * 12,
+    "rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0,
+                     "high_freq_factor": 32.0, "original_max_position_embeddings": 131072},
+    "yarn_only_types": ["full_attention"], "max_position_embeddings": 262144,
+    "vocab_size": 128896, "rms_norm_eps": 1e-5, "moe_layers_enum": "",
+    "swiglu_limits_shared": [0.0] * 48,
+}  # fmt: skip
+
+
+def test_the_layers_of_step_3_5_differ_and_those_of_drafts_do_not_count():
+    attention = parse_model_spec(STEP3P5, {}).attention
+    stretched = Llama3Spec(2.0, 131072, 1.0, 32.0)
+    assert len(attention) == 45
+    assert (
+        attention[0]
+        == attention[44]
+        == (GQASpec(64, 8, 128, RopeSpec(64, 5e6, stretched, num_still=64)))
+    )
+    assert attention[1] == attention[43] == GQASpec(96, 8, 128, RopeSpec(128, 1e4), window=512)
+
+
 # -- refusals
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_qk_norm", False), ("use_head_wise_attn_gate", False), ("zero_centered", False),
+        ("sink", True), ("use_rope_layers", [1]), ("moe_layers_enum", "3,4"),
+        ("swiglu_limits_shared", [16.0]), ("layer_types", ["full_attention"]),
+        ("rope_theta", 1e4), ("sliding_window", None),
+    ],
+)  # fmt: skip
+def test_what_our_step_3_5_does_not_do_is_refused(field, value):
+    with pytest.raises(ModelError) as caught:
+        parse_model_spec(STEP3P5 | {field: value}, {})
+    assert f"{field} {value!r}" in str(caught.value) or f"{field} is {value!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"layer_types": ["linear_attention"] * 45}, "layer_types has 'linear_attention'"),
+        ({"num_attention_groups": 7}, "64 is no multiple of num_attention_groups 7"),
+        ({"partial_rotary_factors": [0.3] * 45}, "38.4 rotated elements of 128"),
+        ({"partial_rotary_factors": [1.5] * 45}, "192.0 rotated elements of 128"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),
+    ],
+)
+def test_layers_of_step_3_5_that_make_no_sense_are_refused(change, complaint):
+    with pytest.raises(ModelError, match=complaint):
+        parse_model_spec(STEP3P5 | change, {})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("first_k_dense_replace", 3), ("rope_interleave", False), ("q_lora_rank", None)],
+)
+def test_what_our_deepseek_does_not_do_is_refused(field, value):
+    with pytest.raises(ModelError, match=f"{field} (is )?{value!r}"):
+        parse_model_spec(DEEPSEEK_V3 | {field: value}, {})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("type", "linear"), ("truncate", False), ("attention_factor", 1.5), ("beta_fast", None),
+     ("mscale", 0)],
+)  # fmt: skip
+def test_what_our_yarn_does_not_do_is_refused(field, value):
+    scaling = DEEPSEEK_V3["rope_scaling"] | {field: value}
+    with pytest.raises(ModelError, match=f"(rope )?{field} (is )?{value!r}"):
+        parse_model_spec(DEEPSEEK_V3 | {"rope_scaling": scaling}, {})
 
 
 @pytest.mark.parametrize(

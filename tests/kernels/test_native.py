@@ -138,8 +138,10 @@ class Paged:
 def test_native_attention_is_the_references(build, dtype, block_size, heads, kv_heads, head_dim):
     paged = Paged([1, 15, 16, 17, 64, 100, 33], heads, kv_heads, head_dim, block_size, dtype)
     call = paged.call((0, 0, 1), (3, 10, 7), (2, 15, 1), (4, 0, 64), (5, 99, 1), (1, 3, 2))
-    got, expected = native(build).paged_attention(*call), paged_attention(*call)
-    assert (got - expected).abs().max() < 3e-6
+    for window in (None, 1, 16, 23, 64):
+        got = native(build).paged_attention(*call, window)
+        expected = paged_attention(*call, window)
+        assert (got - expected).abs().max() < 3e-6
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -149,13 +151,16 @@ def test_native_attention_is_the_references(build, dtype, block_size, heads, kv_
 def test_a_native_row_attends_alike_in_any_chunk_and_company(build, dtype, data):
     lengths = data.draw(st.lists(st.integers(1, 90), min_size=1, max_size=5))
     paged, kernels = Paged(lengths, 9, 3, 64, dtype=dtype), native(build)
-    wholes = [kernels.paged_attention(*paged.call((s, 0, n))) for s, n in enumerate(lengths)]
+    window = data.draw(st.none() | st.integers(1, 90))
+    wholes = [
+        kernels.paged_attention(*paged.call((s, 0, n)), window) for s, n in enumerate(lengths)
+    ]
     runs = []
     for _ in range(data.draw(st.integers(1, 6))):
         sequence = data.draw(st.integers(0, len(lengths) - 1))
         start = data.draw(st.integers(0, lengths[sequence] - 1))
         runs.append((sequence, start, data.draw(st.integers(1, lengths[sequence] - start))))
-    together = kernels.paged_attention(*paged.call(*runs))
+    together = kernels.paged_attention(*paged.call(*runs), window)
     assert torch.equal(together, torch.cat([wholes[s][a : a + n] for s, a, n in runs]))
 
 

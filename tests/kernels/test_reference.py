@@ -117,14 +117,16 @@ class PagedSequences:
             self.values.append(values)
             self.query.append(draw(length, heads[0], head_dim))
 
-    def attend(self, rows: list[tuple[int, int]]) -> torch.Tensor:
+    def attend(self, rows: list[tuple[int, int]], window=None) -> torch.Tensor:
         """Attend for (sequence, position) rows in one call."""
         plan = plan_paged_rows([PagedRun(p, 1, self.tables[s]) for s, p in rows])
-        return paged_attention(torch.stack([self.query[s][p] for s, p in rows]), self.layer, plan)
+        query = torch.stack([self.query[s][p] for s, p in rows])
+        return paged_attention(query, self.layer, plan, window)
 
-    def dense(self, sequence: int, position: int) -> torch.Tensor:
-        keys = self.keys[sequence][: position + 1].transpose(0, 1).float()
-        values = self.values[sequence][: position + 1].transpose(0, 1).float()
+    def dense(self, sequence: int, position: int, window=10**6) -> torch.Tensor:
+        seen = slice(max(0, position + 1 - window), position + 1)
+        keys = self.keys[sequence][seen].transpose(0, 1).float()
+        values = self.values[sequence][seen].transpose(0, 1).float()
         query = self.query[sequence][position].unsqueeze(1).float()
         group = query.shape[0] // keys.shape[0]
         out = F.scaled_dot_product_attention(
@@ -142,17 +144,28 @@ def test_paged_attention_equals_dense_attention(heads):
         assert torch.allclose(out[row], sequences.dense(sequence, position), atol=2e-6)
 
 
+@pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 130, 500])
+def test_a_window_hides_all_keys_but_the_latest(window):
+    sequences = PagedSequences([1, 16, 63, 64, 65, 200])
+    rows = [(s, len(keys) - 1) for s, keys in enumerate(sequences.keys)] + [(5, 0), (5, 130)]
+    out = sequences.attend(rows, window)
+    for row, (sequence, position) in enumerate(rows):
+        assert torch.allclose(out[row], sequences.dense(sequence, position, window), atol=2e-6)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_decode_prefill_and_chunked_prefill_attend_bit_for_bit_alike(data):
     lengths = data.draw(st.lists(st.integers(1, 150), min_size=1, max_size=4))
     sequences = PagedSequences(lengths, dtype=data.draw(st.sampled_from(DTYPES)))
     everything = [(s, p) for s, length in enumerate(lengths) for p in range(length)]
-    together = sequences.attend(everything)
+    window = data.draw(st.none() | st.integers(1, 150))
+    together = sequences.attend(everything, window)
     chosen = data.draw(st.lists(st.sampled_from(range(len(everything))), min_size=1, max_size=40))
-    some = sequences.attend([everything[i] for i in chosen])
+    some = sequences.attend([everything[i] for i in chosen], window)
     assert torch.equal(some, together[chosen])
-    assert torch.equal(sequences.attend([everything[chosen[0]]])[0], together[chosen[0]])
+    alone = sequences.attend([everything[chosen[0]]], window)
+    assert torch.equal(alone[0], together[chosen[0]])
 
 
 def test_what_lies_in_foreign_blocks_does_not_matter():

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -22,6 +24,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
+from transformers.models.step3p7.modeling_step3p7 import Step3p7TextModel
 
 from support.checkpoints import VOCAB_SIZE, perturb_norms, write_checkpoint, write_tokenizer
 
@@ -68,7 +72,7 @@ def _step3_text(directory):
     """Step-3 of stock parts: Llama with one KV head, and a norm between two query projections."""
     model = _mfa_model()
     perturb_norms(model)
-    _write(directory, STEP3, model)
+    _write(directory, STEP3, _names_of_step3(model))
     return lambda ids: model(torch.tensor([ids])).logits[0]
 
 
@@ -78,8 +82,77 @@ def _mfa_kr(directory):
     for layer in model.model.layers:
         layer.self_attn = MFAKeyReuse(layer.self_attn)
     perturb_norms(model)
-    _write(directory, STEP3 | {"mfa_key_reuse": True}, model)
+    _write(directory, STEP3 | {"mfa_key_reuse": True}, _names_of_step3(model))
     return lambda ids: model(torch.tensor([ids])).logits[0]
+
+
+STEP3P5 = {
+    "model_type": "step3p5",
+    "hidden_size": 96,
+    "intermediate_size": 176,
+    "num_hidden_layers": 4,
+    "num_nextn_predict_layers": 2,  # lists have entries for these too, which nobody reads
+    "num_attention_heads": 4,
+    "num_attention_groups": 2,
+    "head_dim": 32,
+    "attention_other_setting": {
+        "attention_type": "sliding_attention",
+        "num_attention_heads": 6,
+        "num_attention_groups": 2,
+        "head_dim": 32,
+    },
+    "sliding_window": 21,
+    "layer_types": ["full_attention"] + ["sliding_attention"] * 3 + ["full_attention"] * 2,
+    "rope_theta": [5e6, 1e4, 1e4, 1e4, 5e6, 5e6],
+    "partial_rotary_factors": [0.5, 1.0, 1.0, 1.0, 0.5, 0.5],
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "low_freq_factor": 0.5,
+        "high_freq_factor": 4.0,
+    },
+    "yarn_only_types": ["full_attention"],
+    "moe_layers_enum": "",
+    "use_qk_norm": True,
+    "use_head_wise_attn_gate": True,
+    "zero_centered": True,
+    "sink": False,
+    "use_rope_layers": [],
+    "max_position_embeddings": 512,
+    "vocab_size": VOCAB_SIZE,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": [2],
+    "initializer_range": 0.15,
+}
+
+
+def _step3p5(directory):
+    model = Step3p7TextModel(Step3p7TextConfig(**STEP3P5)).eval()
+    head = torch.randn(VOCAB_SIZE, 96) * 0.15
+    perturb_norms(model)
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    _write(directory, STEP3P5, tensors | {"lm_head.weight": head})
+    return lambda ids: model(torch.tensor([ids])).last_hidden_state[0] @ head.T
+
+
+def _deepseek_v3(directory):
+    config = DeepseekV3Config(
+        **SIZES | {"num_key_value_heads": 6, "rms_norm_eps": 1e-6},
+        q_lora_rank=56,
+        kv_lora_rank=40,
+        qk_nope_head_dim=24,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        first_k_dense_replace=3,
+        num_nextn_predict_layers=0,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0,
+            "original_max_position_embeddings": 64, "beta_fast": 4.0, "beta_slow": 1.0,
+            "mscale": 1.0, "mscale_all_dim": 0.7,
+        },
+    )  # fmt: skip
+    return _saved(directory, DeepseekV3ForCausalLM(config))
 
 
 HEAD_DIM, QUERY_RANK = 32, 40
@@ -143,9 +216,12 @@ class MFAKeyReuse(nn.Module):
         return self.o_proj(attended)[None], None
 
 
-def _write(directory, config, model):
-    """Write a checkpoint with the names that the hub has, which are not those of the modules."""
-    tensors = {name.replace(".q_proj.", ".", 1): t for name, t in model.state_dict().items()}
+def _names_of_step3(model):
+    """Return the tensors by the hub's names: parts of `q_proj` stand beside it there."""
+    return {name.replace(".q_proj.", ".", 1): t for name, t in model.state_dict().items()}
+
+
+def _write(directory, config, tensors):
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config))
     write_tokenizer(directory)
@@ -157,6 +233,8 @@ WRITERS = {
     "qwen3": _qwen3,
     "step3_text": _step3_text,
     "mfa_kr": _mfa_kr,
+    "step3p5": _step3p5,
+    "deepseek_v3": _deepseek_v3,
 }
 
 

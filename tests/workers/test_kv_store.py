@@ -30,3 +30,14 @@ def test_values_that_are_keys_take_no_memory():
     for keys, values in KVStore(spec, num_blocks=5, block_size=4, dtype=torch.float32).layers:
         assert keys.shape == values.shape == (5, 1, 4, 32)
         assert keys.data_ptr() == values.data_ptr()
+
+
+def test_latent_attention_caches_the_latent_and_one_rotated_key():
+    spec = read_model_spec(family("deepseek_v3").directory)
+    store = KVStore(spec, num_blocks=5, block_size=4, dtype=torch.bfloat16)
+    for keys, values in store.layers:
+        assert keys.shape == (5, 1, 4, 40 + 16)
+        assert values.shape == (5, 1, 4, 40)
+        keys[2, 0, 1] = torch.arange(56)
+        assert values[2, 0, 1].tolist() == list(range(40))
+        assert keys.untyped_storage().nbytes() == 5 * 4 * 56 * 2  # and nothing beside
