@@ -26,6 +26,8 @@ OTHERS = {
     "attention_workers": 3,
     "ffn_workers": 2,
     "ffn_parallel": "replicate",
+    "expert_replicas": 2,
+    "expert_shards": 3,
     "host": "0.0.0.0",
     "port": 0,
     "served_model_name": "other",
@@ -137,7 +139,7 @@ def test_types_survive_every_source(tmp_path):
 
 def test_help_tells_choices_and_defaults():
     text = " ".join(parser().format_help().split())
-    assert "--ffn-parallel {tensor,replicate}" in text
+    assert "--ffn-parallel {tensor,replicate,expert,hybrid}" in text
     assert "--block-size {1,2,4,8,16,32,64}" in text
     assert "(default: 8000)" in text
     assert "(default: None)" not in text

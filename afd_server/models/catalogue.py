@@ -3,8 +3,10 @@
 from afd_server.core.model_spec import SUPPORTED_MODEL_TYPES
 from afd_server.models.base import Architecture
 from afd_server.models.llama import LLAMA
+from afd_server.models.mixtral import MIXTRAL
 from afd_server.models.qwen2 import QWEN2
 from afd_server.models.qwen3 import QWEN3
+from afd_server.models.qwen3_moe import QWEN3_MOE
 from afd_server.models.step3_text import STEP3_TEXT
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -12,6 +14,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "step3_text": STEP3_TEXT,
+    "mixtral": MIXTRAL,
+    "qwen3_moe": QWEN3_MOE,
 }
 
 assert set(ARCHITECTURES) == set(SUPPORTED_MODEL_TYPES), "core.model_spec lists other types"

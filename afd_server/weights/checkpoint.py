@@ -34,19 +34,24 @@ class Checkpoint:
         self._dtype = dtype
         self._files = _find_tensors(directory)
 
+    def has(self, name: str) -> bool:
+        """Tell whether a file holds this tensor."""
+        return name in self._files
+
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return the whole tensor; `ModelError` if it is missing or of another shape."""
-        return self._slice(name, shape, (slice(None),))
+        return self.read_slice(name, shape, (slice(None),))
 
     def read_rows(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
         """Return rows start … stop − 1; errors as for `read`."""
-        return self._slice(name, shape, (slice(start, stop),))
+        return self.read_slice(name, shape, (slice(start, stop),))
 
     def read_columns(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
         """Return columns start … stop − 1; errors as for `read`."""
-        return self._slice(name, shape, (slice(None), slice(start, stop)))
+        return self.read_slice(name, shape, (slice(None), slice(start, stop)))
 
-    def _slice(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> Tensor:
+    def read_slice(self, name: str, shape: tuple[int, ...], place: tuple[slice, ...]) -> Tensor:
+        """Return a part of a tensor; errors as for `read`."""
         path = self._files.get(name)
         if path is None:
             raise ModelError(
@@ -60,7 +65,7 @@ class Checkpoint:
                     f"{path.name}: tensor {name} has shape {list(found)}, "
                     f"config.json says {list(shape)}"
                 )
-            tensor: Tensor = view[part]
+            tensor: Tensor = view[place]
             if not tensor.is_floating_point():
                 raise ModelError(f"{path.name}: tensor {name} is {tensor.dtype}, expected floats")
             # clone: a tensor of the right dtype would else keep the file's mapping alive

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from support.checkpoints import VOCAB_SIZE, perturb_norms, write_checkpoint, write_tokenizer
+from support.experts import write_mixtral, write_qwen3_moe
 
 SIZES = {
     "hidden_size": 96,
@@ -151,12 +152,24 @@ def _write(directory, config, model):
     write_tokenizer(directory)
 
 
+def _mixtral(directory):
+    model = write_mixtral(directory)
+    return lambda ids: model(torch.tensor([ids])).logits[0]
+
+
+def _qwen3_moe(directory):
+    model = write_qwen3_moe(directory, chosen=3, dense_layers=(1,))
+    return lambda ids: model(torch.tensor([ids])).logits[0]
+
+
 WRITERS = {
     "llama": _llama,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "step3_text": _step3_text,
     "mfa_kr": _mfa_kr,
+    "mixtral": _mixtral,
+    "qwen3_moe": _qwen3_moe,
 }
 
 
