@@ -244,7 +244,7 @@ WRONG = [
     ("start_timeout_s", "86400", "0 … 86400"),
     ("start_timeout_s", "soon", "valid number"),
     ("dtype", "float16", "'auto', 'float32' or 'bfloat16'"),
-    ("ffn_parallel", "expert", "'tensor' or 'replicate'"),
+    ("ffn_parallel", "experts", "'expert' or 'hybrid'"),
     ("launcher", "slurm", "'ray' or 'local'"),
     ("transport", "rdma", "'auto', 'zmq' or 'shm'"),
     ("data_transport", "udp", "'ipc' or 'tcp'"),

@@ -8,7 +8,7 @@ from torch import Tensor
 from afd_server.core.expert_spec import ExpertSpec
 from afd_server.core.model_spec import ModelSpec
 from afd_server.kernels import reference
-from afd_server.kernels.table import Kernels, LinearWeight
+from afd_server.kernels.table import Kernels
 from afd_server.models.base import (
     ColumnShard,
     FFNCall,
@@ -21,7 +21,7 @@ from afd_server.models.routing import RoutedRows, choose_experts, compute_routed
 
 
 class ExpertNames:
-    """Where a family keeps its experts' tensors.
+    """Where a family keeps its experts' tensors: as on the hub, or stacked as in transformers 5.
 
     Args:
         block: the module of a layer that holds gate and experts, such as `mlp`.
@@ -32,17 +32,18 @@ class ExpertNames:
         self._block = block
         self._projections = {"gate": gate, "up": up, "down": down}
 
-    def router(self, layer: int) -> str:
-        """Return the gate's weight."""
-        return f"model.layers.{layer}.{self._block}.gate.weight"
+    def gates(self, layer: int) -> tuple[str, str]:
+        """Return the gate's weight [experts, hidden], on the hub and beside stacked experts."""
+        prefix = f"model.layers.{layer}"
+        return f"{prefix}.{self._block}.gate.weight", f"{prefix}.mlp.gate.weight"
 
     def projection(self, layer: int, expert: int, kind: str) -> str:
-        """Return an expert's `gate`, `up` or `down`, as the hub has them: one tensor for each."""
+        """Return an expert's `gate`, `up` or `down`, each a tensor of its own."""
         name = self._projections[kind]
         return f"model.layers.{layer}.{self._block}.experts.{expert}.{name}.weight"
 
     def stacked(self, layer: int, kind: str) -> str:
-        """Return `gate_up` or `down` of all experts, as transformers 5 has them in memory."""
+        """Return `gate_up` or `down` of all experts of a layer."""
         return f"model.layers.{layer}.mlp.experts.{kind}_proj"
 
 
@@ -102,8 +103,9 @@ class _Gate:
     ) -> None:
         norm = f"model.layers.{layer}.post_attention_layernorm.weight"
         self.norm = weights.read(norm, (spec.hidden_size,))
-        shape = (experts_of_spec(spec).num_experts, spec.hidden_size)
-        self.weight = weights.read(names.router(layer), shape)
+        on_hub, beside_stacked = names.gates(layer)
+        name = beside_stacked if weights.has(beside_stacked) else on_hub
+        self.weight = weights.read(name, (experts_of_spec(spec).num_experts, spec.hidden_size))
 
 
 class RoutedFFN:
@@ -157,10 +159,12 @@ class _Expert:
         shard: ColumnShard,
         names: ExpertNames,
     ) -> None:
-        reader = _ExpertReader(spec, weights, layer, expert, shard, names)
+        stacked = weights.has(names.stacked(layer, "gate_up"))
+        reader = _read_stacked if stacked else _read_single
+        gate_up, down = reader(spec, weights, layer, expert, shard, names)
         prefix = f"model.layers.{layer}.experts.{expert}"
-        self.gate_up: LinearWeight = weights.pack(f"{prefix}.gate_up", reader.gate_up)
-        self.down: LinearWeight = weights.pack(f"{prefix}.down", reader.down)
+        self.gate_up = weights.pack(f"{prefix}.gate_up", gate_up)
+        self.down = weights.pack(f"{prefix}.down", down)
 
     def compute(self, rows: Tensor, kernels: Kernels) -> Tensor:
         """Return the expert's output, [rows, hidden], of prepared rows."""
@@ -168,50 +172,50 @@ class _Expert:
         return kernels.linear(inner, self.down)
 
 
-class _ExpertReader:
-    """Reads one expert's shard from either form of a checkpoint: a tensor each, or stacked."""
+def _read_single(
+    spec: ModelSpec,
+    weights: WeightSource,
+    layer: int,
+    expert: int,
+    shard: ColumnShard,
+    names: ExpertNames,
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Return what reads an expert's shard, as on the hub: a tensor for each projection."""
+    inner, hidden = experts_of_spec(spec).intermediate_size, spec.hidden_size
+    gate, up, down = (names.projection(layer, expert, kind) for kind in ("gate", "up", "down"))
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        weights: WeightSource,
-        layer: int,
-        expert: int,
-        shard: ColumnShard,
-        names: ExpertNames,
-    ) -> None:
-        experts = experts_of_spec(spec)
-        self._inner, self._hidden = experts.intermediate_size, spec.hidden_size
-        self._num_experts = experts.num_experts
-        self._weights = weights
-        self._layer, self._expert = layer, expert
-        self._shard = shard
-        self._names = names
+    def gate_up() -> Tensor:
+        return torch.cat([weights.read_rows(name, (inner, hidden), *shard) for name in (gate, up)])
 
-    def gate_up(self) -> Tensor:
-        """Return the rows of gate, then those of up."""
-        return torch.cat([self._up("gate", 0), self._up("up", self._inner)])
+    return gate_up, lambda: weights.read_columns(down, (hidden, inner), *shard)
 
-    def down(self) -> Tensor:
-        """Return the columns of down."""
-        stacked = self._names.stacked(self._layer, "down")
-        if self._weights.has(stacked):
-            shape = (self._num_experts, self._hidden, self._inner)
-            place = (slice(self._expert, self._expert + 1), slice(None), slice(*self._shard))
-            return self._weights.read_slice(stacked, shape, place)[0]
-        name = self._names.projection(self._layer, self._expert, "down")
-        return self._weights.read_columns(name, (self._hidden, self._inner), *self._shard)
 
-    def _up(self, kind: str, offset: int) -> Tensor:
-        stacked = self._names.stacked(self._layer, "gate_up")
-        start, stop = self._shard
-        if self._weights.has(stacked):
-            shape = (self._num_experts, 2 * self._inner, self._hidden)
-            rows = slice(offset + start, offset + stop)
-            place = (slice(self._expert, self._expert + 1), rows)
-            return self._weights.read_slice(stacked, shape, place)[0]
-        name = self._names.projection(self._layer, self._expert, kind)
-        return self._weights.read_rows(name, (self._inner, self._hidden), start, stop)
+def _read_stacked(
+    spec: ModelSpec,
+    weights: WeightSource,
+    layer: int,
+    expert: int,
+    shard: ColumnShard,
+    names: ExpertNames,
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Return what reads an expert's shard from the tensors of all experts of its layer.
+
+    They are gate over up, [experts, 2 · inner, hidden], and down, [experts, hidden, inner].
+    """
+    experts = experts_of_spec(spec)
+    num_experts, inner, hidden = experts.num_experts, experts.intermediate_size, spec.hidden_size
+    mine, columns = slice(expert, expert + 1), slice(*shard)
+    both, down = names.stacked(layer, "gate_up"), names.stacked(layer, "down")
+
+    def gate_up() -> Tensor:
+        shape = (num_experts, 2 * inner, hidden)
+        starts = (shard.start, inner + shard.start)
+        width = shard.stop - shard.start
+        places = [(mine, slice(start, start + width)) for start in starts]
+        return torch.cat([weights.read_slice(both, shape, place)[0] for place in places])
+
+    shape = (num_experts, hidden, inner)
+    return gate_up, lambda: weights.read_slice(down, shape, (mine, slice(None), columns))[0]
 
 
 def experts_of_spec(spec: ModelSpec) -> ExpertSpec:

@@ -119,6 +119,7 @@ def stack_experts(directory, target):
             for name in (gate, up, down)
         }
         both = torch.cat([stacked[gate], stacked[up]], 1)
+        tensors[f"{prefix}.mlp.gate.weight"] = tensors.pop(f"{prefix}.{block}.gate.weight")
         tensors[f"{prefix}.mlp.experts.gate_up_proj"] = both
         tensors[f"{prefix}.mlp.experts.down_proj"] = stacked[down]
     for path in directory.iterdir():
