@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from afd_server.models.forward import add_in_part_order
+
 ELSEWHERE = -1  # stands in a part of a call for an expert that another worker was asked for
 CHOICE_BYTES = 8  # an expert (int32) and its weight (float32)
 
@@ -88,7 +90,8 @@ def compute_routed(
     """Compute the answers to routed rows, as `answers_of` marks them, in its order.
 
     A token's contribution from an expert is weight · output in float32, rounded to the output's
-    dtype; contributions are added in ascending order of experts (`add_in_expert_order`).
+    dtype; contributions are added one by one in float32, in ascending order of experts. So the sum
+    does not depend on who computed what.
 
     Args:
         routed: rows, of which at least one expert each is here.
@@ -99,31 +102,21 @@ def compute_routed(
         [answers, hidden].
     """
     rows, experts, weights = routed
-    num_chosen = experts.shape[1]
-    flat = experts.flatten()
-    outputs: Tensor | None = None
+    num_tokens, num_chosen = experts.shape
+    flat, flat_weights = experts.flatten(), weights.flatten()
+    table: Tensor | None = None  # a row for each choice; those of others are never looked at
     for index in torch.unique(flat).tolist():
         if index == ELSEWHERE:
             continue
         places = (flat == index).nonzero().flatten()
         output = expert(index, rows[places // num_chosen])
-        weighted = weights.flatten()[places, None] * output.float()
-        if outputs is None:
-            outputs = output.new_zeros(flat.shape[0], hidden_size)
-        outputs[places] = weighted.to(output.dtype)
-    assert outputs is not None, "a call without an expert of this worker"
-    contributions = outputs.view(-1, num_chosen, hidden_size)
+        if table is None:
+            table = output.new_empty(flat.shape[0], hidden_size)
+        table[places] = (flat_weights[places, None] * output.float()).to(output.dtype)
+    assert table is not None, "a call without an expert of this worker"
+    contributions = table.view(num_tokens, num_chosen, hidden_size)
     complete = (experts != ELSEWHERE).all(1)
-    contributions[complete, 0] = add_in_expert_order(contributions[complete])
+    if bool(complete.all()):
+        return add_in_part_order(contributions.unbind(1))
+    contributions[complete, 0] = add_in_part_order(contributions[complete].unbind(1))
     return contributions[answers_of(experts)]
-
-
-def add_in_expert_order(contributions: Tensor) -> Tensor:
-    """Add [tokens, chosen, hidden] over the choices, one by one in float32; keep the dtype.
-
-    The order is that of the experts, so the sum does not depend on who computed what.
-    """
-    total = contributions[:, 0].float()
-    for choice in range(1, contributions.shape[1]):
-        total = total + contributions[:, choice].float()
-    return total.to(contributions.dtype)

@@ -14,7 +14,6 @@ from afd_server.models.forward import add_in_part_order
 from afd_server.models.routing import (
     CHOICE_BYTES,
     ELSEWHERE,
-    add_in_expert_order,
     answers_of,
     experts_of,
 )
@@ -51,25 +50,18 @@ def cut(call: FFNCall, group_of: Sequence[int | None]) -> list[Share] | None:
         (group,) = group_of
         return None if group is None else [Share(group, call.rows, None, call.rows.shape[0])]
     experts = experts_of(call.rows, call.num_chosen)
-    wanted = torch.unique(experts).tolist()
-    asked = {group_of[expert] for expert in wanted}
-    if None in asked:
+    wanted = [group_of[expert] for expert in torch.unique(experts).tolist()]
+    asked = sorted({group for group in wanted if group is not None})
+    if None in wanted:
         return None
     if len(asked) == 1:
-        (group,) = asked
-        assert group is not None
-        return [Share(group, call.rows, None, call.rows.shape[0])]
-    groups = torch.tensor([ELSEWHERE if g is None else g for g in group_of])[experts]
-    return [_share(call, experts, groups, group) for group in sorted(filter(_is_there, asked))]
+        return [Share(asked[0], call.rows, None, call.rows.shape[0])]
+    groups = torch.tensor([ELSEWHERE if group is None else group for group in group_of])[experts]
+    return [_share(call, experts, groups, group) for group in asked]
 
 
-def _is_there(group: int | None) -> bool:
-    return group is not None
-
-
-def _share(call: FFNCall, experts: Tensor, groups: Tensor, group: int | None) -> Share:
+def _share(call: FFNCall, experts: Tensor, groups: Tensor, group: int) -> Share:
     """Take the rows with an expert of this group; others' experts are marked `ELSEWHERE`."""
-    assert group is not None
     mine = groups == group  # [tokens, chosen]
     tokens = mine.any(1).nonzero().flatten()
     here = torch.where(mine[tokens], experts[tokens], ELSEWHERE)
@@ -97,13 +89,12 @@ def put_together(
     if shares[0].places is None:
         return add_in_part_order(answers[0])
     places = torch.cat([share.places for share in shares if share.places is not None])
+    # the last row of what is added is zero: the answer to a choice that was summed with another
+    index = torch.full((call.rows.shape[0] * call.num_chosen,), places.shape[0])
+    index[places] = torch.arange(places.shape[0])
+    by_choice = index.view(-1, call.num_chosen).unbind(1)
+    zero = answers[0][0].new_zeros(1, answers[0][0].shape[1])
+    shards = [torch.cat([*of_shard, zero]) for of_shard in zip(*answers, strict=True)]
     return add_in_part_order(
-        [_add_shares(call, places, torch.cat(of_shard)) for of_shard in zip(*answers, strict=True)]
+        [add_in_part_order([shard[choice] for choice in by_choice]) for shard in shards]
     )
-
-
-def _add_shares(call: FFNCall, places: Tensor, answers: Tensor) -> Tensor:
-    num_places = call.rows.shape[0] * call.num_chosen
-    table = answers.new_zeros(num_places, answers.shape[1])
-    table[places] = answers
-    return add_in_expert_order(table.view(-1, call.num_chosen, answers.shape[1]))
