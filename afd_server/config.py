@@ -58,9 +58,14 @@ class ServeConfig:
     ffn_workers: int = _setting(
         1, "workers with the FFN half; 0: the attention workers hold it too (colocated)"
     )
-    ffn_parallel: Literal["tensor", "replicate"] = _setting(
-        "tensor", "each FFN worker holds a column shard of every FFN, or a full replica"
+    ffn_parallel: Literal["tensor", "replicate", "expert", "hybrid"] = _setting(
+        "tensor", "each FFN worker holds a column shard of every FFN, a full replica, some "
+        "experts, or a column shard of some experts"
+    )  # fmt: skip
+    expert_replicas: int = _setting(
+        1, "FFN workers that hold each expert, with expert; groups of workers, with hybrid"
     )
+    expert_shards: int = _setting(2, "FFN workers that share the columns of an expert, with hybrid")
     host: str = _setting("127.0.0.1", "address to serve HTTP on")
     port: int = _setting(8000, "port to serve HTTP on; 0 takes a free one")
     served_model_name: str | None = _setting(None, "what clients call the model")
@@ -125,7 +130,8 @@ class ServeConfig:
     def __post_init__(self) -> None:
         at_least_one = (
             "attention_workers", "max_num_seqs", "max_batch_tokens",
-            "kv_cache_mb", "max_live_requests", "compute_threads",
+            "kv_cache_mb", "max_live_requests", "compute_threads", "expert_replicas",
+            "expert_shards",
         )  # fmt: skip
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in at_least_one:

@@ -38,7 +38,7 @@ from afd_server.transport.ring import why_unavailable
 from afd_server.transport.zeromq import ZeroMQLink
 from afd_server.weights.manifest import model_digest
 from afd_server.weights.pull import resolve
-from afd_server.workers.config import AttentionConfig, FFNConfig, Numerics, WorkerSpec
+from afd_server.workers.config import AttentionConfig, Numerics, WorkerSpec, ffn_config
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,9 @@ class _Plan:
             self.parallel = FFNParallel.COLOCATED
         # each lane reads all weights again, so only a lane that waits is worth another one
         self.default_lanes = 1 if self.parallel is FFNParallel.COLOCATED else 2
-        self.num_parts = config.ffn_workers if self.parallel is FFNParallel.TENSOR else 1
+        self.ffn = ffn_config(
+            self.parallel, config.ffn_workers, config.expert_replicas, config.expert_shards
+        )
         checksums = {"on": True, "off": False, "auto": config.data_transport == "tcp"}
         self.with_crc = checksums[config.frame_checksums]
         self._check(model)
@@ -185,7 +187,8 @@ class _Plan:
             max_live_requests=config.max_live_requests,
             num_attention=config.attention_workers,
             num_ffn=config.ffn_workers,
-            num_ffn_parts=min(config.ffn_workers, self.num_parts),
+            # however many are lost, an expert has a holder as long as so many are there
+            num_ffn_parts=config.ffn_workers - (self.ffn.num_replicas - 1),
             with_crc=self.with_crc,
             shutdown_timeout_s=config.shutdown_timeout_s,
             log_level=config.log_level,
@@ -218,7 +221,7 @@ class _Plan:
                 kv_cache_bytes=config.kv_cache_mb * 2**20,
                 prefix_caching=config.prefix_caching,
             ),
-            ffn=FFNConfig(self.parallel, self.num_parts),
+            ffn=self.ffn,
             load_format=config.load_format,
         )
 
@@ -244,18 +247,45 @@ class _Plan:
                 f"max_batch_tokens is {config.max_batch_tokens}, must be more than max_num_seqs "
                 f"({config.max_num_seqs})"
             )
-        if self.num_parts > model.intermediate_size:
-            raise ConfigError(
-                f"ffn_workers is {config.ffn_workers}, but the FFN has only "
-                f"{model.intermediate_size} columns to share out; use --ffn-parallel replicate"
-            )
-        payload = config.max_batch_tokens * model.hidden_size * 4  # float32 partial sums
+        self._check_placement(model)
+        # float32 partial sums, of a token's experts one each
+        rows = config.max_batch_tokens * (model.experts.num_chosen if model.experts else 1)
+        payload = rows * model.hidden_size * 4
         if payload > MAX_PAYLOAD_BYTES:
             raise ConfigError(
                 f"max_batch_tokens {config.max_batch_tokens} makes activations of {payload} bytes, "
                 f"a message holds {MAX_PAYLOAD_BYTES}; lower it"
             )
         self._check_network()
+
+    def _check_placement(self, model: ModelSpec) -> None:
+        config, columns = self._config, model.smallest_intermediate_size
+        if self.ffn.num_parts > columns:
+            raise ConfigError(
+                f"{self.ffn.num_parts} FFN workers share an FFN's columns, but it has only "
+                f"{columns}; use --ffn-parallel replicate"
+            )
+        if self.parallel is FFNParallel.HYBRID and config.ffn_workers % config.expert_shards:
+            raise ConfigError(
+                f"ffn_workers is {config.ffn_workers}, no multiple of expert_shards "
+                f"({config.expert_shards}), which --ffn-parallel hybrid needs"
+            )
+        by_expert = self.parallel in (FFNParallel.EXPERT, FFNParallel.HYBRID)
+        if by_expert and model.experts is None:
+            raise ConfigError(
+                f"ffn_parallel is {config.ffn_parallel}, but {model.model_type} has no experts; "
+                "use tensor or replicate"
+            )
+        if by_expert and config.expert_replicas > self.ffn.num_groups:
+            raise ConfigError(
+                f"expert_replicas is {config.expert_replicas}, but only {self.ffn.num_groups} "
+                "holders of experts are there; raise ffn_workers"
+            )
+        if not by_expert and config.expert_replicas > 1:
+            raise ConfigError(
+                f"expert_replicas is {config.expert_replicas}, which goes with --ffn-parallel "
+                f"expert or hybrid, not {config.ffn_parallel}"
+            )
 
     def _check_network(self) -> None:
         config = self._config

@@ -27,6 +27,8 @@ OTHERS = {
     "attention_workers": 3,
     "ffn_workers": 2,
     "ffn_parallel": "replicate",
+    "expert_replicas": 2,
+    "expert_shards": 3,
     "host": "0.0.0.0",
     "port": 0,
     "served_model_name": "other",
@@ -138,7 +140,7 @@ def test_types_survive_every_source(tmp_path):
 
 def test_help_tells_choices_and_defaults():
     text = " ".join(parser().format_help().split())
-    assert "--ffn-parallel {tensor,replicate}" in text
+    assert "--ffn-parallel {tensor,replicate,expert,hybrid}" in text
     assert "--block-size {1,2,4,8,16,32,64}" in text
     assert "(default: 8000)" in text
     assert "(default: None)" not in text
@@ -243,7 +245,7 @@ WRONG = [
     ("start_timeout_s", "86400", "0 … 86400"),
     ("start_timeout_s", "soon", "valid number"),
     ("dtype", "float16", "'auto', 'float32' or 'bfloat16'"),
-    ("ffn_parallel", "expert", "'tensor' or 'replicate'"),
+    ("ffn_parallel", "experts", "'expert' or 'hybrid'"),
     ("launcher", "slurm", "'ray' or 'local'"),
     ("transport", "rdma", "'auto', 'zmq' or 'shm'"),
     ("data_transport", "udp", "'ipc' or 'tcp'"),

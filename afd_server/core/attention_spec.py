@@ -167,6 +167,18 @@ def parse_qwen3(config: Config) -> tuple[AttentionSpec, ...]:
     return (_gqa(config, head_dim=128),) * integer(config, "num_hidden_layers")
 
 
+def parse_mixtral(config: Config) -> tuple[AttentionSpec, ...]:
+    """Read the attention of every layer of `mixtral`."""
+    refuse_unless(config, "sliding_window", None)
+    return (_gqa(config),) * integer(config, "num_hidden_layers")
+
+
+def parse_qwen3_moe(config: Config) -> tuple[AttentionSpec, ...]:
+    """Read the attention of every layer of `qwen3_moe`."""
+    _refuse_windows(config)
+    return (_gqa(config),) * integer(config, "num_hidden_layers")
+
+
 def parse_step3_text(config: Config) -> tuple[AttentionSpec, ...]:
     """Read the attention of every layer of `step3_text`."""
     refuse_unless(config, "num_attention_groups", 1)

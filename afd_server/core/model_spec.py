@@ -13,13 +13,16 @@ from afd_server.core.attention_spec import (
     AttentionSpec,
     parse_deepseek_v3,
     parse_llama,
+    parse_mixtral,
     parse_qwen2,
     parse_qwen3,
+    parse_qwen3_moe,
     parse_step3_text,
     parse_step3p5,
 )
 from afd_server.core.config_fields import Config, integer, number, refuse_unless
 from afd_server.core.errors import ModelError
+from afd_server.core.expert_spec import ExpertSpec, mixtral_experts, qwen3_moe_experts
 
 _ATTENTION: dict[str, Callable[[Config], tuple[AttentionSpec, ...]]] = {
     "llama": parse_llama,
@@ -28,6 +31,13 @@ _ATTENTION: dict[str, Callable[[Config], tuple[AttentionSpec, ...]]] = {
     "step3_text": parse_step3_text,
     "step3p5": parse_step3p5,
     "deepseek_v3": parse_deepseek_v3,
+    "mixtral": parse_mixtral,
+    "qwen3_moe": parse_qwen3_moe,
+}
+
+_EXPERTS: dict[str, Callable[[Config], ExpertSpec]] = {
+    "mixtral": mixtral_experts,
+    "qwen3_moe": qwen3_moe_experts,
 }
 
 SUPPORTED_MODEL_TYPES = tuple(_ATTENTION)
@@ -42,6 +52,7 @@ class ModelSpec:
     Attributes:
         attention: one for each layer.
         intermediate_size: of every dense FFN.
+        experts: of the routed FFNs; None if all are dense.
     """
 
     model_type: str
@@ -53,6 +64,25 @@ class ModelSpec:
     rms_norm_eps: float
     tie_embeddings: bool
     eos_token_ids: tuple[int, ...]
+    experts: ExpertSpec | None = None
+
+    def num_chosen(self, layer: int) -> int:
+        """Return the experts that a token goes to in a layer; 0 if the layer is dense."""
+        experts = self.experts
+        return experts.num_chosen if experts is not None and experts.is_routed[layer] else 0
+
+    @property
+    def experts_by_layer(self) -> tuple[int, ...]:
+        """Return the experts of each layer; a dense layer counts as one that everybody chooses."""
+        if self.experts is None:
+            return (1,) * self.num_layers
+        return tuple(self.experts.num_experts if r else 1 for r in self.experts.is_routed)
+
+    @property
+    def smallest_intermediate_size(self) -> int:
+        """Return the columns of the FFN that has the fewest."""
+        routed = self.experts.intermediate_size if self.experts else self.intermediate_size
+        return min(self.intermediate_size, routed)
 
     @property
     def num_layers(self) -> int:
@@ -117,6 +147,7 @@ def parse_model_spec(config: Config, generation: Config) -> ModelSpec:
         rms_norm_eps=number(config, "rms_norm_eps"),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         eos_token_ids=_eos_token_ids(config, generation),
+        experts=_EXPERTS[model_type](config) if model_type in _EXPERTS else None,
     )
 
 

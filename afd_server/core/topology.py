@@ -1,5 +1,6 @@
 """Who is alive, where, and holding what."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -14,11 +15,13 @@ class Role(IntEnum):
 
 
 class FFNParallel(IntEnum):
-    """How a dense FFN is spread over the FFN pool."""
+    """How the FFNs are spread over the FFN pool."""
 
     TENSOR = 1  # every worker holds a column shard; a call goes to all, their sums are added
     REPLICATE = 2  # every worker holds everything; a call goes to one
     COLOCATED = 3  # no FFN pool: the attention workers hold everything themselves
+    EXPERT = 4  # every worker holds some experts; a token goes to the holders of its own
+    HYBRID = 5  # groups of workers hold some experts; in a group everybody has a column shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,64 @@ class Member:
     def name(self) -> str:
         """Return the short form used in logs and status, such as `ffn/1`."""
         return f"{self.role.name.lower()}/{self.slot}"
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Which FFN workers hold which expert of which layer.
+
+    Workers form groups of `num_shards` neighbours: the worker of slot s holds column shard
+    s mod `num_shards` of every expert of group s div `num_shards`. A dense layer counts as one
+    expert. `holders[layer][expert]` are the groups that hold it, each of them all of it; which
+    one computes changes no bit, how many shards there are does.
+    """
+
+    holders: tuple[tuple[tuple[int, ...], ...], ...]
+    num_groups: int
+    num_shards: int = 1
+
+    def __post_init__(self) -> None:
+        for layer, experts in enumerate(self.holders):
+            for expert, groups in enumerate(experts):
+                valid = len(set(groups)) == len(groups) > 0
+                assert valid and set(groups) <= set(range(self.num_groups)), (
+                    f"layer {layer}, expert {expert}: held by {groups} of {self.num_groups} groups"
+                )
+
+    def slots_of(self, group: int) -> range:
+        """Return the slots of a group, by column shard."""
+        return range(group * self.num_shards, (group + 1) * self.num_shards)
+
+    def experts_of(self, slot: int) -> tuple[tuple[int, ...], ...]:
+        """Return the experts that a slot holds a shard of, by layer."""
+        group = slot // self.num_shards
+        return tuple(
+            tuple(expert for expert, groups in enumerate(experts) if group in groups)
+            for experts in self.holders
+        )
+
+
+def spread_experts(
+    experts_by_layer: Sequence[int], num_groups: int, num_shards: int, num_replicas: int
+) -> Placement:
+    """Deal experts out in turn, each to `num_replicas` groups in a row.
+
+    Groups differ by at most one expert and replica in a layer. Every layer begins at the next
+    group, so that dense layers and remainders are spread as well.
+    """
+    assert 1 <= num_replicas <= num_groups, f"{num_replicas} replicas in {num_groups} groups"
+    holders = tuple(
+        tuple(
+            tuple(
+                sorted(
+                    (layer + expert * num_replicas + r) % num_groups for r in range(num_replicas)
+                )
+            )
+            for expert in range(num_experts)
+        )
+        for layer, num_experts in enumerate(experts_by_layer)
+    )
+    return Placement(holders, num_groups, num_shards)
 
 
 @dataclass(frozen=True, slots=True)

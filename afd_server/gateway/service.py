@@ -12,6 +12,7 @@ from afd_server.core.model_spec import read_model_spec
 from afd_server.core.topology import Member, Role
 from afd_server.gateway.byte_codec import byte_codec
 from afd_server.gateway.config import GatewaySpec
+from afd_server.gateway.expert_view import ExpertView
 from afd_server.gateway.generation import Generations
 from afd_server.gateway.pool_view import PoolView
 from afd_server.gateway.stage_view import StageView
@@ -21,6 +22,7 @@ from afd_server.policy.admission import AdmissionConfig
 from afd_server.telemetry.metrics import GatewayMetrics
 from afd_server.transport.endpoint import Endpoint, Identity, Received
 from afd_server.transport.messages import (
+    ExpertLoad,
     Heartbeat,
     LoadReport,
     ProcessState,
@@ -58,6 +60,7 @@ class Service:
         self.metrics = GatewayMetrics(spec.served_model_name)
         self.pools = PoolView(clock)
         self.stages = StageView(clock, self.metrics)
+        self._experts = ExpertView(self.metrics)
         self.is_draining = False
         self._link = ZeroMQLink(spec.incarnation, bind=None)
         supervisor = Member(Role.SUPERVISOR, 0, spec.supervisor, spec.supervisor_address, "")
@@ -159,6 +162,8 @@ class Service:
             self.pools.take_report(source, message)
             self._show_load(received.sender, message, last)
             self.stages.take(received.sender, message, self._endpoint.received_s)
+        elif isinstance(message, ExpertLoad):
+            self._experts.take(source, message)
         elif isinstance(message, TopologyUpdate):
             self._follow(message)
 
@@ -174,6 +179,7 @@ class Service:
         self._endpoint.topology = topology
         self.pools.follow(topology)
         self.stages.follow(topology)
+        self._experts.follow(topology)
         for member in self.pools.workers():
             self._link.connect(member.incarnation, member.address)
         self._watch()

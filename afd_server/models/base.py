@@ -1,6 +1,6 @@
 """What a model half offers and what it asks for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -11,10 +11,18 @@ from afd_server.kernels.table import Kernels, KVLayer, LinearWeight, PagedRows
 
 
 class FFNCall(NamedTuple):
-    """What crosses A→F: the normed rows of one layer, prepared, [tokens, …] (`RowFormat`)."""
+    """What crosses A→F.
+
+    Attributes:
+        layer: whose FFN is wanted.
+        rows: the layer's normed rows, prepared, [tokens, …] (`RowFormat`); in a routed layer with
+            their experts behind them (`models.routing.join`).
+        num_chosen: experts of each row; 0 in a dense layer.
+    """
 
     layer: int
     rows: Tensor
+    num_chosen: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +53,36 @@ class ColumnShard(NamedTuple):
     stop: int
 
 
+class FFNShare(NamedTuple):
+    """What one FFN worker holds: one of `num_parts` column shards of some experts of each layer.
+
+    `experts` lists them by layer; None means all. A dense layer counts as one expert.
+    """
+
+    part: int = 0
+    num_parts: int = 1
+    experts: tuple[tuple[int, ...], ...] | None = None
+
+    def columns(self, intermediate_size: int) -> ColumnShard:
+        """Return the shard of an FFN with so many columns."""
+        return column_shard(intermediate_size, self.part, self.num_parts)
+
+    def experts_of(self, layer: int, spec: ModelSpec) -> Sequence[int]:
+        """Return the experts of a layer that are held."""
+        if self.experts is None:
+            return range(spec.experts_by_layer[layer])
+        return self.experts[layer]
+
+
 class TensorReader(Protocol):
     """Gives checkpoint tensors one at a time, as copies in the compute dtype.
 
-    Each method raises `ModelError` if the tensor is missing or its shape differs.
+    Each method that reads raises `ModelError` if the tensor is missing or its shape differs.
     """
+
+    def has(self, name: str) -> bool:
+        """Tell whether there is such a tensor."""
+        ...
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return the whole tensor."""
@@ -61,6 +94,10 @@ class TensorReader(Protocol):
 
     def read_columns(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
         """Return columns start … stop − 1 of a tensor of this whole shape."""
+        ...
+
+    def read_slice(self, name: str, shape: tuple[int, ...], place: tuple[slice, ...]) -> Tensor:
+        """Return a part of a tensor of this whole shape; dimensions not named are whole."""
         ...
 
 
@@ -98,7 +135,12 @@ class FFNHalf(Protocol):
     """The feed-forward weights of a worker's part, and nothing else."""
 
     def partial_sum(self, layer: int, rows: Tensor) -> Tensor:
-        """Return this part's share of the layer's FFN output, [rows, hidden], of prepared rows."""
+        """Return this part's share of the layer's FFN output, of a call's rows.
+
+        Returns:
+            [rows, hidden]; in a routed layer with experts elsewhere as `models.routing.answers_of`
+            tells.
+        """
         ...
 
 
@@ -107,7 +149,7 @@ class Architecture:
     """How to build the halves of one model_type."""
 
     attention: Callable[[ModelSpec, WeightSource, Kernels, int], AttentionHalf]
-    ffn: Callable[[ModelSpec, WeightSource, Kernels, ColumnShard], FFNHalf]
+    ffn: Callable[[ModelSpec, WeightSource, Kernels, FFNShare], FFNHalf]
 
 
 # Shards start at multiples of this many columns: whole vectors for every kernel, and whole groups

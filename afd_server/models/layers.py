@@ -13,7 +13,7 @@ from torch import Tensor
 from afd_server.core.attention_spec import GQASpec
 from afd_server.core.model_spec import ModelSpec
 from afd_server.kernels.table import Kernels, KVLayer, LinearWeight
-from afd_server.models.base import ColumnShard, FFNCall, MicroBatch, WeightSource
+from afd_server.models.base import FFNCall, FFNShare, MicroBatch, WeightSource
 from afd_server.models.rope import rope_table
 
 
@@ -176,18 +176,20 @@ class DenseFFN:
     """
 
     def __init__(
-        self, spec: ModelSpec, weights: WeightSource, kernels: Kernels, shard: ColumnShard
+        self, spec: ModelSpec, weights: WeightSource, kernels: Kernels, share: FFNShare
     ) -> None:
         self._kernels = kernels
-        self._layers = [_FFNLayer(spec, weights, layer, shard) for layer in range(spec.num_layers)]
+        self._layers = {
+            layer: DenseFFNLayer(spec, weights, layer, share)
+            for layer in range(spec.num_layers)
+            if share.experts_of(layer, spec)
+        }
 
     def partial_sum(self, layer: int, rows: Tensor) -> Tensor:
-        weights = self._layers[layer]
-        inner = self._kernels.silu_mul(self._kernels.linear(rows, weights.gate_up))
-        return self._kernels.linear(inner, weights.down)
+        return self._layers[layer].compute(rows, self._kernels)
 
 
-class _FFNLayer:
+class DenseFFNLayer:
     """One layer's shard: gate over up [2 · columns, hidden], down [hidden, columns]."""
 
     def __init__(
@@ -195,9 +197,10 @@ class _FFNLayer:
         spec: ModelSpec,
         weights: WeightSource,
         layer: int,
-        shard: ColumnShard,
+        share: FFNShare,
     ) -> None:
         prefix = f"model.layers.{layer}.mlp"
+        shard = share.columns(spec.intermediate_size)
         up = (spec.intermediate_size, spec.hidden_size)
         down = (spec.hidden_size, spec.intermediate_size)
         self.gate_up = weights.pack(
@@ -213,3 +216,8 @@ class _FFNLayer:
             f"{prefix}.down",
             lambda: weights.read_columns(f"{prefix}.down_proj.weight", down, *shard),
         )
+
+    def compute(self, rows: Tensor, kernels: Kernels) -> Tensor:
+        """Return the shard's share of the output, [rows, hidden], of prepared rows."""
+        inner = kernels.silu_mul(kernels.linear(rows, self.gate_up))
+        return kernels.linear(inner, self.down)

@@ -5,7 +5,7 @@ Names of vLLM where it has the same thing, so that its dashboards and scalers wo
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import HistogramMetricFamily
@@ -174,6 +174,16 @@ class GatewayMetrics:
             "afd_timeline_dropped_events", "Events that no report took", ("worker",),
             registry=registry,
         )  # fmt: skip
+        self._expert_tokens = Counter(
+            "afd_expert_tokens", "Tokens that a gate sent to an expert", ("layer", "expert"),
+            registry=registry,
+        )  # fmt: skip
+        self._expert_imbalance = Gauge(
+            "afd_expert_imbalance",
+            "Tokens of a layer's busiest expert over the mean of its experts, since the start",
+            ("layer",),
+            registry=registry,
+        )
         self._spans = self._declare_spans()
         self._model_name = model_name
 
@@ -250,6 +260,12 @@ class GatewayMetrics:
         ):
             queries.inc(max(0, num_queried))
             hits.inc(max(0, num_hit))
+
+    def expert_tokens(self, layer: int, new_tokens: Sequence[int], imbalance: float) -> None:
+        """Count the tokens that a layer's experts got, and show how uneven it has been so far."""
+        for expert, tokens in enumerate(new_tokens):
+            self._expert_tokens.labels(str(layer), str(expert)).inc(tokens)
+        self._expert_imbalance.labels(str(layer)).set(imbalance)
 
     def render(self) -> bytes:
         """Return the exposition text."""

@@ -29,6 +29,7 @@ from afd_server.transport.messages import (
     Combine,
     Dispatch,
     DType,
+    ExpertLoad,
     Heartbeat,
     LoadReport,
     Message,
@@ -54,6 +55,7 @@ _TAGS: dict[int, type[Any]] = {
     6: Combine,
     7: Heartbeat,
     8: TopologyUpdate,
+    9: ExpertLoad,
 }
 _TAG_OF = {kind: tag for tag, kind in _TAGS.items()}
 _NUM_CONSTANT = 6  # major, minor, tag, source, model digest, fingerprint

@@ -1,4 +1,4 @@
-"""The eight messages. A ninth needs a page in docs/decisions.
+"""The nine messages. A tenth needs a page in docs/decisions.
 
 Fields are ints, floats, short strings and enums; a message ends in at most one `Payload`.
 """
@@ -137,9 +137,22 @@ class LoadReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Dispatch:
-    """Attention → FFN: activations [rows, hidden] of one layer for one part.
+class ExpertLoad:
+    """Attention → gateway, beside its `LoadReport`: how its gates chose since it started.
 
+    `tokens` is int64 [layers, experts]; a dense layer's row is zero. Nothing is sent for a model
+    without experts.
+    """
+
+    tokens: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Attention → FFN: rows of one layer for one part, the worker of slot `part`.
+
+    In a dense layer the rows are prepared ones, in a routed one the bytes of
+    `models.routing.join`, with `ELSEWHERE` for experts that another worker was asked for.
     `live_us` is how long the sender has had live sequences without a break.
     """
 
@@ -153,7 +166,10 @@ class Dispatch:
 
 @dataclass(frozen=True, slots=True)
 class Combine:
-    """FFN → attention: the partial sum [rows, hidden] of a dispatch in its dtype, or why not.
+    """FFN → attention: the partial sum [answers, hidden] of a dispatch, or why not.
+
+    A row has one answer; in a routed layer with some of its experts elsewhere, one for each of
+    those that are there (`models.routing.answers_of`).
 
     `call_epoch` is the epoch under which the dispatch was sent. `refusal` is empty unless the
     dispatch was refused. `taken_us` is when the dispatch was taken in, on the FFN worker's own
@@ -202,7 +218,15 @@ class TopologyUpdate:
 
 
 Message = (
-    Submit | Cancel | TokenChunk | LoadReport | Dispatch | Combine | Heartbeat | TopologyUpdate
+    Submit
+    | Cancel
+    | TokenChunk
+    | LoadReport
+    | Dispatch
+    | Combine
+    | Heartbeat
+    | TopologyUpdate
+    | ExpertLoad
 )
 
 

@@ -46,26 +46,31 @@ class Checkpoint:
         self._dtype = dtype
         self._files = _find_tensors(directory)
 
+    def has(self, name: str) -> bool:
+        """Tell whether a file holds this tensor."""
+        return name in self._files
+
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return the whole tensor; `ModelError` if it is missing or of another shape."""
-        return self._slice(name, shape, ())
+        return self.read_slice(name, shape, ())
 
     def read_rows(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
         """Return rows start … stop − 1; errors as for `read`."""
-        return self._slice(name, shape, (slice(start, stop),))
+        return self.read_slice(name, shape, (slice(start, stop),))
 
     def read_columns(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
         """Return columns start … stop − 1; errors as for `read`."""
-        return self._slice(name, shape, (slice(0, shape[0]), slice(start, stop)))
+        return self.read_slice(name, shape, (slice(0, shape[0]), slice(start, stop)))
 
-    def _slice(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> Tensor:
-        """Return a part of a tensor; the dimensions that `part` does not name are whole."""
-        part += tuple(slice(0, length) for length in shape[len(part) :])
-        tensor = self._stored(name, shape, part)
+    def read_slice(self, name: str, shape: tuple[int, ...], place: tuple[slice, ...]) -> Tensor:
+        """Return a part of a tensor; errors as for `read`."""
+        place += (slice(None),) * (len(shape) - len(place))
+        place = tuple(slice(*p.indices(n)[:2]) for p, n in zip(place, shape, strict=True))
+        tensor = self._stored(name, shape, place)
         if tensor.dtype is FP8:
             rank = len(shape)
-            scales = self._stored(scale_name(name), scale_shape(shape), scale_part(part, rank))
-            offsets = (piece.start % BLOCK for piece in part[-2:])
+            scales = self._stored(scale_name(name), scale_shape(shape), scale_part(place, rank))
+            offsets = (piece.start % BLOCK for piece in place[-2:])
             return dequantise(tensor, scales, *offsets).to(self._dtype)
         # clone: a tensor of the right dtype would else keep the file's mapping alive
         return tensor.to(self._dtype).clone(memory_format=torch.contiguous_format)

@@ -26,23 +26,28 @@ class DummyWeights:
         self._dtype = dtype
         self._seed = seed
 
+    def has(self, name: str) -> bool:
+        """Deny every name: families then ask for the tensors that the hub has."""
+        return False
+
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self._draw(name, shape, slice(0, shape[0]), slice(None))
+        return self.read_slice(name, shape, ())
 
     def read_rows(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-        return self._draw(name, shape, slice(start, stop), slice(None))
+        return self.read_slice(name, shape, (slice(start, stop),))
 
     def read_columns(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-        return self._draw(name, shape, slice(0, shape[0]), slice(start, stop))
+        return self.read_slice(name, shape, (slice(None), slice(start, stop)))
 
-    def _draw(self, name: str, shape: tuple[int, ...], rows: slice, columns: slice) -> Tensor:
-        """Return a part of a tensor, drawn in blocks of whole rows."""
+    def read_slice(self, name: str, shape: tuple[int, ...], place: tuple[slice, ...]) -> Tensor:
+        """Return a part of a tensor, drawn in blocks along its first dimension."""
+        start, stop, _ = (place or (slice(None),))[0].indices(shape[0])
         size = max(1, BLOCK_ELEMENTS // math.prod(shape[1:]))
         parts = []
-        for first in range(rows.start // size * size, rows.stop, size):
+        for first in range(start // size * size, stop, size):
             block = self._block(name, shape, first, min(size, shape[0] - first))
-            kept = block[max(0, rows.start - first) : rows.stop - first]
-            parts.append(kept[:, columns] if len(shape) > 1 else kept)
+            kept = block[max(0, start - first) : stop - first]
+            parts.append(kept[(slice(None), *place[1:])])
         return torch.cat(parts).to(self._dtype)
 
     def _block(self, name: str, shape: tuple[int, ...], first: int, num_rows: int) -> Tensor:

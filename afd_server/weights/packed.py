@@ -45,6 +45,9 @@ class PackedWeights:
         self._kept = {} if path is None else _read(path)
         self._made: dict[str, Tensor] = {}
 
+    def has(self, name: str) -> bool:
+        return self._reader.has(name)
+
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._reader.read(name, shape)
 
@@ -53,6 +56,9 @@ class PackedWeights:
 
     def read_columns(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
         return self._reader.read_columns(name, shape, start, stop)
+
+    def read_slice(self, name: str, shape: tuple[int, ...], place: tuple[slice, ...]) -> Tensor:
+        return self._reader.read_slice(name, shape, place)
 
     def pack(self, name: str, make: Callable[[], Tensor]) -> LinearWeight:
         parts = {part: self._kept.pop(f"{name}:{part}", None) for part in self._kernels.pack_parts}

@@ -31,13 +31,40 @@ class AttentionConfig:
 class FFNConfig:
     """Settings of an FFN worker, and what attention workers must know of the pool.
 
-    `num_parts` is the number of column shards: 1 when workers are replicas. `max_gather_rows`
-    limits the rows computed together.
+    `num_parts` is the number of column shards: 1 when workers hold whole FFNs. `num_groups` groups
+    of so many workers hold the experts, `num_replicas` groups each of them
+    (`core.topology.Placement`). `max_gather_rows` limits the rows computed together.
     """
 
     parallel: FFNParallel
     num_parts: int
+    num_groups: int = 1
+    num_replicas: int = 1
     max_gather_rows: int = 1024
+
+
+def ffn_config(
+    parallel: FFNParallel, num_workers: int, num_replicas: int = 1, num_shards: int = 2
+) -> FFNConfig:
+    """Return how so many FFN workers share the FFNs.
+
+    Args:
+        parallel: how FFNs are spread.
+        num_workers: of the FFN pool; with `HYBRID` a multiple of `num_shards`.
+        num_replicas: groups that hold an expert; of account if workers hold experts.
+        num_shards: workers of a group; of account with `HYBRID`.
+    """
+    match parallel:
+        case FFNParallel.TENSOR:
+            return FFNConfig(parallel, num_workers)
+        case FFNParallel.REPLICATE:
+            return FFNConfig(parallel, 1, num_workers, num_workers)
+        case FFNParallel.COLOCATED:
+            return FFNConfig(parallel, 1)
+        case FFNParallel.EXPERT:
+            return FFNConfig(parallel, 1, num_workers, num_replicas)
+        case FFNParallel.HYBRID:
+            return FFNConfig(parallel, num_shards, num_workers // num_shards, num_replicas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +122,6 @@ class WorkerSpec:
     def model_directory(self) -> Path:
         """Return `model_path` as a path."""
         return Path(self.model_path)
-
-    @property
-    def part(self) -> int:
-        """Return which FFN part this worker holds: its slot, or 0 if workers are replicas."""
-        return self.slot if self.ffn.parallel is FFNParallel.TENSOR else 0
 
     def to_json(self) -> str:
         """Return the spec as text for another process."""

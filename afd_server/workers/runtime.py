@@ -15,13 +15,13 @@ import torch
 from afd_server.core.clock import Clock, MonotonicClock
 from afd_server.core.errors import AFDError, ConfigError, ModelError
 from afd_server.core.model_spec import ModelSpec, read_model_spec
-from afd_server.core.topology import FFNParallel, Member, Role
+from afd_server.core.topology import FFNParallel, Member, Placement, Role, spread_experts
 from afd_server.kernels.cpu import native_kernels
 from afd_server.kernels.fingerprint import kernel_fingerprint
 from afd_server.kernels.reference import reference
 from afd_server.kernels.selftest import check_rows
 from afd_server.kernels.table import Kernels
-from afd_server.models.base import ColumnShard, column_shard
+from afd_server.models.base import FFNShare
 from afd_server.models.catalogue import ARCHITECTURES
 from afd_server.policy.blocks import num_kv_blocks
 from afd_server.policy.scheduler import Scheduler, SchedulerConfig
@@ -29,6 +29,7 @@ from afd_server.telemetry.timeline import Timeline
 from afd_server.transport.base import Link
 from afd_server.transport.endpoint import Endpoint, Identity, Received
 from afd_server.transport.messages import (
+    ExpertLoad,
     Heartbeat,
     LoadReport,
     ProcessState,
@@ -41,11 +42,12 @@ from afd_server.weights.dummy import DummyWeights
 from afd_server.weights.manifest import DUMMY_SEED, model_digest
 from afd_server.weights.packed import PackedWeights, pack_path
 from afd_server.workers.attention.colocated import ColocatedFFN
+from afd_server.workers.attention.expert_counts import ExpertCounts
 from afd_server.workers.attention.ffn_client import FFNClient
 from afd_server.workers.attention.kv_store import KVStore
 from afd_server.workers.attention.sampler import Sampler
 from afd_server.workers.attention.worker import AttentionWorker, FFNPath
-from afd_server.workers.config import Numerics, WorkerSpec
+from afd_server.workers.config import FFNConfig, Numerics, WorkerSpec
 from afd_server.workers.ffn.worker import FFNWorker
 from afd_server.workers.tensors import TORCH_DTYPES, row_dtype
 
@@ -84,6 +86,10 @@ class Worker(Protocol):
         """Return the present load, and the timeline since the last call."""
         ...
 
+    def expert_load(self) -> ExpertLoad | None:
+        """Return how tokens were routed since the start; None without gates."""
+        ...
+
 
 class WorkerLoop:
     """Drives one worker: its messages, its turns, its heartbeat."""
@@ -105,6 +111,8 @@ class WorkerLoop:
             elif isinstance(message, Heartbeat):
                 report = self._worker.load(self._endpoint.num_bad_frames)
                 self._endpoint.try_send(received.envelope.source, report)
+                if (expert_load := self._worker.expert_load()) is not None:
+                    self._endpoint.try_send(received.envelope.source, expert_load)
             else:
                 self._worker.handle(received)
         self._has_work = self._worker.advance()
@@ -259,13 +267,15 @@ def build_attention_worker(
             prefix_caching=config.prefix_caching,
         )
     )
-    weights = _weights(spec, kernels)
+    placement = placement_of(spec.ffn, model_spec)
+    colocated = spec.ffn.parallel is FFNParallel.COLOCATED
+    weights = _weights(spec, kernels, FFNShare() if colocated else None)
     architecture = ARCHITECTURES[model_spec.model_type]
     model = architecture.attention(model_spec, weights, kernels, config.max_model_len)
     kv = KVStore(model_spec, num_blocks, config.block_size, kv_dtype)
     timeline = Timeline()
     ffn: FFNPath = FFNClient(
-        spec.ffn,
+        placement,
         spec.slot,
         model_spec.hidden_size,
         dtype,
@@ -274,9 +284,8 @@ def build_attention_worker(
         timeline,
         config.resend_s,
     )
-    if spec.ffn.parallel is FFNParallel.COLOCATED:
-        shard = column_shard(model_spec.intermediate_size, 0, 1)
-        half = architecture.ffn(model_spec, weights, kernels, shard)
+    if colocated:
+        half = architecture.ffn(model_spec, weights, kernels, FFNShare())
         ffn = ColocatedFFN(half, clock, timeline)
     weights.keep()
     return AttentionWorker(
@@ -288,6 +297,7 @@ def build_attention_worker(
         model_spec.vocab_size,
         config.max_model_len,
         ffn,
+        ExpertCounts(model_spec.experts_by_layer),
         endpoint,
         clock,
         timeline,
@@ -302,14 +312,16 @@ def build_ffn_worker(
     Raises:
         ModelError: the checkpoint does not hold what the model needs.
     """
-    shard: ColumnShard = column_shard(model_spec.intermediate_size, spec.part, spec.ffn.num_parts)
-    weights = _weights(spec, kernels)
-    model = ARCHITECTURES[model_spec.model_type].ffn(model_spec, weights, kernels, shard)
+    held = placement_of(spec.ffn, model_spec).experts_of(spec.slot)
+    share = FFNShare(spec.slot % spec.ffn.num_parts, spec.ffn.num_parts, held)
+    weights = _weights(spec, kernels, share)
+    model = ARCHITECTURES[model_spec.model_type].ffn(model_spec, weights, kernels, share)
     weights.keep()
     return FFNWorker(
         model,
         model_spec,
-        spec.part,
+        spec.slot,
+        held,
         kernels.row_format,
         endpoint,
         spec.ffn.max_gather_rows,
@@ -318,13 +330,22 @@ def build_ffn_worker(
     )
 
 
-def _weights(spec: WorkerSpec, kernels: Kernels) -> PackedWeights:
-    """Return this worker's weights: from the checkpoint, from an earlier start, or random ones."""
+def placement_of(config: FFNConfig, model_spec: ModelSpec) -> Placement:
+    """Return who of the FFN pool holds what: every worker works it out for itself."""
+    return spread_experts(
+        model_spec.experts_by_layer, config.num_groups, config.num_parts, config.num_replicas
+    )
+
+
+def _weights(spec: WorkerSpec, kernels: Kernels, share: FFNShare | None) -> PackedWeights:
+    """Return this worker's weights: from the checkpoint, from an earlier start, or random ones.
+
+    `share` is what it holds of the FFNs, if anything.
+    """
     directory, dtype = spec.model_directory, row_dtype(spec.numerics)
     if spec.load_format == "dummy":
         return PackedWeights(DummyWeights(dtype, DUMMY_SEED), kernels, None)
     path = None
     if spec.numerics.kernels == "native":  # the reference keeps tensors as the checkpoint does
-        part = (spec.role.name, spec.ffn.parallel.name, spec.part, spec.ffn.num_parts)
-        path = pack_path(directory, spec.model_digest, kernels.name, part)
+        path = pack_path(directory, spec.model_digest, kernels.name, spec.role.name, share)
     return PackedWeights(Checkpoint(directory, dtype), kernels, path)

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from afd_server.config import ServeConfig
 from afd_server.core.model_spec import ModelSpec, read_model_spec
 from afd_server.kernels.reference import PagedRun, plan_paged_rows
-from afd_server.models.base import MicroBatch, column_shard
+from afd_server.models.base import FFNShare, MicroBatch
 from afd_server.models.catalogue import ARCHITECTURES
 from afd_server.models.monolith import run_monolith
 from afd_server.weights.checkpoint import Checkpoint
@@ -49,8 +49,7 @@ class Scorer:
         weights = PackedWeights(Checkpoint(directory, row_dtype(numerics)), kernels, None)
         architecture = ARCHITECTURES[spec.model_type]
         self._attention = architecture.attention(spec, weights, kernels, num_tokens)
-        shard = column_shard(spec.intermediate_size, 0, 1)
-        self._ffn = [architecture.ffn(spec, weights, kernels, shard)]
+        self._ffn = [architecture.ffn(spec, weights, kernels, FFNShare())]
         self._kv = KVStore(spec, -(-num_tokens // BLOCK), BLOCK, TORCH_DTYPES[numerics.kv])
 
     def perplexity(self, ids: list[int]) -> float:

@@ -1,8 +1,19 @@
 """Who is alive: looked up by role and by incarnation."""
 
-import pytest
+import itertools
 
-from afd_server.core.topology import FFNParallel, Member, Role, Topology
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from afd_server.core.topology import (
+    FFNParallel,
+    Member,
+    Placement,
+    Role,
+    Topology,
+    spread_experts,
+)
 
 
 def member(role, slot, incarnation=None):
@@ -60,4 +71,61 @@ def test_the_numbers_on_the_wire_do_not_change():
         ("TENSOR", 1),
         ("REPLICATE", 2),
         ("COLOCATED", 3),
+        ("EXPERT", 4),
+        ("HYBRID", 5),
     ]
+
+
+@st.composite
+def spreads(draw):
+    num_groups = draw(st.integers(1, 9))
+    by_layer = draw(st.lists(st.integers(1, 50), min_size=1, max_size=4))
+    return by_layer, num_groups, draw(st.integers(1, 3)), draw(st.integers(1, num_groups))
+
+
+@given(spreads())
+def test_every_expert_has_its_replicas_and_no_group_has_two_more_than_another(spread):
+    by_layer, num_groups, num_shards, num_replicas = spread
+    placement = spread_experts(*spread)
+    assert [len(experts) for experts in placement.holders] == by_layer
+    for experts in placement.holders:
+        assert all(len(set(groups)) == num_replicas for groups in experts)
+        load = [sum(g in groups for groups in experts) for g in range(num_groups)]
+        assert max(load) - min(load) <= 1
+
+
+@given(spreads())
+def test_what_a_slot_holds_is_what_its_group_holds(spread):
+    placement = spread_experts(*spread)
+    for group in range(placement.num_groups):
+        expected = [
+            [expert for expert, groups in enumerate(experts) if group in groups]
+            for experts in placement.holders
+        ]
+        for slot in placement.slots_of(group):
+            assert [list(experts) for experts in placement.experts_of(slot)] == expected
+
+
+@given(spreads(), st.randoms())
+def test_losing_fewer_groups_than_there_are_replicas_loses_no_expert(spread, rng):
+    placement, (_, num_groups, _, num_replicas) = spread_experts(*spread), spread
+    lost = set(rng.sample(range(num_groups), num_replicas - 1))
+    assert all(set(groups) - lost for groups in itertools.chain(*placement.holders))
+
+
+def test_forty_eight_experts_over_five_workers_are_ten_or_nine_each():
+    placement = spread_experts([48], 5, 1, 1)
+    assert [len(placement.experts_of(slot)[0]) for slot in range(5)] == [10, 10, 10, 9, 9]
+
+
+def test_the_dense_layers_of_a_model_lie_with_different_workers():
+    placement = spread_experts([1, 1, 1], 3, 1, 1)
+    assert [placement.experts_of(slot) for slot in range(3)] == [
+        ((0,), (), ()), ((), (0,), ()), ((), (), (0,)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", [(), (3,), (0, 0), (-1,)])
+def test_an_expert_without_a_holder_or_with_one_that_is_not_there_is_a_mistake(groups):
+    with pytest.raises(AssertionError, match="layer 0, expert 1"):
+        Placement((((0,), groups),), num_groups=3)

@@ -45,7 +45,7 @@ def greedy(model, ids, count, eos=2):
 def test_the_monolith_equals_transformers_on_a_fixed_prompt(demo_directory, transformers_model):
     from afd_server.core.model_spec import read_model_spec
     from afd_server.kernels.reference import REFERENCE, PagedRun, plan_paged_rows
-    from afd_server.models.base import MicroBatch, column_shard
+    from afd_server.models.base import FFNShare, MicroBatch
     from afd_server.models.llama import LLAMA
     from afd_server.models.monolith import run_monolith
     from afd_server.weights.checkpoint import Checkpoint
@@ -55,10 +55,7 @@ def test_the_monolith_equals_transformers_on_a_fixed_prompt(demo_directory, tran
     spec = read_model_spec(demo_directory)
     reader = PackedWeights(Checkpoint(demo_directory, torch.float32), REFERENCE, None)
     attention = LLAMA.attention(spec, reader, REFERENCE, 128)
-    ffn = [
-        LLAMA.ffn(spec, reader, REFERENCE, column_shard(spec.intermediate_size, p, 2))
-        for p in (0, 1)
-    ]
+    ffn = [LLAMA.ffn(spec, reader, REFERENCE, FFNShare(p, 2)) for p in (0, 1)]
     ids = list(range(1000, 1048))
     kv = KVStore(spec, 4, 16, torch.float32).layers
     positions = list(range(len(ids)))

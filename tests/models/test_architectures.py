@@ -6,7 +6,7 @@ from safetensors import safe_open
 
 from afd_server.core.model_spec import read_model_spec
 from afd_server.kernels.reference import REFERENCE, PagedRun, plan_paged_rows
-from afd_server.models.base import MicroBatch, column_shard
+from afd_server.models.base import FFNShare, MicroBatch
 from afd_server.models.catalogue import ARCHITECTURES
 from afd_server.models.monolith import run_monolith
 from afd_server.weights.checkpoint import Checkpoint
@@ -26,9 +26,8 @@ class Monolith:
         weights = PackedWeights(reader, REFERENCE, None)
         architecture = ARCHITECTURES[self.spec.model_type]
         self.attention = architecture.attention(self.spec, weights, REFERENCE, 256)
-        size = self.spec.intermediate_size
-        shards = [column_shard(size, part, num_parts) for part in range(num_parts)]
-        self.ffn = [architecture.ffn(self.spec, weights, REFERENCE, shard) for shard in shards]
+        shares = [FFNShare(part, num_parts) for part in range(num_parts)]
+        self.ffn = [architecture.ffn(self.spec, weights, REFERENCE, share) for share in shares]
         self.kv = KVStore(self.spec, NUM_BLOCKS, BLOCK, torch.float32).layers
 
     def logits(self, ids, start=0):
@@ -72,9 +71,9 @@ class RecordingReader(Checkpoint):
         super().__init__(directory, torch.float32)
         self.names = set()
 
-    def _slice(self, name, shape, part):
+    def read_slice(self, name, shape, place):
         self.names.add(name)
-        return super()._slice(name, shape, part)
+        return super().read_slice(name, shape, place)
 
 
 @pytest.mark.parametrize("name", WRITERS)

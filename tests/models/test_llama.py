@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from afd_server.core.errors import ModelError
 from afd_server.core.model_spec import read_model_spec
 from afd_server.kernels.reference import REFERENCE, PagedRun, plan_paged_rows
-from afd_server.models.base import ColumnShard, MicroBatch, column_shard
+from afd_server.models.base import ColumnShard, FFNShare, MicroBatch, column_shard
 from afd_server.models.llama import LLAMA
 from afd_server.models.monolith import run_monolith
 from afd_server.weights.checkpoint import Checkpoint
@@ -51,8 +51,7 @@ def weights_of(reader):
 def halves(directory, num_parts=1):
     spec, reader = read_model_spec(directory), weights_of(Checkpoint(directory, torch.float32))
     ffn = [
-        LLAMA.ffn(spec, reader, REFERENCE, column_shard(spec.intermediate_size, part, num_parts))
-        for part in range(num_parts)
+        LLAMA.ffn(spec, reader, REFERENCE, FFNShare(part, num_parts)) for part in range(num_parts)
     ]
     return spec, LLAMA.attention(spec, reader, REFERENCE, 256), ffn
 
@@ -109,8 +108,7 @@ def test_each_half_reads_only_its_own_tensors_and_together_they_read_all():
     attention, ffn = RecordingReader(directory), RecordingReader(directory)
     LLAMA.attention(spec, weights_of(attention), REFERENCE, 64)
     for part in range(3):
-        shard = column_shard(spec.intermediate_size, part, 3)
-        LLAMA.ffn(spec, weights_of(ffn), REFERENCE, shard)
+        LLAMA.ffn(spec, weights_of(ffn), REFERENCE, FFNShare(part, 3))
     assert not any(".mlp." in name for name in attention.elements)
     assert all(".mlp." in name for name in ffn.elements)
     with safe_open(directory / "model.safetensors", framework="pt") as file:
@@ -123,7 +121,7 @@ import resource, sys, torch
 from pathlib import Path
 from afd_server.core.model_spec import read_model_spec
 from afd_server.kernels.reference import REFERENCE
-from afd_server.models.base import column_shard
+from afd_server.models.base import FFNShare
 from afd_server.models.llama import LLAMA
 from afd_server.weights.checkpoint import Checkpoint
 from afd_server.weights.packed import PackedWeights
@@ -135,7 +133,7 @@ reader = PackedWeights(Checkpoint(directory, torch.float32), REFERENCE, None)
 if role == "attention":
     half = LLAMA.attention(spec, reader, REFERENCE, 64)
 else:
-    half = LLAMA.ffn(spec, reader, REFERENCE, column_shard(spec.intermediate_size, 0, 2))
+    half = LLAMA.ffn(spec, reader, REFERENCE, FFNShare(0, 2))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 

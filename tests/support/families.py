@@ -28,6 +28,7 @@ from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
 from transformers.models.step3p7.modeling_step3p7 import Step3p7TextModel
 
 from support.checkpoints import VOCAB_SIZE, perturb_norms, write_checkpoint, write_tokenizer
+from support.experts import write_mixtral, write_qwen3_moe
 
 SIZES = {
     "hidden_size": 96,
@@ -227,6 +228,16 @@ def _write(directory, config, tensors):
     write_tokenizer(directory)
 
 
+def _mixtral(directory):
+    model = write_mixtral(directory)
+    return lambda ids: model(torch.tensor([ids])).logits[0]
+
+
+def _qwen3_moe(directory):
+    model = write_qwen3_moe(directory, chosen=3, dense_layers=(1,))
+    return lambda ids: model(torch.tensor([ids])).logits[0]
+
+
 WRITERS = {
     "llama": _llama,
     "qwen2": _qwen2,
@@ -235,6 +246,8 @@ WRITERS = {
     "mfa_kr": _mfa_kr,
     "step3p5": _step3p5,
     "deepseek_v3": _deepseek_v3,
+    "mixtral": _mixtral,
+    "qwen3_moe": _qwen3_moe,
 }
 
 

@@ -22,7 +22,7 @@ from afd_server.transport.messages import (
 )
 from afd_server.transport.shm import SharedMemoryLink
 from afd_server.transport.zeromq import ZeroMQLink
-from afd_server.workers.config import AttentionConfig, FFNConfig, Numerics, WorkerSpec
+from afd_server.workers.config import AttentionConfig, Numerics, WorkerSpec, ffn_config
 from afd_server.workers.runtime import (
     WorkerLoop,
     build_attention_worker,
@@ -47,6 +47,7 @@ class Pools:
         num_ffn: int = 1,
         num_lanes: int = 2,
         parallel: FFNParallel = FFNParallel.TENSOR,
+        num_replicas: int = 1,
         numerics: Numerics = EXACT,
         link: Callable[[str], Link] | None = None,
         faults: Faults | None = None,
@@ -62,7 +63,6 @@ class Pools:
         self._open = link or self.network.link
         self.clock: Clock = MonotonicClock() if link else ManualClock()
         self._incarnations = itertools.count()
-        num_parts = num_ffn if parallel is FFNParallel.TENSOR else 1
         self._template = {
             "supervisor": SUPERVISOR,
             "supervisor_address": "",
@@ -83,7 +83,9 @@ class Pools:
                 prefix_caching,
                 resend_s,
             ),  # fmt: skip
-            "ffn": FFNConfig(parallel, num_parts, max_gather_rows),
+            "ffn": replace(
+                ffn_config(parallel, num_ffn, num_replicas), max_gather_rows=max_gather_rows
+            ),
         }
         self._model_spec = read_model_spec(model)
         self._parallel = parallel

@@ -33,6 +33,7 @@ from afd_server.transport.messages import (
     Combine,
     Dispatch,
     DType,
+    ExpertLoad,
     Heartbeat,
     LoadReport,
     Payload,
@@ -95,6 +96,7 @@ messages = st.one_of(
     st.builds(Cancel, numbers, numbers),
     st.builds(TokenChunk, any_payload),
     st.builds(LoadReport, *[numbers] * 14, any_payload),
+    st.builds(ExpertLoad, any_payload),
     st.builds(Dispatch, *[numbers] * 5, any_payload),
     st.builds(Combine, *[numbers] * 7, words, any_payload),
     st.builds(
@@ -319,8 +321,8 @@ def test_a_list_too_short_for_version_and_tag_is_refused(items):
     assert "without version and tag" in refused([msgpack.packb(items), b""], "type")
 
 
-@pytest.mark.parametrize("tag", [0, 9, -1, BIGGEST])
-def test_a_ninth_message_is_refused(tag):
+@pytest.mark.parametrize("tag", [0, 10, -1, BIGGEST])
+def test_a_tenth_message_is_refused(tag):
     assert f"unknown message tag {tag}" in refused(changed(CANCEL, {TAG: tag}), "type")
 
 
@@ -522,7 +524,7 @@ def test_a_topology_of_whole_rows_is_read():
         ([4, 2] + ROWS[2:] * (MAX_MEMBERS + 1), "type"),
         ([True, *ROWS[1:]], "type"),
         ([-1, *ROWS[1:]], "range"),
-        ([4, 4, *ROWS[2:]], "range"),
+        ([4, 6, *ROWS[2:]], "range"),
         ([4, 2, 9, *ROWS[3:]], "range"),
         ([4, 2, Role.FFN, "1", *ROWS[4:]], "type"),
         ([*ROWS[:4], "x" * (MAX_STRING_CHARS + 1), *ROWS[5:]], "range"),
@@ -587,6 +589,7 @@ EXAMPLES = [
     CANCEL,
     TokenChunk(Payload(DType.INT64, (1, 8), bytes(64))),
     LoadReport(*range(14), Payload(DType.UINT8, (1, 40), bytes(40))),
+    ExpertLoad(Payload(DType.INT64, (2, 3), bytes(48))),
     DISPATCH,
     Combine(7, 1, 2, 0, 3, 0, 0, "", Payload(DType.FLOAT32, (2, 3), bytes(24))),
     Combine(7, 1, 2, 0, 3, 0, 0, "crc", EMPTY),

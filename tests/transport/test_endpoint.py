@@ -22,6 +22,7 @@ from afd_server.transport.messages import (
     Combine,
     Dispatch,
     DType,
+    ExpertLoad,
     Heartbeat,
     LoadReport,
     Payload,
@@ -49,13 +50,14 @@ MESSAGES = (
     Combine(7, 1, 2, 0, 3, 0, 0, "", ROWS),
     Heartbeat(Role.FFN, 0, ProcessState.READY, 1, "", ""),
     TopologyUpdate(TOPOLOGY),
+    ExpertLoad(Payload(DType.INT64, (1, 2), bytes(16))),
 )
-SUBMIT, CANCEL, CHUNK, LOAD, DISPATCH, COMBINE, BEAT, UPDATE = MESSAGES
+SUBMIT, CANCEL, CHUNK, LOAD, DISPATCH, COMBINE, BEAT, UPDATE, EXPERTS = MESSAGES
 
 MAY_SEND = {
     Role.SUPERVISOR: {TopologyUpdate},
     Role.GATEWAY: {Submit, Cancel, Heartbeat},
-    Role.ATTENTION: {TokenChunk, LoadReport, Dispatch, Heartbeat},
+    Role.ATTENTION: {TokenChunk, LoadReport, ExpertLoad, Dispatch, Heartbeat},
     Role.FFN: {LoadReport, Combine, Heartbeat},
 }
 

@@ -13,6 +13,7 @@ from afd_server.core.request import Request, SamplingParams
 from afd_server.core.topology import FFNParallel
 from afd_server.workers.config import Numerics
 from support.checkpoints import tiny_llama
+from support.experts import tiny_routed
 from support.logits import record_logits
 from support.pools import Pools
 
@@ -23,11 +24,13 @@ Outcome = tuple[list[int], list[str]]  # token ids, a digest of each step's logi
 
 @dataclass(frozen=True)
 class Company:
-    """How a round is run: which pools, how full, how cut."""
+    """How a round is run: which model, which pools, how full, how cut."""
 
+    is_routed: bool
     num_attention: int
     num_ffn: int
     parallel: FFNParallel
+    num_replicas: int
     num_lanes: int
     max_batch_tokens: int
     max_gather_rows: int
@@ -37,14 +40,21 @@ class Company:
 
     @property
     def num_parts(self) -> int:
-        return self.num_ffn if self.parallel is FFNParallel.TENSOR else 1
+        shared = {FFNParallel.TENSOR: self.num_ffn, FFNParallel.HYBRID: 2}
+        return shared.get(self.parallel, 1)
+
+    @property
+    def bits(self) -> tuple[bool, int]:
+        """Return all that the bits of a request may depend on."""
+        return self.is_routed, self.num_parts
 
     def pools(self) -> Pools:
         return Pools(
-            tiny_llama()[0],
+            tiny_routed("mixtral")[0] if self.is_routed else tiny_llama()[0],
             num_attention=self.num_attention,
             num_ffn=self.num_ffn,
             parallel=self.parallel,
+            num_replicas=self.num_replicas,
             num_lanes=self.num_lanes,
             numerics=NATIVE,
             max_batch_tokens=self.max_batch_tokens,
@@ -55,16 +65,22 @@ class Company:
         )
 
 
-ALONE = Company(1, 1, FFNParallel.TENSOR, 1, 600, 1024, 300, 4, False)
+ALONE = Company(False, 1, 1, FFNParallel.TENSOR, 1, 1, 600, 1024, 300, 4, False)
 
 
 def any_company(rng: random.Random) -> Company:
     parallel = rng.choice(list(FFNParallel))
     max_num_seqs = rng.choice([4, 12, 15])
+    num_ffn, num_replicas = rng.randint(1, 3), 1
+    if parallel in (FFNParallel.EXPERT, FFNParallel.HYBRID):
+        num_replicas = rng.randint(1, num_ffn)
+    num_ffn *= {FFNParallel.COLOCATED: 0, FFNParallel.HYBRID: 2}.get(parallel, 1)
     return Company(
+        is_routed=rng.random() < 0.5,
         num_attention=rng.randint(1, 3),
-        num_ffn=0 if parallel is FFNParallel.COLOCATED else rng.randint(1, 3),
+        num_ffn=num_ffn,
         parallel=parallel,
+        num_replicas=num_replicas,
         num_lanes=rng.randint(1, 4),
         max_batch_tokens=rng.choice([16, 24, 64, 200, 512]),
         max_gather_rows=rng.choice([1, 20, 1024]),
@@ -126,17 +142,18 @@ def num_comparisons(pytestconfig):
 def test_company_changes_no_bit(num_comparisons, pytestconfig, monkeypatch):
     rng, runs = random.Random(20250727), Runs(monkeypatch)
     requests = population(rng)
-    alone: dict[tuple[int, int], Outcome] = {}
+    alone: dict[tuple[int, bool, int], Outcome] = {}
     num_compared = 0
     while num_compared < num_comparisons:
         company = any_company(rng)
         chosen = rng.sample(requests, rng.randint(1, 32))
         for request in chosen:
-            if (request.key, company.num_parts) not in alone:
-                single = replace(ALONE, num_ffn=company.num_parts)
-                (alone[request.key, company.num_parts],) = runs.outcomes(single, [request])
+            if (request.key, *company.bits) not in alone:
+                is_routed, num_parts = company.bits
+                single = replace(ALONE, is_routed=is_routed, num_ffn=num_parts)
+                (alone[request.key, *company.bits],) = runs.outcomes(single, [request])
         for request, outcome in zip(chosen, runs.outcomes(company, chosen), strict=True):
-            assert outcome == alone[request.key, company.num_parts], f"{request} in {company}"
+            assert outcome == alone[request.key, *company.bits], f"{request} in {company}"
         num_compared += len(chosen)
     assert runs.num_preemptions > 0, "no round was tight enough to preempt"
     assert runs.num_hit_tokens > 0, "no round found a prefix computed"

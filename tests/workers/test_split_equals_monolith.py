@@ -14,7 +14,7 @@ from afd_server.core.model_spec import read_model_spec
 from afd_server.core.request import FinishReason, Request, SamplingParams
 from afd_server.core.topology import FFNParallel, Role
 from afd_server.kernels.reference import PagedRun, plan_paged_rows
-from afd_server.models.base import MicroBatch, column_shard
+from afd_server.models.base import FFNShare, MicroBatch
 from afd_server.models.catalogue import ARCHITECTURES
 from afd_server.models.monolith import run_monolith
 from afd_server.transport.inproc import Faults
@@ -64,8 +64,7 @@ class Monolith:
         self.sampler = Sampler(kernels)
         architecture = ARCHITECTURES[self.spec.model_type]
         self.attention = architecture.attention(self.spec, reader, kernels, 256)
-        shard = column_shard(self.spec.intermediate_size, 0, 1)
-        self.ffn = architecture.ffn(self.spec, reader, kernels, shard)
+        self.ffn = architecture.ffn(self.spec, reader, kernels, FFNShare())
 
     def generate(self, request: Request) -> tuple[list[int], list[torch.Tensor]]:
         kv = KVStore(self.spec, 16, 16, self.kv_dtype).layers

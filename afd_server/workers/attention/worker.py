@@ -27,12 +27,14 @@ from afd_server.transport.messages import (
     Cancel,
     Combine,
     DType,
+    ExpertLoad,
     LoadReport,
     Payload,
     Submit,
     TokenChunk,
     float_bits,
 )
+from afd_server.workers.attention.expert_counts import ExpertCounts
 from afd_server.workers.attention.kv_store import KVStore
 from afd_server.workers.attention.lanes import Lane, Outcome
 from afd_server.workers.attention.sampler import Sampler
@@ -92,6 +94,7 @@ class AttentionWorker:
         vocab_size: token ids at or above it are refused.
         max_model_len: so are sequences of this length.
         ffn: reaches the FFN half.
+        expert_counts: takes every call.
         endpoint: towards the gateway.
         clock: dates what goes into the timeline.
         timeline: takes stages, steps and waits.
@@ -107,6 +110,7 @@ class AttentionWorker:
         vocab_size: int,
         max_model_len: int,
         ffn: FFNPath,
+        expert_counts: ExpertCounts,
         endpoint: Endpoint,
         clock: Clock,
         timeline: Timeline,
@@ -115,6 +119,7 @@ class AttentionWorker:
         self._kv = kv
         self._scheduler = scheduler
         self._ffn = ffn
+        self._expert_counts = expert_counts
         self._endpoint = endpoint
         self._clock = clock
         self._timeline = timeline
@@ -205,6 +210,10 @@ class AttentionWorker:
             events=events,
         )
 
+    def expert_load(self) -> ExpertLoad | None:
+        """Return how the gates chose since the start; None without gates."""
+        return self._expert_counts.report()
+
     def _start(self, lane: Lane, begin_s: float) -> None:
         """Give an idle lane its next step, if there is one."""
         plan = self._scheduler.plan(lane.index)
@@ -234,6 +243,7 @@ class AttentionWorker:
         assert self._live_since_s is not None, "a lane runs, so there is live work"
         rows = call.rows.shape[0]
         self._timeline.record(EventKind.ATTENTION, begin_s, self._clock.now(), stage, rows)
+        self._expert_counts.count(call)
         return self._ffn.dispatch(stage, call, self._live_since_s)
 
     def _finish(self, lane: Lane, begin_s: float, result: StepResult) -> None:

@@ -15,6 +15,7 @@ from afd_server.core.model_spec import ModelSpec
 from afd_server.core.stage import StageId
 from afd_server.kernels.table import RowFormat
 from afd_server.models.base import FFNHalf
+from afd_server.models.routing import CHOICE_BYTES, ELSEWHERE, answers_of, experts_of
 from afd_server.policy.gather import gather
 from afd_server.telemetry.timeline import EventKind, Timeline
 from afd_server.transport.endpoint import Endpoint, Received
@@ -29,7 +30,8 @@ class _WaitingCall:
     key: tuple[str, int, int, int, int, int]
     stage: StageId
     peer: int  # the sender's slot
-    activations: Tensor  # prepared rows, [rows, …]
+    activations: Tensor  # the rows of an `FFNCall`
+    num_answers: int
     taken_s: float
     live_since_s: float  # since when the sender has had live sequences
 
@@ -48,7 +50,8 @@ class FFNWorker:
     Args:
         model: the part's weights.
         spec: of the model, to check calls against.
-        part: which part this is; calls for another are refused.
+        slot: which part this is; calls for another are refused.
+        held: the experts of each layer that this part has.
         row_format: of the rows that calls carry.
         endpoint: towards the attention pool.
         max_gather_rows: most rows computed together.
@@ -60,7 +63,8 @@ class FFNWorker:
         self,
         model: FFNHalf,
         spec: ModelSpec,
-        part: int,
+        slot: int,
+        held: Sequence[Sequence[int]],
         row_format: RowFormat,
         endpoint: Endpoint,
         max_gather_rows: int,
@@ -69,7 +73,8 @@ class FFNWorker:
     ) -> None:
         self._model = model
         self._spec = spec
-        self._part = part
+        self._slot = slot
+        self._held = [frozenset((*experts, ELSEWHERE)) for experts in held]
         self._row_format = row_format
         self._endpoint = endpoint
         self._max_gather_rows = max_gather_rows
@@ -92,6 +97,7 @@ class FFNWorker:
         envelope = received.envelope
         try:
             activations = self._checked(message)
+            num_answers = self._num_answers(message.layer, activations)
         except ProtocolError as error:
             self._endpoint.counters[f"refused_{error.reason}"] += 1
             call_key = (message.step, message.lane, message.layer, message.part, envelope.epoch)
@@ -102,7 +108,7 @@ class FFNWorker:
         taken_s = self._endpoint.received_s
         live_since_s = taken_s - message.live_us / 1e6
         slot = received.sender.slot
-        call = _WaitingCall(key, stage, slot, activations, taken_s, live_since_s)
+        call = _WaitingCall(key, stage, slot, activations, num_answers, taken_s, live_since_s)
         self._waiting.setdefault(key, call)
 
     def advance(self) -> bool:
@@ -119,7 +125,7 @@ class FFNWorker:
         rows = torch.cat([call.activations for call in group])
         partials = self._model.partial_sum(group[0].layer, rows)
         end_s = self._clock.now()
-        by_call = torch.split(partials, [call.rows for call in group])
+        by_call = torch.split(partials, [call.num_answers for call in group])
         for call, partial in zip(group, by_call, strict=True):
             source, epoch, step, lane, layer, part = call.key
             taken_us, held_us = int(call.taken_s * 1e6), int((end_s - call.taken_s) * 1e6)
@@ -165,6 +171,9 @@ class FFNWorker:
             events=events,
         )
 
+    def expert_load(self) -> None:
+        """Return None: the gates are on the attention side."""
+
     def _record_wait(self, now_s: float) -> None:
         """Note how long there was live work and nothing to compute."""
         if self._waits_since_s is None:
@@ -182,12 +191,30 @@ class FFNWorker:
             record(EventKind.GATHERED, begin_s, end_s, call.stage, call.rows, call.peer)
 
     def _checked(self, dispatch: Dispatch) -> Tensor:
-        if dispatch.part != self._part:
-            raise ProtocolError(f"part {dispatch.part}, this is {self._part}", "part")
+        if dispatch.part != self._slot:
+            raise ProtocolError(f"part {dispatch.part}, this is {self._slot}", "part")
         if dispatch.layer >= self._spec.num_layers:
             raise ProtocolError(f"layer {dispatch.layer} of {self._spec.num_layers}", "range")
         shape = dispatch.activations.shape
-        width = self._row_format.size(self._spec.hidden_size)
+        width, dtype = self._row_format.size(self._spec.hidden_size), self._row_format.dtype
+        num_chosen = self._spec.num_chosen(dispatch.layer)
+        if num_chosen:
+            width, dtype = width * dtype.itemsize + num_chosen * CHOICE_BYTES, torch.uint8
         if len(shape) != 2 or shape[0] == 0 or shape[1] != width:
             raise ProtocolError(f"shape {shape}, a row is {width}", "shape")
-        return to_tensor(dispatch.activations, self._row_format.dtype)
+        return to_tensor(dispatch.activations, dtype)
+
+    def _num_answers(self, layer: int, activations: Tensor) -> int:
+        """Return how many rows a checked call will be answered with."""
+        num_chosen, held = self._spec.num_chosen(layer), self._held[layer]
+        if not num_chosen:
+            if len(held) == 1:
+                raise ProtocolError(f"layer {layer} is held by others", "part")
+            return activations.shape[0]
+        experts = experts_of(activations, num_chosen)
+        if not held.issuperset(torch.unique(experts).tolist()):
+            raise ProtocolError(f"layer {layer}: an expert is held by others", "part")
+        answers = answers_of(experts)
+        if not bool(answers.any(1).all()):
+            raise ProtocolError(f"layer {layer}: a row asks for no expert", "range")
+        return int(answers.sum())

@@ -1,0 +1,14 @@
+"""Qwen3-MoE: Qwen3's attention, and a softmax gate over SwiGLU experts."""
+
+from functools import partial
+
+from afd_server.models.base import Architecture
+from afd_server.models.experts import ExpertNames, GatedDecoder, RoutedFFN
+from afd_server.models.qwen3 import Qwen3Attention
+
+_NAMES = ExpertNames("mlp", gate="gate_proj", up="up_proj", down="down_proj")
+
+QWEN3_MOE = Architecture(
+    attention=partial(GatedDecoder, _NAMES, Qwen3Attention),
+    ffn=partial(RoutedFFN, _NAMES),
+)

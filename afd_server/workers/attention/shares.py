@@ -1,0 +1,100 @@
+"""Cuts an FFN call up among the groups that hold its experts, and puts the answers together.
+
+Knows nothing of messages: which group computes what, and which row of an answer means what.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from afd_server.models.base import FFNCall
+from afd_server.models.forward import add_in_part_order
+from afd_server.models.routing import (
+    CHOICE_BYTES,
+    ELSEWHERE,
+    answers_of,
+    experts_of,
+)
+
+
+class Share(NamedTuple):
+    """What every worker of a group is sent of a call.
+
+    Attributes:
+        group: of the placement.
+        rows: what travels.
+        places: [answers] int64: token · chosen + choice of each row that is answered, see
+            `answers_of`; None if the group got the call as it is, and answers each row with one.
+        num_answers: rows of an answer.
+    """
+
+    group: int
+    rows: Tensor
+    places: Tensor | None
+    num_answers: int
+
+
+def cut(call: FFNCall, group_of: Sequence[int | None]) -> list[Share] | None:
+    """Cut a call up by experts.
+
+    Args:
+        call: of a routed layer or a dense one.
+        group_of: the group to ask for each expert of the layer, None if nobody has it.
+
+    Returns:
+        The shares of those groups that have something to do; None if an expert is missing.
+    """
+    if not call.num_chosen:
+        (group,) = group_of
+        return None if group is None else [Share(group, call.rows, None, call.rows.shape[0])]
+    experts = experts_of(call.rows, call.num_chosen)
+    wanted = [group_of[expert] for expert in torch.unique(experts).tolist()]
+    asked = sorted({group for group in wanted if group is not None})
+    if None in wanted:
+        return None
+    if len(asked) == 1:
+        return [Share(asked[0], call.rows, None, call.rows.shape[0])]
+    groups = torch.tensor([ELSEWHERE if group is None else group for group in group_of])[experts]
+    return [_share(call, experts, groups, group) for group in asked]
+
+
+def _share(call: FFNCall, experts: Tensor, groups: Tensor, group: int) -> Share:
+    """Take the rows with an expert of this group; others' experts are marked `ELSEWHERE`."""
+    mine = groups == group  # [tokens, chosen]
+    tokens = mine.any(1).nonzero().flatten()
+    here = torch.where(mine[tokens], experts[tokens], ELSEWHERE)
+    rows = call.rows[tokens]
+    end = rows.shape[1] - CHOICE_BYTES * call.num_chosen
+    rows[:, end : end + 4 * call.num_chosen] = here.view(torch.uint8)
+    places = tokens[:, None] * call.num_chosen + torch.arange(call.num_chosen)
+    places = places[answers_of(here)]
+    return Share(group, rows, places, places.shape[0])
+
+
+def put_together(
+    call: FFNCall, shares: Sequence[Share], answers: Sequence[Sequence[Tensor]]
+) -> Tensor:
+    """Add the answers up: in each column shard by expert, then shard by shard.
+
+    Args:
+        call: as it was cut.
+        shares: from `cut`.
+        answers: for each share the partial sums of the group's workers, by column shard.
+
+    Returns:
+        [tokens, hidden], in the dtype of the answers.
+    """
+    if shares[0].places is None:
+        return add_in_part_order(answers[0])
+    places = torch.cat([share.places for share in shares if share.places is not None])
+    # the last row of what is added is zero: the answer to a choice that was summed with another
+    index = torch.full((call.rows.shape[0] * call.num_chosen,), places.shape[0])
+    index[places] = torch.arange(places.shape[0])
+    by_choice = index.view(-1, call.num_chosen).unbind(1)
+    zero = answers[0][0].new_zeros(1, answers[0][0].shape[1])
+    shards = [torch.cat([*of_shard, zero]) for of_shard in zip(*answers, strict=True)]
+    return add_in_part_order(
+        [add_in_part_order([shard[choice] for choice in by_choice]) for shard in shards]
+    )
