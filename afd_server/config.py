@@ -25,6 +25,8 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from afd_server.core.errors import ConfigError
 from afd_server.core.model_spec import LoadFormat
+from afd_server.core.request import LONGEST_TARGET_MS
+from afd_server.policy.admission import SLOMode
 
 ENV_PREFIX = "AFD_"
 
@@ -117,6 +119,19 @@ class ServeConfig:
     )
     kv_cache_mb: int = _setting(1024, "memory of an attention worker's KV cache, in MiB")
     max_live_requests: int = _setting(128, "refuse requests above this")
+    slo_mode: SLOMode = _setting(
+        "enforce", "targets of requests: enforce refuses what would miss them or make others miss "
+        "them, best-effort only schedules by them, off knows none"
+    )  # fmt: skip
+    tpot_slo_ms: float = _setting(
+        50.0, "target of requests that name none (x-slo-tpot-ms): mean time between two tokens"
+    )
+    ttft_slo_ms: float = _setting(
+        4000.0, "target of requests that name none (x-slo-ttft-ms): time to the first token"
+    )
+    max_queued_requests: int = _setting(
+        64, "with slo_mode enforce, refuse requests when so many wait for their first token"
+    )
     compute_threads: int = _setting(1, "threads of a worker's tensor operations")
     cache_dir: str | None = _setting(
         None, "where pulled models are kept; default: ~/.cache/afd-server/models"
@@ -131,7 +146,7 @@ class ServeConfig:
         at_least_one = (
             "attention_workers", "max_num_seqs", "max_batch_tokens",
             "kv_cache_mb", "max_live_requests", "compute_threads", "expert_replicas",
-            "expert_shards",
+            "expert_shards", "max_queued_requests",
         )  # fmt: skip
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in at_least_one:
@@ -145,6 +160,11 @@ class ServeConfig:
             raise ConfigError(f"max_model_len is {self.max_model_len}, must be at least 2")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}, must be in 0 … 65535")
+        for name in ("tpot_slo_ms", "ttft_slo_ms"):
+            if not 0 < values[name] <= LONGEST_TARGET_MS:
+                raise ConfigError(
+                    f"{name} is {values[name]}, must be above 0 and at most {LONGEST_TARGET_MS:.0f}"
+                )
         for name in ("start_timeout_s", "shutdown_timeout_s"):
             if not 0 <= values[name] < 86400:
                 raise ConfigError(f"{name} is {values[name]}, must be in 0 … 86400")

@@ -193,6 +193,10 @@ class _Plan:
             shutdown_timeout_s=config.shutdown_timeout_s,
             log_level=config.log_level,
             load_format=config.load_format,
+            max_queued_requests=config.max_queued_requests,
+            ttft_slo_s=config.ttft_slo_ms / 1e3,
+            tpot_slo_s=config.tpot_slo_ms / 1e3,
+            slo_mode=config.slo_mode,
         )
 
     def _worker_spec(
@@ -220,6 +224,7 @@ class _Plan:
                 block_size=config.block_size,
                 kv_cache_bytes=config.kv_cache_mb * 2**20,
                 prefix_caching=config.prefix_caching,
+                holds_back=config.slo_mode == "enforce",
             ),
             ffn=self.ffn,
             load_format=config.load_format,

@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from afd_server.core.errors import InvalidRequest
-from afd_server.core.request import GUARD_WINDOWS, SamplingParams
+from afd_server.core.request import GUARD_WINDOWS, PRIORITIES, SamplingParams
 
 MAX_CHOICES = 8
 MAX_STOP_STRINGS = 16  # OpenAI takes 4; evaluation harnesses send more
@@ -37,7 +37,7 @@ MAX_STOP_TOKENS = 64  # each is compared with every token
 IGNORED = frozenset({
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
     "prompt_cache_options", "prompt_cache_retention", "parallel_tool_calls", "prediction",
-    "reasoning_effort", "verbosity", "priority", "request_id", "session_id", "rid",
+    "reasoning_effort", "verbosity", "request_id", "session_id", "rid",
     "spaces_between_special_tokens", "include_reasoning",
 })  # fmt: skip
 """Accepted without effect: none of them changes which tokens are right."""
@@ -229,6 +229,8 @@ class GenerationRequest(BaseModel):
     ignore_eos: bool = False
     return_token_ids: bool = False
     cache_salt: str | None = Field(default=None, min_length=1)  # vLLM's
+    priority: int = Field(default=0, ge=PRIORITIES[0], le=PRIORITIES[-1])  # vLLM's: lower is first
+    return_metrics: bool = False
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
 
     @model_validator(mode="before")
@@ -477,12 +479,25 @@ class ResponseHead(TypedDict):
 
 
 class Ending(TypedDict):
-    """How a choice ended, if it did, and the ids of its text where the client asked for them."""
+    """How a choice ended, if it did, with the ids of its text and metrics if they are asked for."""
 
     finish_reason: FinishName | None
     stop_reason: StopReason
     token_ids: NotRequired[list[int]]
     prompt_token_ids: NotRequired[list[int]]
+    metrics: NotRequired["Metrics"]
+
+
+class Metrics(TypedDict):
+    """How a choice was served, if `return_metrics` asks for it; times in milliseconds.
+
+    `tpot_ms` is None for a choice of one token; `slo_met` is whether it kept its targets.
+    """
+
+    ttft_ms: float
+    tpot_ms: float | None
+    queue_ms: float
+    slo_met: bool
 
 
 class ChatReply(TypedDict):
@@ -591,10 +606,11 @@ def chat_choice(
     finish_reason: FinishName,
     stop_reason: StopReason = None,
     token_ids: list[int] | None = None,
+    metrics: Metrics | None = None,
 ) -> ChatChoice:
     """Make one choice of a chat response."""
     message: ChatReply = {"role": "assistant", "content": content, "refusal": None}
-    ending = _ending(finish_reason, stop_reason, token_ids)
+    ending = _ending(finish_reason, stop_reason, token_ids, metrics)
     return {"index": index, "message": message, "logprobs": None, **ending}
 
 
@@ -635,9 +651,11 @@ def chat_finish(
     finish_reason: FinishName,
     stop_reason: StopReason = None,
     token_ids: list[int] | None = None,
+    metrics: Metrics | None = None,
 ) -> ChatChunk:
     """Close a choice; its text has been sent."""
-    return _chat_chunk(envelope, index, {}, _ending(finish_reason, stop_reason, token_ids))
+    ending = _ending(finish_reason, stop_reason, token_ids, metrics)
+    return _chat_chunk(envelope, index, {}, ending)
 
 
 def chat_usage(envelope: Envelope, usage: Usage) -> ChatChunk:
@@ -652,9 +670,10 @@ def completion_choice(
     stop_reason: StopReason = None,
     token_ids: list[int] | None = None,
     prompt_token_ids: list[int] | None = None,
+    metrics: Metrics | None = None,
 ) -> CompletionChoice:
     """Make one choice of a completion; without `finish_reason` it is one of a chunk."""
-    ending = _ending(finish_reason, stop_reason, token_ids)
+    ending = _ending(finish_reason, stop_reason, token_ids, metrics)
     choice: CompletionChoice = {"index": index, "text": text, "logprobs": None, **ending}
     if prompt_token_ids is not None:
         choice["prompt_token_ids"] = prompt_token_ids
@@ -698,8 +717,11 @@ def _ending(
     finish_reason: FinishName | None = None,
     stop_reason: StopReason = None,
     token_ids: list[int] | None = None,
+    metrics: Metrics | None = None,
 ) -> Ending:
     ending: Ending = {"finish_reason": finish_reason, "stop_reason": stop_reason}
+    if metrics is not None:
+        ending["metrics"] = metrics
     if token_ids is not None:
         ending["token_ids"] = token_ids
     return ending

@@ -60,8 +60,8 @@ class StepResult:
 class Emitted:
     """A token to be sent to the gateway; `index` counts the request's tokens from 0.
 
-    `num_cached` is how many tokens of the prompt this attempt found computed, `entropy` that of
-    the token's distribution, with GUARD.
+    `num_cached` is how many tokens of the prompt this attempt found computed, `queued_s` how long
+    it waited to be begun, `entropy` that of the token's distribution, with GUARD.
     """
 
     key: int
@@ -70,4 +70,5 @@ class Emitted:
     token_id: int
     finish: FinishReason | None
     num_cached: int
+    queued_s: float
     entropy: float | None = None

@@ -47,11 +47,17 @@ class Overloaded(AFDError):
     Args:
         message: what is full.
         retry_after_s: seconds after which a retry is sensible.
+        reason: one word for metrics and clients.
+        is_own_doing: whether it is this client that has too many requests, rather than all.
     """
 
-    def __init__(self, message: str, retry_after_s: float) -> None:
+    def __init__(
+        self, message: str, retry_after_s: float, reason: str, *, is_own_doing: bool = False
+    ) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.reason = reason
+        self.is_own_doing = is_own_doing
 
 
 class ProtocolError(AFDError):

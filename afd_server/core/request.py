@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 GUARD_WINDOWS = range(2, 65)  # the paper's runs had 7
+LONGEST_TARGET_MS = 3_600_000.0
+PRIORITIES = range(-1000, 1001)  # lower ones go first
 
 
 class FinishReason(IntEnum):
@@ -13,6 +15,7 @@ class FinishReason(IntEnum):
     LENGTH = 2  # max_tokens or the context is used up
     CANCELLED = 3  # the client went away
     ERROR = 4  # this request alone failed
+    REFUSED = 5  # it could not be begun in time
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,8 @@ class Request:
     `key` is minted by the gateway and unique in its life; `attempt` counts the assignments
     of this request to attention workers (invariant I4 of docs/protocol.md). With GUARD,
     `emitted_entropies` has the entropy of each emitted token. Requests share computed blocks
-    only if they have the same `salt`.
+    only if they have the same `salt`. Where they compete, those with the lowest `priority` go
+    first, and among these the `tenant` with the fewest running ones.
     """
 
     key: int
@@ -77,6 +81,8 @@ class Request:
     emitted_entropies: tuple[float, ...] = ()
     slo: SLO = field(default_factory=SLO)
     salt: str = ""
+    tenant: str = ""
+    priority: int = 0
 
     def __post_init__(self) -> None:
         assert self.prompt_ids, "a request needs at least one prompt token"

@@ -36,14 +36,20 @@ class Sequence:
     `history` is kept for GUARD alone.
     `num_reached` is the most that `num_computed` has been or will be after the step in flight,
     and `num_cached` how many of these others had computed. `chain` names the full blocks.
+    `arrived_s`, `begun_s` (first planned) and `first_token_s` are of this attempt.
     """
 
-    __slots__ = ("arrival", "block_ids", "cancelled", "chain", "finish", "history", "num_cached",
-                 "num_computed", "num_reached", "request", "state", "token_ids")  # fmt: skip
+    __slots__ = ("arrival", "arrived_s", "begun_s", "block_ids", "cancelled", "chain", "finish",
+                 "first_token_s", "history", "num_cached", "num_computed", "num_reached",
+                 "num_since_first", "request", "state", "token_ids")  # fmt: skip
 
-    def __init__(self, request: Request, arrival: int) -> None:
+    def __init__(self, request: Request, arrival: int, arrived_s: float) -> None:
         self.request = request
         self.arrival = arrival  # rank in order of arrival: smaller is older
+        self.arrived_s = arrived_s
+        self.begun_s: float | None = None
+        self.first_token_s: float | None = None
+        self.num_since_first = 0  # tokens, the first included
         self.token_ids = [*request.prompt_ids, *request.emitted_ids]
         self.history = History(request) if request.sampling.guard_window else None
         self.num_computed = 0
@@ -65,10 +71,23 @@ class Sequence:
         """Return how many tokens were generated so far, over all attempts."""
         return len(self.token_ids) - len(self.request.prompt_ids)
 
-    def append(self, token_id: int, entropy: float | None = None) -> None:
+    @property
+    def num_left(self) -> int:
+        """Return how many tokens may still be generated."""
+        return self.request.sampling.max_tokens - self.num_emitted
+
+    @property
+    def is_promised(self) -> bool:
+        """Tell whether somebody has had a token of it already, or its first is under way."""
+        return bool(self.request.emitted_ids) or self.begun_s is not None
+
+    def append(self, token_id: int, now_s: float, entropy: float | None = None) -> None:
         """Take a sampled token; the sequence is then decoding. Its entropy is there with GUARD."""
         assert self.num_pending == 0, "a token was sampled before all others were computed"
         self.token_ids.append(token_id)
+        if self.first_token_s is None:
+            self.first_token_s = now_s
+        self.num_since_first += 1
         if self.history is not None:
             assert entropy is not None, "GUARD needs every entropy"
             self.history.counts[token_id] += 1

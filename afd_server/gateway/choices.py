@@ -5,8 +5,16 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from afd_server.api.openai import FinishName, StopReason
-from afd_server.core.request import SLO, FinishReason, SamplingParams
-from afd_server.gateway.generation import EventQueue, FailureEvent, Generations, TokenEvent
+from afd_server.core.request import FinishReason, SamplingParams
+from afd_server.gateway.asker import Asker
+from afd_server.gateway.generation import (
+    Event,
+    EventQueue,
+    FailureEvent,
+    Generations,
+    Timing,
+    TokenEvent,
+)
 from afd_server.gateway.text import TextCodec, TextStream
 
 _NAMES: dict[FinishReason, FinishName] = {
@@ -48,6 +56,7 @@ class ChoiceState:
     token_ids: list[int] = field(default_factory=list)
     finish: FinishName | None = None
     stop_reason: StopReason = None
+    timing: Timing | None = None  # set when it has ended
 
 
 class Choices:
@@ -60,8 +69,7 @@ class Choices:
         generations: runs the requests.
         codec: for their text.
         plans: one for each choice.
-        slo: targets of all of them.
-        salt: whose they are: what they compute is shared only with requests of the same salt.
+        asker: on whose behalf all of them run.
         silent_stops: stop tokens that are no `stop_reason`: the model's end of sequence.
     """
 
@@ -70,22 +78,21 @@ class Choices:
         generations: Generations,
         codec: TextCodec,
         plans: list[ChoicePlan],
-        slo: SLO,
-        salt: str,
+        asker: Asker,
         silent_stops: tuple[int, ...],
     ) -> None:
         self._generations = generations
-        self._slo = slo
-        self._salt = salt
+        self._asker = asker
         self._silent_stops = silent_stops
         self._events: EventQueue = EventQueue()
+        self._first: Event | None = None  # taken from the queue, and still to be told
         self.states = [ChoiceState(plan, TextStream(codec, plan.stop)) for plan in plans]
 
     def __enter__(self) -> "Choices":
         for index, state in enumerate(self.states):
             plan = state.plan
             state.key = self._generations.start(
-                index, plan.prompt_ids, plan.sampling, self._slo, self._salt, self._events
+                index, plan.prompt_ids, plan.sampling, self._asker, self._events
             )
         return self
 
@@ -93,6 +100,16 @@ class Choices:
         for state in self.states:
             if state.key is not None:
                 self._generations.abandon(state.key, "abort")
+
+    async def begin(self) -> None:
+        """Wait until the first of them has its first token.
+
+        Raises:
+            AFDError: it failed, or was refused, before that.
+        """
+        self._first = await self._events.get()
+        if isinstance(self._first, FailureEvent):
+            raise self._first.error
 
     async def pieces(self, quiet_s: float | None = None) -> AsyncIterator[Piece | None]:
         """Yield what each token adds, at once, until every choice has ended.
@@ -104,9 +121,10 @@ class Choices:
         """
         num_open = len(self.states)
         while num_open:
+            event, self._first = self._first, None
             try:
                 async with asyncio.timeout(quiet_s):
-                    event = await self._events.get()
+                    event = event or await self._events.get()
             except TimeoutError:
                 yield None
                 continue
@@ -131,8 +149,9 @@ class Choices:
         if state.stream.stopped_by is not None:
             state.finish, state.stop_reason = "stop", state.stream.stopped_by
             assert state.key is not None
-            self._generations.abandon(state.key, "stop")
+            state.timing = event.timing or self._generations.abandon(state.key, "stop")
         elif finish is not None:
+            state.timing = event.timing
             state.finish = _NAMES[finish]
             if finish is FinishReason.STOP and token_id not in self._silent_stops:
                 state.stop_reason = token_id

@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from afd_server.core.model_spec import LoadFormat
+from afd_server.policy.admission import SLOMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class GatewaySpec:
         shutdown_timeout_s: how long running requests may go on after a stop signal.
         log_level: of the logging module.
         load_format: `dummy` makes do without a tokenizer.
+        max_queued_requests, ttft_slo_s, tpot_slo_s, slo_mode: as in `AdmissionConfig`.
     """
 
     incarnation: str
@@ -43,6 +45,10 @@ class GatewaySpec:
     shutdown_timeout_s: float
     log_level: str
     load_format: LoadFormat = "auto"
+    max_queued_requests: int = 64
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
+    slo_mode: SLOMode = "off"
 
     @property
     def model_directory(self) -> Path:

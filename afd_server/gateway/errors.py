@@ -36,6 +36,8 @@ def describe(error: Exception) -> tuple[int, ErrorBody]:
             return 400, error_body(
                 str(error), "invalid_request_error", error.param, "invalid_value"
             )
+        case Overloaded(is_own_doing=True):
+            return 429, error_body(str(error), "rate_limit_error", None, "slow_down")
         case Overloaded():
             return 503, error_body(str(error), "server_error", None, "server_is_overloaded")
         case NotReady():
@@ -55,7 +57,10 @@ def retry_headers(error: Exception) -> dict[str, str]:
         return {}
     delay_s = error.retry_after_s if isinstance(error, Overloaded) else 1.0
     delay_s *= random.uniform(1.0, 1.5)
-    return {"retry-after": str(math.ceil(delay_s)), "retry-after-ms": str(int(delay_s * 1000))}
+    headers = {"retry-after": str(math.ceil(delay_s)), "retry-after-ms": str(int(delay_s * 1000))}
+    if isinstance(error, Overloaded):
+        headers["x-afd-reject-reason"] = error.reason
+    return headers
 
 
 async def answer(_request: Request, error: Exception) -> JSONResponse:

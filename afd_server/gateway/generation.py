@@ -8,12 +8,14 @@ import asyncio
 import logging
 import math
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from afd_server.core.clock import Clock
-from afd_server.core.errors import AFDError, ProtocolError, WorkerFailed
-from afd_server.core.request import SLO, FinishReason, Request, SamplingParams
+from afd_server.core.errors import AFDError, Overloaded, ProtocolError, WorkerFailed
+from afd_server.core.request import FinishReason, Request, SamplingParams
 from afd_server.core.topology import Role, Topology
+from afd_server.gateway.asker import Asker
+from afd_server.policy.admission import RETRY_AFTER_S, FirstTokenQueue
 from afd_server.policy.router import choose_worker
 from afd_server.telemetry.metrics import GatewayMetrics
 from afd_server.transport.endpoint import Endpoint
@@ -32,20 +34,35 @@ ASK_AGAIN_AFTER_S = 2.0  # of silence: repeat the submit, which is harmless and 
 MOVE_AFTER_S = 6.0  # of silence: three unanswered submits; another worker takes over
 GIVE_UP_AFTER_S = 30.0  # without any attention worker to send a request to
 MAX_ATTEMPTS = 4
-_FINISHES = (0, FinishReason.STOP, FinishReason.LENGTH, FinishReason.ERROR)
+LEAST_TTFT_S = 0.001  # goes over the wire as what is left of a target when nothing is
+_FINISHES = (
+    0, FinishReason.STOP, FinishReason.LENGTH, FinishReason.ERROR, FinishReason.REFUSED
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How a request was served, in seconds; `tpot_s` is None for fewer than two tokens."""
+
+    ttft_s: float
+    tpot_s: float | None
+    queue_s: float
+    slo_met: bool
 
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
     """A journalled token of a choice, and whether it was the last.
 
-    `num_cached` is how many tokens of the prompt its attempt found computed.
+    `num_cached` is how many tokens of the prompt its attempt found computed; `timing` comes with
+    the last one.
     """
 
     choice: int
     token_id: int
     finish: FinishReason | None
     num_cached: int
+    timing: Timing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +85,7 @@ class JournalEntry:
     choice: int
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
-    slo: SLO
-    salt: str
+    asker: Asker
     events: EventQueue
     arrived_s: float
     heard_s: float  # any sign of life of the present attempt
@@ -79,6 +95,7 @@ class JournalEntry:
     attempt: int = 0
     fruitless: int = 0  # attempts since the last token
     worker: str | None = None
+    queue_s: float = 0.0
     first_token_s: float | None = None
     last_token_s: float | None = None
 
@@ -102,6 +119,7 @@ class Generations:
         self._clock = clock
         self._metrics = metrics
         self._live: dict[int, JournalEntry] = {}
+        self.queue = FirstTokenQueue()
         self._next_key = secrets.randbits(62)  # unlike those of a gateway before this one
 
     @property
@@ -114,8 +132,7 @@ class Generations:
         choice: int,
         prompt_ids: tuple[int, ...],
         sampling: SamplingParams,
-        slo: SLO,
-        salt: str,
+        asker: Asker,
         events: EventQueue,
     ) -> int:
         """Journal a request and send it to an attention worker.
@@ -125,20 +142,22 @@ class Generations:
         """
         now = self._clock.now()
         entry = JournalEntry(
-            self._next_key, choice, prompt_ids, sampling, slo, salt, events, now, now, now
+            self._next_key, choice, prompt_ids, sampling, asker, events, now, now, now
         )
         self._next_key += 1
         self._live[entry.key] = entry
+        self.queue.enter(entry.key, asker.priority, asker.tenant, now)
         self._metrics.started(len(prompt_ids))
         self._assign(entry)
         return entry.key
 
-    def abandon(self, key: int, reason: str) -> None:
-        """End a request that nobody waits for; does nothing if it has ended."""
+    def abandon(self, key: int, reason: str) -> Timing | None:
+        """End a request that needs no more tokens; does nothing if it has ended."""
         entry = self._live.get(key)
-        if entry is not None:
-            self._cancel_attempt(entry)
-            self._end(entry, reason)
+        if entry is None:
+            return None
+        self._cancel_attempt(entry)
+        return self._end(entry, reason)
 
     def fail_all(self, error: AFDError) -> None:
         """End every live request with an error."""
@@ -153,7 +172,7 @@ class Generations:
         values = memoryview(chunk.rows.data).cast("q")
         for start in range(0, len(values), TOKEN_COLUMNS):
             row = values[start : start + TOKEN_COLUMNS]
-            key, attempt, index, count, token_id, finish, num_cached, bits = row
+            key, attempt, index, count, token_id, finish, num_cached, bits, queued_us = row
             entry = self._live.get(key)
             if entry is None or (entry.attempt, entry.worker) != (attempt, source):
                 self._metrics.fenced()
@@ -162,12 +181,18 @@ class Generations:
                 raise ProtocolError(f"finish reason {finish}, {num_cached} cached", "range")
             if not (0 <= bits < 2**32 and math.isfinite(bits_float(bits))):
                 raise ProtocolError(f"{bits} are no bits of a number", "range")
+            if queued_us < 0:
+                raise ProtocolError(f"queued for {queued_us} microseconds", "range")
             entry.heard_s = self._clock.now()
             if finish == FinishReason.ERROR:
                 self._fail(entry, WorkerFailed("the attention worker cannot take this request"))
+            elif finish == FinishReason.REFUSED:
+                self._refuse(entry)
             elif count == 1:
                 ending = FinishReason(finish) if finish else None
                 event = TokenEvent(entry.choice, token_id, ending, num_cached)
+                if not entry.emitted_ids:
+                    entry.queue_s = queued_us / 1e6
                 self._take_token(entry, index, event, bits_float(bits))
 
     def follow(self, topology: Topology) -> None:
@@ -213,13 +238,14 @@ class Generations:
         entry.fruitless = 0
         self._time_token(entry)
         if event.finish is not None:
-            self._end(entry, event.finish.name.lower())
+            event = replace(event, timing=self._end(entry, event.finish.name.lower()))
         entry.events.put_nowait(event)
 
     def _time_token(self, entry: JournalEntry) -> None:
         now = self._clock.now()
         if entry.last_token_s is None:
             entry.first_token_s = now
+            self.queue.serve(entry.key, now)
             self._metrics.first_token(now - entry.arrived_s)
         else:
             self._metrics.next_token(now - entry.last_token_s)
@@ -254,7 +280,7 @@ class Generations:
 
     def _submit(self, entry: JournalEntry) -> None:
         assert entry.worker is not None
-        sent = self._endpoint.try_send(entry.worker, submit_of(_request_of(entry)))
+        sent = self._endpoint.try_send(entry.worker, submit_of(self._request_of(entry)))
         # a connection that is not up yet: try again at the next turn
         entry.asked_s = self._clock.now() if sent else None
 
@@ -266,27 +292,53 @@ class Generations:
         self._end(entry, "error")
         entry.events.put_nowait(FailureEvent(entry.choice, error))
 
-    def _end(self, entry: JournalEntry, reason: str) -> None:
+    def _refuse(self, entry: JournalEntry) -> None:
+        waited_s = self._clock.now() - entry.arrived_s
+        self._metrics.refused("queue_timeout")
+        error = Overloaded(
+            f"the request waited for {waited_s:.1f} s and was not begun; try again later",
+            max(RETRY_AFTER_S, waited_s),
+            "queue_timeout",
+        )
+        self._fail(entry, error)
+
+    def _end(self, entry: JournalEntry, reason: str) -> Timing | None:
+        """Forget a request; return how it was served if it has had a token."""
         del self._live[entry.key]
-        self._metrics.finished(reason, _tpot_s(entry))
+        self.queue.leave(entry.key)
+        timing = _timing_of(entry)
+        self._metrics.finished(reason, timing.tpot_s if timing else None)
+        if timing is not None:
+            self._metrics.judged(timing.slo_met)
+        return timing
+
+    def _request_of(self, entry: JournalEntry) -> Request:
+        """Return a request as it stands: the rest of the way, and of the time."""
+        asker, slo = entry.asker, entry.asker.slo
+        if slo.ttft_s is not None:
+            waited_s = self._clock.now() - entry.arrived_s
+            slo = replace(slo, ttft_s=max(LEAST_TTFT_S, slo.ttft_s - waited_s))
+        return Request(
+            key=entry.key,
+            prompt_ids=entry.prompt_ids,
+            sampling=entry.sampling,
+            attempt=entry.attempt,
+            emitted_ids=tuple(entry.emitted_ids),
+            emitted_entropies=tuple(entry.emitted_entropies),
+            slo=slo,
+            salt=asker.salt,
+            tenant=asker.tenant,
+            priority=asker.priority,
+        )
 
 
-def _tpot_s(entry: JournalEntry) -> float | None:
-    """Return the mean gap between tokens, or None for fewer than two."""
-    gaps = len(entry.emitted_ids) - 1
-    if entry.first_token_s is None or entry.last_token_s is None or gaps < 1:
+def _timing_of(entry: JournalEntry) -> Timing | None:
+    """Return how a request was served so far; None before its first token."""
+    if entry.first_token_s is None or entry.last_token_s is None:
         return None
-    return (entry.last_token_s - entry.first_token_s) / gaps
-
-
-def _request_of(entry: JournalEntry) -> Request:
-    return Request(
-        key=entry.key,
-        prompt_ids=entry.prompt_ids,
-        sampling=entry.sampling,
-        attempt=entry.attempt,
-        emitted_ids=tuple(entry.emitted_ids),
-        emitted_entropies=tuple(entry.emitted_entropies),
-        slo=entry.slo,
-        salt=entry.salt,
-    )
+    gaps, slo = len(entry.emitted_ids) - 1, entry.asker.slo
+    ttft_s = entry.first_token_s - entry.arrived_s
+    tpot_s = (entry.last_token_s - entry.first_token_s) / gaps if gaps else None
+    in_time = slo.ttft_s is None or ttft_s <= slo.ttft_s
+    in_pace = slo.tpot_s is None or tpot_s is None or tpot_s <= slo.tpot_s
+    return Timing(ttft_s, tpot_s, entry.queue_s, in_time and in_pace)

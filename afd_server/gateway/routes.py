@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from afd_server.api import openai, sse
 from afd_server.core.errors import InvalidRequest, Overloaded
-from afd_server.core.request import SLO
+from afd_server.gateway.asker import Asker
 from afd_server.gateway.choices import ChoicePlan, Choices, ChoiceState, Piece, run_to_end
 from afd_server.gateway.errors import ModelNotFound, NotReady, end_openly
 from afd_server.gateway.service import Service
@@ -51,13 +51,14 @@ def openai_routes(service: Service) -> APIRouter:
     @router.post("/chat/completions")
     async def chat_completions(request: Request) -> Response:
         body = await _parse(service, request, openai.ChatCompletionRequest)
-        _admit(service, body.n)
+        asker = service.asker_of(request.headers, body.cache_salt, body.priority)
+        _admit(service, asker, body.n)
         prompt = service.codec.encode_chat(body.conversation)
         openai.check_token_ids(prompt, service.vocab_size, "messages")
         plans, seed = _plans(service, body, [prompt], body.output_limit, None)
         envelope = _envelope(service, "chatcmpl", body)
-        writer = ChatWriter(envelope, body.return_token_ids, tuple(prompt))
-        return await _answer(service, request, body, plans, writer, seed)
+        writer = ChatWriter(envelope, body, tuple(prompt))
+        return await _answer(service, request, body, asker, plans, writer, seed)
 
     @router.post("/completions")
     async def completions(request: Request) -> Response:
@@ -66,12 +67,13 @@ def openai_routes(service: Service) -> APIRouter:
             raise InvalidRequest(
                 f"{len(body.prompt)} prompts in one request, at most {MAX_PROMPTS}", "prompt"
             )
-        _admit(service, body.n * len(body.prompt))
+        asker = service.asker_of(request.headers, body.cache_salt, body.priority)
+        _admit(service, asker, body.n * len(body.prompt))
         prompts = [_encode_prompt(service, prompt) for prompt in body.prompt]
         plans, seed = _plans(service, body, prompts, body.output_limit, DEFAULT_COMPLETION_TOKENS)
         envelope = _envelope(service, "cmpl", body)
-        writer = CompletionWriter(envelope, body.return_token_ids)
-        return await _answer(service, request, body, plans, writer, seed)
+        writer = CompletionWriter(envelope, body)
+        return await _answer(service, request, body, asker, plans, writer, seed)
 
     return router
 
@@ -80,11 +82,15 @@ class ChatWriter:
     """Writes /v1/chat/completions answers."""
 
     def __init__(
-        self, envelope: openai.Envelope, with_ids: bool, prompt_ids: tuple[int, ...]
+        self,
+        envelope: openai.Envelope,
+        body: openai.ChatCompletionRequest,
+        prompt_ids: tuple[int, ...],
     ) -> None:
         self.envelope = envelope
-        self._with_ids = with_ids
-        self._prompt_ids = list(prompt_ids) if with_ids else None
+        self._with_ids = body.return_token_ids
+        self._with_metrics = body.return_metrics
+        self._prompt_ids = list(prompt_ids) if body.return_token_ids else None
 
     def whole(self, states: list[ChoiceState], usage: openai.Usage) -> openai.ChatCompletion:
         """Return the answer in one piece."""
@@ -95,6 +101,7 @@ class ChatWriter:
                 _finish(state),
                 state.stop_reason,
                 state.token_ids if self._with_ids else None,
+                _metrics(state) if self._with_metrics else None,
             )
             for index, state in enumerate(states)
         ]
@@ -104,7 +111,7 @@ class ChatWriter:
         """Return what opens a choice."""
         return [openai.chat_start(self.envelope, index, None if index else self._prompt_ids)]
 
-    def piece(self, piece: Piece, _state: ChoiceState) -> list[Chunk]:
+    def piece(self, piece: Piece, state: ChoiceState) -> list[Chunk]:
         """Return what a token adds: its text, and the ending in a chunk of its own."""
         ids = [piece.token_id] if self._with_ids else None
         chunks: list[Chunk] = []
@@ -114,7 +121,12 @@ class ChatWriter:
         if piece.finish is not None:
             chunks.append(
                 openai.chat_finish(
-                    self.envelope, piece.choice, piece.finish, piece.stop_reason, ids
+                    self.envelope,
+                    piece.choice,
+                    piece.finish,
+                    piece.stop_reason,
+                    ids,
+                    _metrics(state) if self._with_metrics else None,
                 )
             )
         return chunks
@@ -127,9 +139,10 @@ class ChatWriter:
 class CompletionWriter:
     """Writes /v1/completions answers."""
 
-    def __init__(self, envelope: openai.Envelope, with_ids: bool) -> None:
+    def __init__(self, envelope: openai.Envelope, body: openai.CompletionRequest) -> None:
         self.envelope = envelope
-        self._with_ids = with_ids
+        self._with_ids = body.return_token_ids
+        self._with_metrics = body.return_metrics
         self._opened: set[int] = set()
 
     def whole(self, states: list[ChoiceState], usage: openai.Usage) -> openai.Completion:
@@ -142,6 +155,7 @@ class CompletionWriter:
                 state.stop_reason,
                 state.token_ids if self._with_ids else None,
                 list(state.plan.prompt_ids) if self._with_ids else None,
+                _metrics(state) if self._with_metrics else None,
             )
             for index, state in enumerate(states)
         ]
@@ -164,6 +178,7 @@ class CompletionWriter:
             piece.stop_reason,
             [piece.token_id] if self._with_ids else None,
             list(state.plan.prompt_ids) if self._with_ids and first else None,
+            _metrics(state) if self._with_metrics and piece.finish else None,
         )
         return [openai.completion_chunk(self.envelope, choice)]
 
@@ -179,16 +194,18 @@ async def _answer(
     service: Service,
     request: Request,
     body: openai.GenerationRequest,
+    asker: Asker,
     plans: list[ChoicePlan],
     writer: Writer,
     seed: int,
 ) -> Response:
-    salt = service.salt_of(request.headers.get("authorization"), body.cache_salt)
-    choices = Choices(service.generations, service.codec, plans, SLO(), salt, service.eos_token_ids)
+    choices = Choices(service.generations, service.codec, plans, asker, service.eos_token_ids)
     headers = {"x-afd-seed": str(seed), "x-request-id": writer.envelope.id}
     if body.stream:
-        events = end_openly(_events(choices, writer, body.include_usage))
-        return _EventStream(choices, events, headers)
+        stream = _EventStream(choices, _events(choices, writer, body.include_usage), headers)
+        if service.admission.slo_mode == "enforce":  # it may still be refused, with a status
+            await stream.begin(request)
+        return stream
     with choices:
         states = await _unless_disconnected(request, lambda: run_to_end(choices))
     if states is None:
@@ -206,8 +223,21 @@ class _EventStream(StreamingResponse):
     def __init__(
         self, choices: Choices, events: AsyncIterator[bytes], headers: dict[str, str]
     ) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={**headers, **SSE_HEADERS})
+        super().__init__(
+            end_openly(events), media_type="text/event-stream", headers={**headers, **SSE_HEADERS}
+        )
         self._choices = choices.__enter__()
+
+    async def begin(self, request: Request) -> None:
+        """Wait until there is something to stream, or nobody to read it.
+
+        Raises:
+            AFDError: there will never be anything.
+        """
+        with contextlib.ExitStack() as ending:
+            ending.push(self._choices)
+            await _unless_disconnected(request, self._choices.begin)
+            ending.pop_all()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.ExitStack() as ending:
@@ -264,11 +294,17 @@ async def _parse(service: Service, request: Request, kind: type[Body]) -> Body:
     return body
 
 
-def _admit(service: Service, num_new: int) -> None:
+def _admit(service: Service, asker: Asker, num_new: int) -> None:
+    admission, generations = service.admission, service.generations
     try:
-        check_capacity(service.admission, service.generations.num_live, num_new)
-    except Overloaded:
-        service.metrics.refused("max_live_requests")
+        check_capacity(admission, generations.num_live, num_new)
+        if admission.slo_mode == "enforce":
+            service.check_reachable(asker.slo)
+            generations.queue.check(
+                admission, asker.slo.ttft_s, asker.priority, asker.tenant, num_new
+            )
+    except Overloaded as error:
+        service.metrics.refused(error.reason)
         raise
 
 
@@ -324,6 +360,17 @@ def _usage(states: list[ChoiceState]) -> openai.Usage:
         sum(len(state.token_ids) for state in states),
         sum(cached.values()),
     )
+
+
+def _metrics(state: ChoiceState) -> openai.Metrics:
+    timing = state.timing
+    assert timing is not None, "an unfinished choice has no metrics"
+    return {
+        "ttft_ms": timing.ttft_s * 1e3,
+        "tpot_ms": None if timing.tpot_s is None else timing.tpot_s * 1e3,
+        "queue_ms": timing.queue_s * 1e3,
+        "slo_met": timing.slo_met,
+    }
 
 
 def _finish(state: ChoiceState) -> openai.FinishName:

@@ -5,20 +5,22 @@ import hashlib
 import logging
 import secrets
 import time
+from collections.abc import Mapping
 
 from afd_server.core.clock import Clock, MonotonicClock
 from afd_server.core.errors import ProtocolError, WorkerFailed
 from afd_server.core.model_spec import read_model_spec
+from afd_server.core.request import SLO
 from afd_server.core.topology import Member, Role
+from afd_server.gateway.asker import Asker, targets_of, tenant_salt
 from afd_server.gateway.byte_codec import byte_codec
 from afd_server.gateway.config import GatewaySpec
 from afd_server.gateway.expert_view import ExpertView
 from afd_server.gateway.generation import Generations
 from afd_server.gateway.pool_view import PoolView
 from afd_server.gateway.stage_view import StageView
-from afd_server.gateway.tenant import tenant_salt
 from afd_server.gateway.text import TextCodec
-from afd_server.policy.admission import AdmissionConfig
+from afd_server.policy.admission import AdmissionConfig, check_reachable
 from afd_server.telemetry.metrics import GatewayMetrics
 from afd_server.transport.endpoint import Endpoint, Identity, Received
 from afd_server.transport.messages import (
@@ -56,7 +58,13 @@ class Service:
         self.eos_token_ids = model.eos_token_ids
         self.vocab_size = model.vocab_size
         self.created = int(time.time())
-        self.admission = AdmissionConfig(spec.max_live_requests, spec.max_model_len)
+        self.admission = AdmissionConfig(
+            spec.max_live_requests,
+            spec.max_model_len,
+            spec.max_queued_requests,
+            SLO(spec.ttft_slo_s, spec.tpot_slo_s),
+            spec.slo_mode,
+        )
         self.metrics = GatewayMetrics(spec.served_model_name)
         self.pools = PoolView(clock)
         self.stages = StageView(clock, self.metrics)
@@ -86,9 +94,31 @@ class Service:
         prints = sorted({member.fingerprint for member in self.pools.workers()})
         return "fp_" + hashlib.sha256(" ".join(prints).encode()).hexdigest()[:12]
 
-    def salt_of(self, authorization: str | None, cache_salt: str | None) -> str:
-        """Return whose a request is, by its `authorization` header and its `cache_salt`."""
-        return tenant_salt(self._salt_secret, authorization, cache_salt)
+    def asker_of(self, headers: Mapping[str, str], cache_salt: str | None, priority: int) -> Asker:
+        """Return on whose behalf a request with these headers runs.
+
+        Raises:
+            InvalidRequest: a target in the headers is nonsense.
+        """
+        key = headers.get("authorization")
+        salt = tenant_salt(self._salt_secret, key, cache_salt)
+        tenant = tenant_salt(self._salt_secret, key, None)
+        slo = targets_of(headers, self.admission.slo)
+        return Asker(salt, tenant, priority, SLO() if self.admission.slo_mode == "off" else slo)
+
+    def check_reachable(self, slo: SLO) -> None:
+        """Refuse a TPOT target of the client's own that no attention worker would meet.
+
+        Raises:
+            InvalidRequest: so it is.
+        """
+        alone_us = [
+            report.alone_us
+            for member in self.pools.topology.pool(Role.ATTENTION)
+            if (report := self.pools.report(member.incarnation)) is not None
+        ]
+        if alone_us and slo.tpot_s is not None and slo.tpot_s != self.admission.slo.tpot_s:
+            check_reachable(slo.tpot_s, min(alone_us) / 1e6)
 
     async def run(self) -> None:
         """Listen and report until cancelled; then let go of the wire."""
@@ -131,6 +161,8 @@ class Service:
         self._endpoint.try_send(self._spec.supervisor, beat)
         for member in self.pools.workers():
             self._endpoint.try_send(member.incarnation, beat)
+        queue = self.generations.queue
+        self.metrics.queue(queue.num_waiting, queue.expected_wait_s(0, ""))
         self.metrics.topology(
             self.pools.topology.epoch,
             len(self.pools.topology.pool(Role.ATTENTION)),
@@ -190,6 +222,7 @@ class Service:
             sender.name, report.rows, report.resends, report.bad_frames, report.dropped_events
         )
         if sender.role is Role.ATTENTION:
+            self.metrics.expected_steps(sender.name, report.step_us / 1e6, report.alone_us / 1e6)
             self.metrics.prefix_cache(
                 sender.name,
                 report.queried_tokens - (last.queried_tokens if last else 0),

@@ -1,18 +1,115 @@
 """Decides whether a request may enter, before any work is done for it."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+from math import inf
+from typing import Literal
 
 from afd_server.core.errors import InvalidRequest, Overloaded
+from afd_server.core.request import SLO
 
 RETRY_AFTER_S = 1.0
+LONGEST_RETRY_S = 60.0  # clients give up on servers that say much more
+WAIT_SHARE = 0.5  # of the TTFT target that may be spent on waiting for others
+FADING = 0.1  # weight of the newest first token in the estimate of their pace
+
+SLOMode = Literal["enforce", "best-effort", "off"]
 
 
 @dataclass(frozen=True, slots=True)
 class AdmissionConfig:
-    """Limits of one gateway: most live requests, and the context in tokens."""
+    """Limits of one gateway.
+
+    Attributes:
+        max_live_requests: most that have not ended.
+        max_model_len: the context, in tokens.
+        max_queued_requests: most that wait for their first token, where targets are enforced.
+        slo: targets of requests that name none.
+        slo_mode: whether requests are refused whose targets would not be met (`enforce`), or only
+            scheduled by them (`best-effort`); `off` knows no targets.
+    """
 
     max_live_requests: int
     max_model_len: int
+    max_queued_requests: int = 64
+    slo: SLO = field(default_factory=SLO)
+    slo_mode: SLOMode = "off"
+
+
+class FirstTokenQueue:
+    """The requests that wait for their first token, and how fast these come.
+
+    Its order is that of the attention workers' schedulers: by priority, then evenly between
+    tenants.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, tuple[int, str]] = {}  # by key, priority and tenant
+        self._interval_s = 0.0  # between first tokens while somebody waits for one
+        self._since_s = 0.0  # the latest first token, or when the queue was last empty
+
+    @property
+    def num_waiting(self) -> int:
+        """Return the requests without a first token."""
+        return len(self._waiting)
+
+    def enter(self, key: int, priority: int, tenant: str, now_s: float) -> None:
+        """Add a request that was admitted."""
+        if not self._waiting:
+            self._since_s = now_s
+        self._waiting[key] = (priority, tenant)
+
+    def serve(self, key: int, now_s: float) -> None:
+        """Take out a request that has its first token."""
+        if self._waiting.pop(key, None) is not None:
+            self._interval_s += FADING * (now_s - self._since_s - self._interval_s)
+            self._since_s = now_s
+
+    def leave(self, key: int) -> None:
+        """Take out a request that waits no more, if it is there."""
+        self._waiting.pop(key, None)
+
+    def expected_wait_s(self, priority: int, tenant: str, num_new: int = 1) -> float:
+        """Return how long the last of some new requests would wait for those ahead of it."""
+        return self._interval_s * (self._num_ahead(priority, tenant) + num_new - 1)
+
+    def check(
+        self,
+        config: AdmissionConfig,
+        ttft_s: float | None,
+        priority: int,
+        tenant: str,
+        num_new: int,
+    ) -> None:
+        """Refuse what could not begin in time; needs no knowledge of the prompt.
+
+        Raises:
+            Overloaded: too many are ahead, or they take too long.
+        """
+        num_ahead = self._num_ahead(priority, tenant)
+        most_s = inf if ttft_s is None else WAIT_SHARE * ttft_s
+        wait_s = self.expected_wait_s(priority, tenant, num_new)
+        if num_ahead + num_new <= config.max_queued_requests and wait_s <= most_s:
+            return
+        own = sum(waiting == (priority, tenant) for waiting in self._waiting.values())
+        is_own_doing = own > 0 and self._interval_s * (num_ahead - own) <= most_s
+        is_full = num_ahead + num_new > config.max_queued_requests
+        raise Overloaded(
+            f"{num_ahead} requests wait before this one, for some {wait_s:.1f} s; try again later",
+            min(LONGEST_RETRY_S, max(wait_s - most_s, self._interval_s, 0.05)),
+            "queue_full" if is_full else "expected_wait",
+            is_own_doing=is_own_doing and len(self._tenants()) > 1,
+        )
+
+    def _tenants(self) -> set[str]:
+        return {tenant for _, tenant in self._waiting.values()}
+
+    def _num_ahead(self, priority: int, tenant: str) -> int:
+        """Count who is served before a new request: of other tenants, as many as of its own."""
+        more_urgent = sum(p < priority for p, _ in self._waiting.values())
+        equals = Counter(t for p, t in self._waiting.values() if p == priority)
+        own = equals[tenant]
+        return more_urgent + own + sum(min(n, own + 1) for t, n in equals.items() if t != tenant)
 
 
 def check_capacity(config: AdmissionConfig, num_live: int, num_new: int) -> None:
@@ -26,6 +123,21 @@ def check_capacity(config: AdmissionConfig, num_live: int, num_new: int) -> None
             f"{num_live} requests are live and the limit is {config.max_live_requests}; "
             "try again later",
             RETRY_AFTER_S,
+            "max_live_requests",
+        )
+
+
+def check_reachable(tpot_s: float, alone_s: float) -> None:
+    """Refuse a target that not even a request alone would meet.
+
+    Raises:
+        InvalidRequest: so it is.
+    """
+    if tpot_s < WAIT_SHARE * alone_s:
+        raise InvalidRequest(
+            f"a TPOT of {tpot_s * 1e3:g} ms is out of reach: a request that is alone gets a token "
+            f"every {alone_s * 1e3:.1f} ms here; ask for more than that",
+            "x-slo-tpot-ms",
         )
 
 

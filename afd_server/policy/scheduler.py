@@ -1,9 +1,9 @@
 """Decides what runs in the next step of a lane.
 
-Knows nothing of tensors, wires or time: it sees sequences, blocks and lanes.
+Knows nothing of tensors or wires: it sees sequences, blocks and lanes, and is told the time.
 """
 
-from collections import deque
+from collections import Counter
 from dataclasses import dataclass
 
 from afd_server.core.batch import Emitted, PlannedSequence, Sampled, StepPlan, StepResult
@@ -11,7 +11,11 @@ from afd_server.core.errors import ConfigError
 from afd_server.core.request import FinishReason, Request
 from afd_server.core.sequence import Sequence, SequenceState
 from afd_server.policy.blocks import BlockPool
+from afd_server.policy.pace import Pace, beside, with_prefill, with_row
 from afd_server.policy.prefix import extend_chain
+from afd_server.policy.step_time import StepLoad
+
+RESERVED_TOKENS = 256  # that a running sequence is taken to want still, if it may
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,8 @@ class SchedulerConfig:
         num_blocks: KV blocks of the worker.
         block_size: token positions in a block.
         prefix_caching: whether sequences take over blocks that others have computed.
+        holds_back: whether sequences wait, and are refused in the end, that would make others
+            miss their targets.
     """
 
     max_model_len: int
@@ -35,6 +41,7 @@ class SchedulerConfig:
     num_blocks: int
     block_size: int
     prefix_caching: bool
+    holds_back: bool = False
 
     def __post_init__(self) -> None:
         if self.max_batch_tokens <= self.max_num_seqs:
@@ -53,8 +60,9 @@ class SchedulerConfig:
 class Scheduler:
     """Continuous batching over lanes with paged blocks, chunked prefill and preemption.
 
-    Older sequences go first, everywhere; when blocks run out the youngest gives up its own and
-    prefills again later. So the oldest always advances, and nobody starves.
+    Those whose next token is due first go first, and without targets the older ones; when blocks
+    run out the youngest gives up its own and prefills again later. So the oldest always advances,
+    and nobody starves. Prompts get what time the targets of decoding sequences leave (`Pace`).
 
     A sequence never computes a full block that is still held from another one with the same
     salt, nor what it computed itself before it was preempted; for a block that a lane is just
@@ -64,9 +72,11 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self.blocks = BlockPool(config.num_blocks, config.block_size)
-        self._waiting: deque[Sequence] = deque()  # oldest first
+        self.pace = Pace(config.num_lanes)
+        self._waiting: list[Sequence] = []  # oldest first
         self._running: list[Sequence] = []  # own blocks, oldest first
         self._in_lane: dict[int, list[Sequence]] = {}
+        self._begun: dict[int, tuple[StepLoad, float]] = {}  # by lane, its step and since when
         self._filling: dict[int, set[bytes]] = {}  # by lane, the blocks its step will fill
         self._by_key: dict[tuple[int, int], Sequence] = {}
         self._num_arrivals = 0
@@ -90,11 +100,16 @@ class Scheduler:
         """Return the steps planned so far: a sign of progress."""
         return self._num_steps
 
-    def submit(self, request: Request) -> None:
+    @property
+    def decode_step_s(self) -> float:
+        """Return the expected time of a step when all who own blocks decode."""
+        return self.pace.decode_step_s(self._running)
+
+    def submit(self, request: Request, now_s: float) -> None:
         """Queue a request. A second `Submit` of the same attempt changes nothing."""
         if (request.key, request.attempt) in self._by_key:
             return
-        sequence = Sequence(request, self._num_arrivals)
+        sequence = Sequence(request, self._num_arrivals, now_s)
         assert len(sequence.token_ids) < self._config.max_model_len, "the gateway refuses these"
         self._num_arrivals += 1
         self._by_key[request.key, request.attempt] = sequence
@@ -115,17 +130,25 @@ class Scheduler:
             self._end(sequence, FinishReason.CANCELLED)
         return True
 
-    def plan(self, lane: int) -> StepPlan | None:
+    def expire(self, now_s: float) -> list[Request]:
+        """Give up those that were held back for too long; return them, to be refused."""
+        late = [s for s in self._waiting if not s.is_promised and self.pace.due_s(s) < now_s]
+        for sequence in late if self._config.holds_back else ():
+            self._end(sequence, FinishReason.REFUSED)
+        return [sequence.request for sequence in late if sequence.finish is not None]
+
+    def plan(self, lane: int, now_s: float) -> StepPlan | None:
         """Choose the next micro-batch of a free lane, or None if there is nothing to do.
 
         Each lane takes at most its share of the running sequences, so that lanes stay evenly
         filled as sequences come and go.
         """
         assert lane not in self._in_lane, f"lane {lane} is still in flight"
-        self._admit()
+        self._admit(now_s)
         share = -(-len(self._running) // self._config.num_lanes)
         budget = self._config.max_batch_tokens
         filling = self._filling[lane] = set()
+        load = beside(load for load, _ in self._begun.values())
         chosen: list[tuple[Sequence, int]] = []
         for sequence in self._by_urgency():
             if len(chosen) == share or budget == 0:
@@ -135,9 +158,19 @@ class Scheduler:
             self._take_over(sequence)
             if self._is_under_way(sequence):
                 continue
-            num_tokens = min(sequence.num_pending, budget)
-            if not self._reserve(sequence, sequence.num_computed + num_tokens):
+            is_decoding = sequence.num_pending == 1
+            if is_decoding and chosen and self.pace.can_wait(sequence, load, chosen[0][0], now_s):
                 continue
+            if not is_decoding and load.prefill == 0:
+                start = sequence.num_computed
+                budget = self.pace.prefill_budget(load, start, self._running, budget, now_s)
+            num_tokens = min(sequence.num_pending, budget)
+            if num_tokens == 0 or not self._reserve(sequence, sequence.num_computed + num_tokens):
+                continue
+            if is_decoding:
+                load = with_row(load, sequence)
+            else:
+                load = with_prefill(load, sequence.num_computed, num_tokens)
             self._count_hits(sequence, num_tokens)
             filling.update(self._blocks_filled_by(sequence, num_tokens))
             sequence.state = SequenceState.IN_FLIGHT
@@ -145,12 +178,23 @@ class Scheduler:
             budget -= num_tokens
         if not chosen:
             return None
+        return self._begin(lane, chosen, load, now_s)
+
+    def _begin(
+        self, lane: int, chosen: list[tuple[Sequence, int]], load: StepLoad, now_s: float
+    ) -> StepPlan:
         self._in_lane[lane] = [sequence for sequence, _ in chosen]
+        self._begun[lane] = (load, now_s)
+        for sequence in self._in_lane[lane]:
+            if sequence.begun_s is None:
+                sequence.begun_s = now_s
+        if load.prefill:
+            self.pace.note_prefill(now_s)
         self._num_steps += 1
         planned = tuple(_planned(sequence, num_tokens) for sequence, num_tokens in chosen)
         return StepPlan(self._num_steps, lane, planned)
 
-    def commit(self, result: StepResult) -> list[Emitted]:
+    def commit(self, result: StepResult, now_s: float) -> list[Emitted]:
         """Take in a finished step: advance, extend or end its sequences.
 
         Returns:
@@ -158,6 +202,8 @@ class Scheduler:
         """
         sequences = self._in_lane.pop(result.plan.lane)
         del self._filling[result.plan.lane]
+        load, begun_s = self._begun.pop(result.plan.lane)
+        self.pace.model.observe(load, now_s - begun_s)
         sampled = iter(result.tokens)
         emitted = []
         for sequence, planned in zip(sequences, result.plan.sequences, strict=True):
@@ -168,22 +214,59 @@ class Scheduler:
             if sequence.cancelled:
                 self._end(sequence, FinishReason.CANCELLED)
             elif token is not None:
-                emitted.append(self._extend(sequence, token))
+                emitted.append(self._extend(sequence, token, now_s))
         assert next(sampled, None) is None, "more tokens were sampled than planned"
         return emitted
 
-    def _admit(self) -> None:
+    def _admit(self, now_s: float) -> None:
         """Give waiting sequences their place while there are blocks for all they know already."""
-        while self._waiting and len(self._running) < self._config.max_num_seqs:
-            sequence = self._waiting[0]
+        held_back: list[Sequence] = []
+        while len(self._running) < self._config.max_num_seqs:
+            sequence = self._next_waiting(held_back)
+            if sequence is None:
+                return
+            if not sequence.is_promised and not self._may_begin(sequence, now_s):
+                held_back.append(sequence)
+                continue
             self._take_over(sequence)
             if not self.blocks.grow(sequence.block_ids, len(sequence.token_ids)):
                 self.blocks.free(sequence.forget_computed())
                 return
-            self._waiting.popleft()
+            self._waiting.remove(sequence)
             sequence.state = SequenceState.RUNNING
             self._running.append(sequence)
             self._running.sort(key=lambda s: s.arrival)
+
+    def _next_waiting(self, held_back: list[Sequence]) -> Sequence | None:
+        """Return whose turn it is: begun before, then by priority, tenant and deadline."""
+        running = Counter(s.request.tenant for s in self._running)
+
+        def turn(sequence: Sequence) -> tuple[bool, int, int, float, int]:
+            request, due_s = sequence.request, self.pace.due_s(sequence)
+            num_running = running[request.tenant]
+            return not sequence.is_promised, request.priority, num_running, due_s, sequence.arrival
+
+        return min((s for s in self._waiting if s not in held_back), key=turn, default=None)
+
+    def _may_begin(self, sequence: Sequence, now_s: float) -> bool:
+        """Tell whether a new sequence can be begun without harm to those that run.
+
+        Prompts that were begun come first, so that who is waiting may still be overtaken by who
+        is in a greater hurry; and blocks are kept for what running ones will soon want.
+        """
+        if not self._config.holds_back:
+            return True
+        unread = sum(s.num_pending for s in self._running if s.num_pending > 1)
+        if unread >= self._config.max_batch_tokens:
+            return False
+        wanted = sum(
+            self.blocks.blocks_for(len(s.token_ids) + min(s.num_left, RESERVED_TOKENS))
+            - len(s.block_ids)
+            for s in [*self._running, sequence]
+        )
+        if self._running and wanted > self.blocks.num_free:
+            return False
+        return self.pace.fits(sequence, self._running, now_s)
 
     def _take_over(self, sequence: Sequence) -> None:
         """Let a sequence go on behind the full blocks that others have computed since.
@@ -243,8 +326,10 @@ class Scheduler:
         sequence.num_reached = max(sequence.num_reached, sequence.num_computed + num_tokens)
 
     def _by_urgency(self) -> list[Sequence]:
-        """Decoding sequences before prefilling ones, older before younger."""
-        return sorted(self._running, key=lambda s: (s.num_pending > 1, s.arrival))
+        """Decoding sequences before prefilling ones, those due first, older before younger."""
+        return sorted(
+            self._running, key=lambda s: (s.num_pending > 1, self.pace.due_s(s), s.arrival)
+        )
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """Find blocks for the first `num_tokens` of a sequence, preempting younger ones."""
@@ -265,9 +350,9 @@ class Scheduler:
         self._waiting.insert(older, sequence)
         self.num_preemptions += 1
 
-    def _extend(self, sequence: Sequence, token: Sampled) -> Emitted:
+    def _extend(self, sequence: Sequence, token: Sampled, now_s: float) -> Emitted:
         index, (token_id, entropy) = sequence.num_emitted, token
-        sequence.append(token_id, entropy)
+        sequence.append(token_id, now_s, entropy)
         sampling = sequence.request.sampling
         finish = None
         if token_id in sampling.stop_token_ids:
@@ -281,7 +366,11 @@ class Scheduler:
             self._end(sequence, finish)
         request = sequence.request
         num_cached = min(sequence.num_cached, len(request.prompt_ids))
-        return Emitted(request.key, request.attempt, index, token_id, finish, num_cached, entropy)
+        assert sequence.begun_s is not None, "a token of a sequence that was never planned"
+        queued_s = sequence.begun_s - sequence.arrived_s
+        return Emitted(
+            request.key, request.attempt, index, token_id, finish, num_cached, queued_s, entropy
+        )
 
     def _end(self, sequence: Sequence, finish: FinishReason) -> None:
         if sequence.state is SequenceState.WAITING:

@@ -164,6 +164,25 @@ class GatewayMetrics:
         self._refused = Counter(
             "afd_refused_requests", "Requests refused", ("reason",), registry=registry
         )
+        self._judged = Counter(
+            "afd_requests_by_slo", "Ended requests that had tokens, by whether targets were met",
+            ("met",), registry=registry,
+        )  # fmt: skip
+        self._queued = Gauge(
+            "afd_queued_requests", "Admitted requests without a first token", registry=registry
+        )
+        self._expected_wait = Gauge(
+            "afd_expected_wait_seconds", "For others' first tokens, of a request that came now",
+            registry=registry,
+        )  # fmt: skip
+        self._expected_step = Gauge(
+            "afd_expected_step_seconds", "A step in which all that run decode", ("worker",),
+            registry=registry,
+        )  # fmt: skip
+        self._expected_alone = Gauge(
+            "afd_expected_alone_step_seconds", "A step of a single sequence", ("worker",),
+            registry=registry,
+        )  # fmt: skip
         self._busy = Gauge(
             "afd_pool_busy_ratio",
             "Share of the last seconds in which the pool's workers computed",
@@ -210,6 +229,20 @@ class GatewayMetrics:
         self._finished.labels(self._model_name, reason).inc()
         if tpot_s is not None:
             self._tpot.observe(tpot_s)
+
+    def judged(self, slo_met: bool) -> None:
+        """Count a request by whether it kept its targets."""
+        self._judged.labels("yes" if slo_met else "no").inc()
+
+    def queue(self, num_waiting: int, expected_wait_s: float) -> None:
+        """Show who waits for a first token."""
+        self._queued.set(num_waiting)
+        self._expected_wait.set(expected_wait_s)
+
+    def expected_steps(self, worker: str, step_s: float, alone_s: float) -> None:
+        """Show what an attention worker expects of its steps."""
+        self._expected_step.labels(worker).set(step_s)
+        self._expected_alone.labels(worker).set(alone_s)
 
     def resubmitted(self) -> None:
         """Count a new attempt of a request."""

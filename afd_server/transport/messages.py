@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from math import prod
 
-from afd_server.core.request import Request
+from afd_server.core.request import PRIORITIES, Request
 from afd_server.core.topology import Role, Topology
 
 Buffer = bytes | bytearray | memoryview
@@ -56,16 +56,18 @@ class Payload:
 
 
 EMPTY = Payload(DType.NONE, (), b"")
-TOKEN_COLUMNS = 8
+TOKEN_COLUMNS = 9
 
 
 @dataclass(frozen=True, slots=True)
 class Submit:
     """Gateway → attention: generate. Repeating it is harmless and asks for a sign of life.
 
-    Only requests with the same `salt` share computed blocks. `tokens` is int32: prompt, then
-    already emitted, then with GUARD (`guard_window` above 0) the bits of a float32 for each of
-    these, its entropy, then stop token ids. A time of 0 is "no target".
+    Only requests with the same `salt` share computed blocks. Those of the lowest `rank` (the place
+    of their priority among all) go first, and among these the `tenant` with the fewest running
+    ones. `tokens` is int32: prompt, then already emitted, then with GUARD (`guard_window` above 0)
+    the bits of a float32 for each of these, its entropy, then stop token ids. `ttft_s` is what is
+    left of that target; 0 is "no target".
     """
 
     key: int
@@ -84,7 +86,9 @@ class Submit:
     min_k: float
     ttft_s: float
     tpot_s: float
+    rank: int
     salt: str
+    tenant: str
     tokens: Payload
 
 
@@ -101,9 +105,9 @@ class TokenChunk:
     """Attention → gateway: what one step gave.
 
     `rows` is int64 [n, TOKEN_COLUMNS]: key, attempt, index, number of tokens (0 or 1), token id,
-    finish reason (0: goes on), prompt tokens that this attempt found computed, and with GUARD
-    the bits of the entropy as a float32, else 0. A row without token and finish only says that
-    the attempt is alive.
+    finish reason (0: goes on), prompt tokens that this attempt found computed, with GUARD the
+    bits of the entropy as a float32, else 0, and the microseconds that the attempt waited to be
+    begun. A row without token and finish only says that the attempt is alive.
     """
 
     rows: Payload
@@ -116,7 +120,9 @@ class LoadReport:
     `free_blocks` counts the `cached_blocks`, which nobody owns and others may still take over.
     Of the `queried_tokens` that requests brought with them, `hit_tokens` were found computed.
     `events` is uint8 [n, 40]: what the worker did since its last report
-    (`telemetry.timeline`), on its own clock, which reads `clock_us` now.
+    (`telemetry.timeline`), on its own clock, which reads `clock_us` now. An attention worker
+    expects `step_us` of a step in which all that run decode, and `alone_us` of one with a single
+    sequence; for an FFN worker both are 0.
     """
 
     steps: int
@@ -133,6 +139,8 @@ class LoadReport:
     resends: int
     dropped_events: int
     clock_us: int
+    step_us: int
+    alone_us: int
     events: Payload
 
 
@@ -254,7 +262,9 @@ def submit_of(request: Request) -> Submit:
         min_k=sampling.min_k,
         ttft_s=request.slo.ttft_s or 0.0,
         tpot_s=request.slo.tpot_s or 0.0,
+        rank=PRIORITIES.index(request.priority),
         salt=request.salt,
+        tenant=request.tenant,
         tokens=Payload(DType.INT32, (len(ids),), ids.tobytes()),
     )
 

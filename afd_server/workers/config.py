@@ -14,7 +14,8 @@ from afd_server.core.topology import FFNParallel, Role
 class AttentionConfig:
     """Settings of an attention worker; token counts unless the name says otherwise.
 
-    `resend_s` is how long an FFN call may go unanswered before it is sent again.
+    `resend_s` is how long an FFN call may go unanswered before it is sent again; `holds_back` as
+    in `policy.scheduler`.
     """
 
     num_lanes: int
@@ -25,6 +26,7 @@ class AttentionConfig:
     kv_cache_bytes: int
     prefix_caching: bool
     resend_s: float = 2.0
+    holds_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)

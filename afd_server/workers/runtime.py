@@ -265,6 +265,7 @@ def build_attention_worker(
             num_blocks=num_blocks,
             block_size=config.block_size,
             prefix_caching=config.prefix_caching,
+            holds_back=config.holds_back,
         )
     )
     placement = placement_of(spec.ffn, model_spec)

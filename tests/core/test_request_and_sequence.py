@@ -50,12 +50,12 @@ def test_with_guard_a_request_has_an_entropy_for_each_emitted_token():
         with pytest.raises(AssertionError, match="entropies for"):
             Request(1, (5,), params, emitted_ids=(6,), emitted_entropies=entropies)
     request = Request(1, (5, 6), guarded, emitted_ids=(6,), emitted_entropies=(0.5,))
-    sequence = Sequence(request, arrival=0)
+    sequence = Sequence(request, arrival=0, arrived_s=0.0)
     sequence.num_computed = 3
-    sequence.append(9, entropy=1.5)
+    sequence.append(9, 0.0, entropy=1.5)
     assert sequence.history.counts == {5: 1, 6: 2, 9: 1}
     assert sequence.history.entropies == [0.5, 1.5]
-    assert Sequence(Request(1, (5,), GREEDY), arrival=0).history is None
+    assert Sequence(Request(1, (5,), GREEDY), arrival=0, arrived_s=0.0).history is None
 
 
 def test_a_request_begins_with_its_first_attempt_and_no_targets():
@@ -64,14 +64,15 @@ def test_a_request_begins_with_its_first_attempt_and_no_targets():
 
 
 def test_the_finish_reasons_on_the_wire_do_not_change():
-    assert [int(reason) for reason in FinishReason] == [1, 2, 3, 4]
+    assert [int(reason) for reason in FinishReason] == [1, 2, 3, 4, 5]
     assert FinishReason.STOP == 1
     assert FinishReason.LENGTH == 2
     assert FinishReason.CANCELLED == 3
+    assert FinishReason.REFUSED == 5
 
 
 def test_a_sequence_prefills_what_earlier_attempts_emitted():
-    sequence = Sequence(Request(1, (5, 6), GREEDY, attempt=2, emitted_ids=(7,)), arrival=3)
+    sequence = Sequence(Request(1, (5, 6), GREEDY, attempt=2, emitted_ids=(7,)), arrival=3, arrived_s=5.0)
     assert sequence.token_ids == [5, 6, 7]
     assert (sequence.num_pending, sequence.num_emitted) == (3, 1)
     assert sequence.state is SequenceState.WAITING
@@ -79,18 +80,19 @@ def test_a_sequence_prefills_what_earlier_attempts_emitted():
 
 
 def test_a_sampled_token_is_pending_until_it_is_computed():
-    sequence = Sequence(Request(1, (5, 6), GREEDY), arrival=0)
+    sequence = Sequence(Request(1, (5, 6), GREEDY), arrival=0, arrived_s=0.0)
     sequence.num_computed = 2
-    sequence.append(9)
+    sequence.append(9, 7.0)
     assert (sequence.num_pending, sequence.num_emitted) == (1, 1)
+    assert (sequence.first_token_s, sequence.num_since_first) == (7.0, 1)
     with pytest.raises(AssertionError, match="before all others were computed"):
-        sequence.append(10)
+        sequence.append(10, 8.0)
 
 
 def test_a_preempted_sequence_gives_its_blocks_back_and_keeps_its_tokens():
-    sequence = Sequence(Request(1, (5, 6), GREEDY), arrival=0)
+    sequence = Sequence(Request(1, (5, 6), GREEDY), arrival=0, arrived_s=0.0)
     sequence.state, sequence.block_ids, sequence.num_computed = SequenceState.RUNNING, [4, 2], 2
-    sequence.append(9)
+    sequence.append(9, 7.0)
     assert sequence.forget_computed() == [4, 2]
     assert sequence.forget_computed() == []
     assert (sequence.num_pending, sequence.state) == (3, SequenceState.WAITING)
@@ -114,6 +116,6 @@ def test_stages_are_ordered_as_they_are_run():
 def test_errors_carry_what_their_handlers_need():
     assert InvalidRequest("too long", param="prompt").param == "prompt"
     assert InvalidRequest("too long").param is None
-    assert Overloaded("full", retry_after_s=2.0).retry_after_s == 2.0
+    assert Overloaded("full", 2.0, "queue_full").retry_after_s == 2.0
     assert ProtocolError("bits differ", "crc").reason == "crc"
-    assert all(str(e) == "x" for e in (InvalidRequest("x"), Overloaded("x", 1), AFDError("x")))
+    assert all(str(e) == "x" for e in (InvalidRequest("x"), Overloaded("x", 1, "y"), AFDError("x")))

@@ -15,7 +15,7 @@ from afd_server.gateway.errors import ModelNotFound, NotReady, describe, end_ope
     [
         (InvalidRequest("bad", "n"), 400, "invalid_value"),
         (ModelNotFound("no"), 404, "model_not_found"),
-        (Overloaded("full", 1.0), 503, "server_is_overloaded"),
+        (Overloaded("full", 1.0, "full"), 503, "server_is_overloaded"),
         (NotReady("soon"), 503, "server_is_starting"),
         (WorkerFailed("gone"), 503, "worker_failed"),
         (HTTPException(405, "Method Not Allowed"), 405, None),
@@ -29,7 +29,7 @@ def test_each_error_has_its_status_and_code(error, status, code):
 
 
 def test_overload_says_when_to_return_with_jitter():
-    delays = {int(retry_headers(Overloaded("full", 2.0))["retry-after-ms"]) for _ in range(50)}
+    delays = {int(retry_headers(Overloaded("full", 2.0, "queue_full"))["retry-after-ms"]) for _ in range(50)}
     assert min(delays) >= 2000
     assert max(delays) <= 3000
     assert len(delays) > 5

@@ -6,9 +6,10 @@ import asyncio
 import pytest
 
 from afd_server.core.clock import ManualClock
-from afd_server.core.errors import ProtocolError, WorkerFailed
+from afd_server.core.errors import Overloaded, ProtocolError, WorkerFailed
 from afd_server.core.request import SLO, FinishReason, SamplingParams
 from afd_server.core.topology import Member, Role, Topology
+from afd_server.gateway.asker import Asker
 from afd_server.gateway.generation import (
     ASK_AGAIN_AFTER_S,
     GIVE_UP_AFTER_S,
@@ -49,6 +50,9 @@ class FakeEndpoint:
         return sent
 
 
+ASKER = Asker("salt", "tenant", -3, SLO(ttft_s=4.0, tpot_s=0.05))
+
+
 class Bench:
     """A journal with one request and everything around it."""
 
@@ -60,11 +64,11 @@ class Bench:
         self.events = asyncio.Queue()
         self.key = self.start(max_tokens)
 
-    def start(self, max_tokens=5, guard_window=0):
+    def start(self, max_tokens=5, guard_window=0, asker=ASKER):
         sampling = SamplingParams(
             max_tokens=max_tokens, seed=4, stop_token_ids=(2,), guard_window=guard_window
         )
-        return self.generations.start(0, (7, 8, 9), sampling, SLO(), "tenant", self.events)
+        return self.generations.start(0, (7, 8, 9), sampling, asker, self.events)
 
     def chunk(self, *rows, source="w0"):
         values = array.array("q", [value for row in rows for value in row])
@@ -72,8 +76,8 @@ class Bench:
         self.generations.take(source, TokenChunk(payload))
 
     def token(self, index, token_id, *, attempt=1, finish=0, source="w0", key=None, cached=0,
-              bits=0):  # fmt: skip
-        row = (key or self.key, attempt, index, 1, token_id, finish, cached, bits)
+              bits=0, queued_us=0):  # fmt: skip
+        row = (key or self.key, attempt, index, 1, token_id, finish, cached, bits, queued_us)
         self.chunk(row, source=source)
 
     def heard(self):
@@ -97,14 +101,17 @@ def test_a_request_is_sent_with_everything_that_decides_its_tokens():
     assert peer == "w0"
     assert (submit.key, submit.attempt, submit.max_tokens, submit.seed) == (bench.key, 1, 5, 4)
     assert (submit.num_prompt, submit.num_emitted, ids_of(submit)) == (3, 0, [7, 8, 9, 2])
-    assert submit.salt == "tenant"
+    assert submit.salt == "salt"
 
 
 def test_tokens_in_order_reach_the_client_and_the_last_ends_the_request():
     bench = Bench()
     bench.token(0, 50)
+    bench.clock.advance(0.04)
     bench.token(1, 2, finish=FinishReason.STOP)
-    assert bench.heard() == [TokenEvent(0, 50, None, 0), TokenEvent(0, 2, FinishReason.STOP, 0)]
+    first, last = bench.heard()
+    assert first == TokenEvent(0, 50, None, 0)
+    assert last == TokenEvent(0, 2, FinishReason.STOP, 0, last.timing)
     assert bench.generations.num_live == 0
 
 
@@ -157,7 +164,7 @@ def test_a_sign_of_life_counts_as_news_but_is_no_token():
     bench = Bench()
     bench.endpoint.take()
     bench.clock.advance(ASK_AGAIN_AFTER_S * 0.9)
-    bench.chunk((bench.key, 1, 0, 0, 0, 0, 0, 0))
+    bench.chunk((bench.key, 1, 0, 0, 0, 0, 0, 0, 0))
     bench.clock.advance(ASK_AGAIN_AFTER_S * 0.9)
     bench.generations.ask_again()
     assert bench.endpoint.take() == []
@@ -208,7 +215,7 @@ def test_a_request_that_waits_long_with_signs_of_life_is_left_alone():
     bench = Bench()
     for _ in range(300):
         bench.clock.advance(1.0)
-        bench.chunk((bench.key, 1, 0, 0, 0, 0, 0, 0))
+        bench.chunk((bench.key, 1, 0, 0, 0, 0, 0, 0, 0))
         bench.generations.ask_again()
     assert bench.heard() == []
     assert bench.generations.num_live == 1
@@ -229,7 +236,7 @@ def test_what_an_attempt_found_computed_comes_with_its_tokens():
     bench.generations.follow(bench.endpoint.topology)
     bench.token(1, 51, attempt=2, source="w1", cached=0)
     assert [event.num_cached for event in bench.heard()] == [2, 0]
-    assert bench.endpoint.take()[-1][1].salt == "tenant"
+    assert bench.endpoint.take()[-1][1].salt == "salt"
 
 
 @pytest.mark.parametrize("cached", [-1, 4])
@@ -339,8 +346,63 @@ def test_after_three_unanswered_submits_another_worker_takes_over():
 def test_a_request_the_worker_refuses_fails_alone():
     bench = Bench()
     other = bench.start()
-    bench.chunk((bench.key, 1, 0, 0, 0, FinishReason.ERROR, 0, 0))
+    bench.chunk((bench.key, 1, 0, 0, 0, FinishReason.ERROR, 0, 0, 0))
     (event,) = bench.heard()
     assert isinstance(event, FailureEvent)
     assert bench.generations.num_live == 1
     assert other != bench.key
+
+
+def test_an_ended_request_says_how_it_was_served():
+    bench = Bench()
+    bench.clock.advance(1.5)
+    bench.token(0, 50, queued_us=700_000)
+    for index, gap in [(1, 0.03), (2, 0.06)]:
+        bench.clock.advance(gap)
+        bench.token(index, 51, finish=FinishReason.LENGTH if index == 2 else 0)
+    timing = bench.heard()[-1].timing
+    assert (timing.ttft_s, timing.queue_s, timing.slo_met) == (1.5, 0.7, True)
+    assert timing.tpot_s == pytest.approx(0.045)
+    by_slo = bench.metrics.registry.get_sample_value
+    assert by_slo("afd_requests_by_slo_total", {"met": "yes"}) == 1
+
+
+@pytest.mark.parametrize(("ttft_s", "gap_s"), [(4.5, 0.02), (1.0, 0.06)])
+def test_a_request_that_was_late_or_slow_missed_its_targets(ttft_s, gap_s):
+    bench = Bench()
+    bench.clock.advance(ttft_s)
+    bench.token(0, 50)
+    bench.clock.advance(gap_s)
+    bench.token(1, 2, finish=FinishReason.STOP)
+    assert not bench.heard()[-1].timing.slo_met
+
+
+def test_what_is_left_of_the_first_target_travels_with_rank_and_tenant():
+    bench = Bench(*WORKERS[:2])
+    ((_, submit),) = bench.endpoint.take()
+    assert (submit.ttft_s, submit.tpot_s, submit.rank, submit.tenant) == (4.0, 0.05, 997, "tenant")
+    bench.clock.advance(1.0)
+    bench.generations.follow(Topology(2, WORKERS[1:2]))
+    assert [m.ttft_s for _, m in bench.endpoint.take() if isinstance(m, Submit)] == [3.0]
+
+
+def test_a_request_that_was_not_begun_in_time_is_refused_as_overload():
+    bench = Bench()
+    bench.clock.advance(4.1)
+    bench.chunk((bench.key, 1, 0, 0, 0, FinishReason.REFUSED, 0, 0, 0))
+    (event,) = bench.heard()
+    assert isinstance(event.error, Overloaded)
+    assert (event.error.reason, event.error.retry_after_s) == ("queue_timeout", pytest.approx(4.1))
+    refused = bench.metrics.registry.get_sample_value
+    assert refused("afd_refused_requests_total", {"reason": "queue_timeout"}) == 1
+    assert bench.generations.queue.num_waiting == 0
+
+
+def test_requests_are_in_the_queue_until_their_first_token():
+    bench = Bench()
+    other = bench.start()
+    assert bench.generations.queue.num_waiting == 2
+    bench.token(0, 50)
+    assert bench.generations.queue.num_waiting == 1
+    bench.generations.abandon(other, "abort")
+    assert bench.generations.queue.num_waiting == 0

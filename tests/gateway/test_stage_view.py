@@ -36,7 +36,7 @@ class Bench:
         payload = Payload(DType.UINT8, (len(events), EVENT_BYTES), memoryview(data))
         now_s = self.clock.now()
         clock_us = int((now_s - delay_s + ahead_s) * 1e6)
-        self.view.take(member, LoadReport(*[0] * 13, clock_us, payload), now_s)
+        self.view.take(member, LoadReport(*[0] * 13, clock_us, 0, 0, payload), now_s)
 
     def spans(self, seconds):
         rows = json.loads("".join(self.view.trace(seconds)))["traceEvents"]
@@ -138,4 +138,4 @@ def test_on_one_host_the_delay_of_a_report_shifts_nothing():
 def test_events_that_are_none_are_refused(payload):
     bench = Bench()
     with pytest.raises(ProtocolError):
-        bench.view.take(FFN, LoadReport(*[0] * 14, payload), 1000.0)
+        bench.view.take(FFN, LoadReport(*[0] * 16, payload), 1000.0)

@@ -47,24 +47,24 @@ def result_of(plan, token=1):
 
 def run_alone(scheduler, token=1, lane=0) -> list[Emitted]:
     emitted = []
-    while (plan := scheduler.plan(lane)) is not None:
-        emitted += scheduler.commit(result_of(plan, token))
+    while (plan := scheduler.plan(lane, 0.0)) is not None:
+        emitted += scheduler.commit(result_of(plan, token), 0.0)
     return emitted
 
 
 def test_a_long_prompt_is_prefilled_in_chunks_and_then_decoded_token_by_token():
     scheduler = Scheduler(config())
-    scheduler.submit(request(1, num_prompt=40, max_tokens=3))
+    scheduler.submit(request(1, num_prompt=40, max_tokens=3), 0.0)
     sizes = []
-    while (plan := scheduler.plan(0)) is not None:
+    while (plan := scheduler.plan(0, 0.0)) is not None:
         sizes.append((plan.sequences[0].start, plan.num_tokens, plan.sequences[0].samples))
-        scheduler.commit(result_of(plan))
+        scheduler.commit(result_of(plan), 0.0)
     assert sizes == [(0, 16, False), (16, 16, False), (32, 8, True), (40, 1, True), (41, 1, True)]
 
 
 def test_the_last_of_max_tokens_ends_a_request_with_length():
     scheduler = Scheduler(config())
-    scheduler.submit(request(1, max_tokens=3))
+    scheduler.submit(request(1, max_tokens=3), 0.0)
     emitted = run_alone(scheduler)
     assert [(e.index, e.finish) for e in emitted] == [
         (0, None),
@@ -76,59 +76,59 @@ def test_the_last_of_max_tokens_ends_a_request_with_length():
 
 def test_a_stop_token_ends_a_request_with_stop():
     scheduler = Scheduler(config())
-    scheduler.submit(request(1, max_tokens=30))
+    scheduler.submit(request(1, max_tokens=30), 0.0)
     assert [e.finish for e in run_alone(scheduler, token=STOP)] == [FinishReason.STOP]
 
 
 def test_the_end_of_the_context_ends_a_request_with_length():
     scheduler = Scheduler(config(max_model_len=8))
-    scheduler.submit(request(1, num_prompt=5, max_tokens=30))
+    scheduler.submit(request(1, num_prompt=5, max_tokens=30), 0.0)
     assert [e.finish for e in run_alone(scheduler)] == [None, None, FinishReason.LENGTH]
 
 
 def test_a_second_attempt_goes_on_where_the_emitted_tokens_end():
     scheduler = Scheduler(config())
-    scheduler.submit(request(1, max_tokens=4, attempt=2, emitted=(1, 1)))
+    scheduler.submit(request(1, max_tokens=4, attempt=2, emitted=(1, 1)), 0.0)
     emitted = run_alone(scheduler)
     assert [(e.attempt, e.index) for e in emitted] == [(2, 2), (2, 3)]
 
 
 def test_a_repeated_submit_changes_nothing():
     scheduler = Scheduler(config())
-    scheduler.submit(request(1))
-    scheduler.submit(request(1))
+    scheduler.submit(request(1), 0.0)
+    scheduler.submit(request(1), 0.0)
     assert scheduler.num_waiting == 1
 
 
 def test_lanes_share_the_running_sequences_evenly():
     scheduler = Scheduler(config(max_batch_tokens=64))
     for key in range(5):
-        scheduler.submit(request(key, first=100 * key))
-    sizes = [len(scheduler.plan(lane).sequences) for lane in (0, 1)]
+        scheduler.submit(request(key, first=100 * key), 0.0)
+    sizes = [len(scheduler.plan(lane, 0.0).sequences) for lane in (0, 1)]
     assert sizes == [3, 2]
 
 
 def test_a_waiting_request_can_be_cancelled():
     scheduler = Scheduler(config())
-    scheduler.submit(request(1))
+    scheduler.submit(request(1), 0.0)
     assert scheduler.cancel(1, 1)
-    assert scheduler.plan(0) is None
+    assert scheduler.plan(0, 0.0) is None
     assert not scheduler.cancel(1, 1)
 
 
 def test_a_cancel_in_flight_frees_the_blocks_when_the_step_ends():
     scheduler = Scheduler(config())
-    scheduler.submit(request(1))
-    plan = scheduler.plan(0)
+    scheduler.submit(request(1), 0.0)
+    plan = scheduler.plan(0, 0.0)
     assert scheduler.cancel(1, 1)
     assert scheduler.blocks.num_free < 16  # the lane still writes to them
-    assert scheduler.commit(result_of(plan)) == []
+    assert scheduler.commit(result_of(plan), 0.0) == []
     assert scheduler.blocks.num_free == 16
 
 
 def test_a_cancel_for_another_attempt_is_not_obeyed():
     scheduler = Scheduler(config())
-    scheduler.submit(request(1, attempt=2))
+    scheduler.submit(request(1, attempt=2), 0.0)
     assert not scheduler.cancel(1, 1)
     assert scheduler.num_waiting == 1
 
@@ -136,7 +136,7 @@ def test_a_cancel_for_another_attempt_is_not_obeyed():
 def test_when_blocks_run_out_the_youngest_prefills_again():
     scheduler = Scheduler(config(num_lanes=1, num_blocks=6, max_model_len=24, max_batch_tokens=32))
     for key in (1, 2):
-        scheduler.submit(request(key, num_prompt=8, max_tokens=12, first=100 * key))
+        scheduler.submit(request(key, num_prompt=8, max_tokens=12, first=100 * key), 0.0)
     finished = [e.key for e in run_alone(scheduler) if e.finish]
     assert finished == [1, 2]
     assert scheduler.num_preemptions > 0
@@ -146,17 +146,17 @@ def test_when_blocks_run_out_the_youngest_prefills_again():
 def prefilled(scheduler, lane=0) -> list[tuple[int, int, int]]:
     """Run everything; return (key, start, number of tokens) of each run of two tokens or more."""
     runs = []
-    while (plan := scheduler.plan(lane)) is not None:
+    while (plan := scheduler.plan(lane, 0.0)) is not None:
         runs += [(s.key, s.start, len(s.token_ids)) for s in plan.sequences if len(s.token_ids) > 1]
-        scheduler.commit(result_of(plan))
+        scheduler.commit(result_of(plan), 0.0)
     return runs
 
 
 def test_a_prompt_that_begins_like_an_earlier_one_is_computed_from_where_it_differs():
     scheduler = Scheduler(config())
-    scheduler.submit(request(1, num_prompt=14))
+    scheduler.submit(request(1, num_prompt=14), 0.0)
     assert prefilled(scheduler) == [(1, 0, 14)]
-    scheduler.submit(request(2, num_prompt=20))
+    scheduler.submit(request(2, num_prompt=20), 0.0)
     assert prefilled(scheduler) == [(2, 12, 8)]
     assert (scheduler.num_queried_tokens, scheduler.num_hit_tokens) == (34, 12)
 
@@ -164,11 +164,11 @@ def test_a_prompt_that_begins_like_an_earlier_one_is_computed_from_where_it_diff
 def test_prompts_that_arrive_together_are_computed_once():
     scheduler = Scheduler(config())
     for key in range(4):
-        scheduler.submit(request(key, num_prompt=14))
-    plan = scheduler.plan(0)
+        scheduler.submit(request(key, num_prompt=14), 0.0)
+    plan = scheduler.plan(0, 0.0)
     assert [(s.key, len(s.token_ids)) for s in plan.sequences] == [(0, 14)]
-    assert scheduler.plan(1) is None  # all others wait for the step in lane 0
-    scheduler.commit(result_of(plan))
+    assert scheduler.plan(1, 0.0) is None  # all others wait for the step in lane 0
+    scheduler.commit(result_of(plan), 0.0)
     assert prefilled(scheduler) == [(key, 12, 2) for key in (1, 2, 3)]
     assert scheduler.blocks.num_free == 16
 
@@ -176,31 +176,31 @@ def test_prompts_that_arrive_together_are_computed_once():
 def test_a_prompt_under_way_does_not_hold_up_another_one():
     scheduler = Scheduler(config())
     for key, first in enumerate((100, 100, 200)):
-        scheduler.submit(request(key, num_prompt=8, first=first))
-    plan = scheduler.plan(0)
+        scheduler.submit(request(key, num_prompt=8, first=first), 0.0)
+    plan = scheduler.plan(0, 0.0)
     assert [planned.key for planned in plan.sequences] == [0, 2]
 
 
 def test_the_last_token_of_a_prompt_is_computed_again_with_its_block():
     scheduler = Scheduler(config())
     for key in (1, 2):
-        scheduler.submit(request(key, num_prompt=12))
+        scheduler.submit(request(key, num_prompt=12), 0.0)
         assert prefilled(scheduler) == [(key, 0, 12) if key == 1 else (key, 8, 4)]
 
 
 def test_the_next_turn_of_a_chat_reuses_what_was_generated():
     scheduler = Scheduler(config())
-    scheduler.submit(request(1, num_prompt=6, max_tokens=7))
+    scheduler.submit(request(1, num_prompt=6, max_tokens=7), 0.0)
     emitted = [e.token_id for e in run_alone(scheduler, token=3)]
     turn = (*request(1, num_prompt=6).prompt_ids, *emitted, 8, 8)
-    scheduler.submit(Request(2, turn, SamplingParams(max_tokens=1)))
+    scheduler.submit(Request(2, turn, SamplingParams(max_tokens=1)), 0.0)
     assert prefilled(scheduler) == [(2, 12, 3)]  # the seventh generated token was never computed
 
 
 def test_tenants_never_share():
     scheduler = Scheduler(config())
     for key, salt in enumerate("ab"):
-        scheduler.submit(replace(request(key, num_prompt=12), salt=salt))
+        scheduler.submit(replace(request(key, num_prompt=12), salt=salt), 0.0)
         assert prefilled(scheduler) == [(key, 0, 12)]
     assert scheduler.num_hit_tokens == 0
 
@@ -208,7 +208,7 @@ def test_tenants_never_share():
 def test_without_prefix_caching_nothing_is_kept():
     scheduler = Scheduler(config(prefix_caching=False))
     for key in (1, 2):
-        scheduler.submit(request(key, num_prompt=12))
+        scheduler.submit(request(key, num_prompt=12), 0.0)
         assert prefilled(scheduler) == [(key, 0, 12)]
     assert scheduler.blocks.num_cached == 0
 
@@ -216,7 +216,7 @@ def test_without_prefix_caching_nothing_is_kept():
 def test_a_preempted_sequence_finds_its_own_blocks_and_counts_them_as_no_hits():
     scheduler = Scheduler(config(num_lanes=1, num_blocks=8, max_model_len=32, max_batch_tokens=32))
     for key in (1, 2):
-        scheduler.submit(request(key, num_prompt=8, max_tokens=16, first=100 * key))
+        scheduler.submit(request(key, num_prompt=8, max_tokens=16, first=100 * key), 0.0)
     starts = [start for key, start, _ in prefilled(scheduler) if key == 2]
     assert scheduler.num_preemptions > 0
     assert starts[0] == 0 < starts[1]
@@ -225,18 +225,18 @@ def test_a_preempted_sequence_finds_its_own_blocks_and_counts_them_as_no_hits():
 
 def test_a_cancelled_sequence_leaves_what_it_computed():
     scheduler = Scheduler(config())
-    scheduler.submit(request(1, num_prompt=12))
-    plan = scheduler.plan(0)
+    scheduler.submit(request(1, num_prompt=12), 0.0)
+    plan = scheduler.plan(0, 0.0)
     scheduler.cancel(1, 1)
-    scheduler.commit(result_of(plan))
+    scheduler.commit(result_of(plan), 0.0)
     assert (scheduler.blocks.num_free, scheduler.blocks.num_cached) == (16, 3)
 
 
 def test_a_later_attempt_counts_what_it_found_of_the_prompt_alone():
     scheduler = Scheduler(config())
-    scheduler.submit(request(1, num_prompt=6, max_tokens=9))
+    scheduler.submit(request(1, num_prompt=6, max_tokens=9), 0.0)
     run_alone(scheduler)
-    scheduler.submit(request(1, num_prompt=6, max_tokens=9, attempt=2, emitted=(1,) * 6))
+    scheduler.submit(request(1, num_prompt=6, max_tokens=9, attempt=2, emitted=(1,) * 6), 0.0)
     assert {e.num_cached for e in run_alone(scheduler)} == {6}
     assert scheduler.num_hit_tokens == 8
 
@@ -279,14 +279,14 @@ class Harness:
 
     def submit(self, req: Request) -> None:
         self.requests[req.key] = req
-        self.scheduler.submit(req)
+        self.scheduler.submit(req, 0.0)
 
     def cancel(self, key: int) -> None:
         if self.scheduler.cancel(key, 1):
             self.cancelled.add(key)
 
     def plan(self, lane: int) -> None:
-        if plan := self.scheduler.plan(lane):
+        if plan := self.scheduler.plan(lane, 0.0):
             self.in_flight[lane] = plan
             self.check_plan(plan)
             for planned in plan.sequences:  # from now on the lane may be writing
@@ -308,7 +308,7 @@ class Harness:
                 self.memory[slot] = (req.salt, *ids[: position + 1])
             if planned.samples:
                 sampled.append(Sampled(next_token(ids)))
-        for emitted in self.scheduler.commit(StepResult(plan, tuple(sampled))):
+        for emitted in self.scheduler.commit(StepResult(plan, tuple(sampled)), 0.0):
             self.take(emitted)
         self.check_blocks()
 

@@ -59,7 +59,7 @@ COMBINE = Combine(7, 1, 2, 0, 3, 0, 0, "", Payload(DType.FLOAT32, (2, 3), bytes(
 SUBMIT = Submit(
     key=1, attempt=1, num_prompt=2, num_emitted=0, max_tokens=8, top_k=0, guard_window=7, seed=9,
     choice=0, temperature=0.7, top_p=1.0, min_p=0.0, top_n_sigma=1.0, min_k=3.0, ttft_s=0.5,
-    tpot_s=0.05, salt="tenant", tokens=Payload(DType.INT32, (2,), bytes(8)),
+    tpot_s=0.05, rank=1000, salt="salt", tenant="tenant", tokens=Payload(DType.INT32, (2,), bytes(8)),
 )  # fmt: skip
 TOPOLOGY = Topology(
     4,
@@ -92,10 +92,10 @@ def payloads(draw):
 
 any_payload = payloads() | st.just(EMPTY)
 messages = st.one_of(
-    st.builds(Submit, *[numbers] * 9, *[reals] * 7, words, any_payload),
+    st.builds(Submit, *[numbers] * 9, *[reals] * 7, numbers, words, words, any_payload),
     st.builds(Cancel, numbers, numbers),
     st.builds(TokenChunk, any_payload),
-    st.builds(LoadReport, *[numbers] * 14, any_payload),
+    st.builds(LoadReport, *[numbers] * 16, any_payload),
     st.builds(ExpertLoad, any_payload),
     st.builds(Dispatch, *[numbers] * 5, any_payload),
     st.builds(Combine, *[numbers] * 7, words, any_payload),
@@ -588,7 +588,7 @@ EXAMPLES = [
     SUBMIT,
     CANCEL,
     TokenChunk(Payload(DType.INT64, (1, 8), bytes(64))),
-    LoadReport(*range(14), Payload(DType.UINT8, (1, 40), bytes(40))),
+    LoadReport(*range(16), Payload(DType.UINT8, (1, 40), bytes(40))),
     ExpertLoad(Payload(DType.INT64, (2, 3), bytes(48))),
     DISPATCH,
     Combine(7, 1, 2, 0, 3, 0, 0, "", Payload(DType.FLOAT32, (2, 3), bytes(24))),

@@ -42,10 +42,10 @@ TOPOLOGY = Topology(3, (GATEWAY, ATTENTION, OTHER, FFN))
 
 ROWS = Payload(DType.FLOAT32, (1, 4), bytes(range(16)))
 MESSAGES = (
-    Submit(*range(1, 10), *[0.5] * 7, "", Payload(DType.INT32, (1,), bytes(4))),
+    Submit(*range(1, 10), *[0.5] * 7, 1000, "", "", Payload(DType.INT32, (1,), bytes(4))),
     Cancel(1, 1),
     TokenChunk(Payload(DType.INT64, (1, 8), bytes(64))),
-    LoadReport(*range(14), Payload(DType.UINT8, (1, 40), bytes(40))),
+    LoadReport(*range(16), Payload(DType.UINT8, (1, 40), bytes(40))),
     Dispatch(7, 1, 2, 0, 9, ROWS),
     Combine(7, 1, 2, 0, 3, 0, 0, "", ROWS),
     Heartbeat(Role.FFN, 0, ProcessState.READY, 1, "", ""),

@@ -15,7 +15,14 @@ from torch import Tensor
 from afd_server.core.batch import Emitted, StepResult
 from afd_server.core.clock import Clock
 from afd_server.core.errors import ProtocolError
-from afd_server.core.request import GUARD_WINDOWS, SLO, FinishReason, Request, SamplingParams
+from afd_server.core.request import (
+    GUARD_WINDOWS,
+    PRIORITIES,
+    SLO,
+    FinishReason,
+    Request,
+    SamplingParams,
+)
 from afd_server.core.stage import StageId
 from afd_server.core.topology import Role
 from afd_server.models.base import AttentionHalf, FFNCall
@@ -207,6 +214,8 @@ class AttentionWorker:
             resends=self._ffn.num_resends,
             dropped_events=self._timeline.num_dropped,
             clock_us=int(self._clock.now() * 1e6),
+            step_us=int(scheduler.decode_step_s * 1e6),
+            alone_us=int(scheduler.pace.alone_s * 1e6),
             events=events,
         )
 
@@ -216,7 +225,8 @@ class AttentionWorker:
 
     def _start(self, lane: Lane, begin_s: float) -> None:
         """Give an idle lane its next step, if there is one."""
-        plan = self._scheduler.plan(lane.index)
+        self._refuse(self._scheduler.expire(begin_s))
+        plan = self._scheduler.plan(lane.index, begin_s)
         if plan is None:
             self._idle.append(lane)
             if len(self._idle) == len(self._lanes):
@@ -251,8 +261,9 @@ class AttentionWorker:
         plan, record = result.plan, self._timeline.record
         stage = StageId(plan.step, lane.index, 0)
         record(EventKind.SAMPLE, begin_s, self._clock.now(), stage, len(result.tokens))
-        self._report(self._scheduler.commit(result))
-        record(EventKind.STEP, lane.begun_s, self._clock.now(), stage, plan.num_tokens)
+        end_s = self._clock.now()
+        self._report(self._scheduler.commit(result, end_s))
+        record(EventKind.STEP, lane.begun_s, end_s, stage, plan.num_tokens)
         self._runnable.append(lane)
         self._wake_idle()
 
@@ -261,14 +272,19 @@ class AttentionWorker:
             request = _request_of(submit, self._vocab_size, self._max_model_len)
         except ProtocolError as error:  # fails this request alone
             log.warning("refused request %d: %s", submit.key, error)
-            self._send_rows(
-                gateway, [(submit.key, submit.attempt, 0, 0, 0, FinishReason.ERROR, 0, 0)]
-            )
+            self._send_rows(gateway, [_sign(submit.key, submit.attempt, FinishReason.ERROR)])
             return
-        self._scheduler.submit(request)
+        self._scheduler.submit(request, self._clock.now())
         self._owners[request.key, request.attempt] = gateway
-        self._send_rows(gateway, [(request.key, request.attempt, 0, 0, 0, 0, 0, 0)])
+        self._send_rows(gateway, [_sign(request.key, request.attempt)])
         self._wake_idle()
+
+    def _refuse(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            owner = self._owners.pop((request.key, request.attempt), None)
+            if owner is not None:
+                row = _sign(request.key, request.attempt, FinishReason.REFUSED)
+                self._send_rows(owner, [row])
 
     def _cancel(self, key: int, attempt: int) -> None:
         self._scheduler.cancel(key, attempt)
@@ -294,6 +310,7 @@ class AttentionWorker:
                 token.finish or 0,
                 token.num_cached,
                 0 if token.entropy is None else float_bits(token.entropy),
+                int(token.queued_s * 1e6),
             )
             by_gateway.setdefault(owner, []).append(row)
             if token.finish is not None:
@@ -306,6 +323,11 @@ class AttentionWorker:
         data = torch.tensor(rows, dtype=torch.int64).numpy().tobytes()
         chunk = TokenChunk(Payload(DType.INT64, (len(rows), TOKEN_COLUMNS), data))
         self._endpoint.try_send(gateway, chunk)
+
+
+def _sign(key: int, attempt: int, finish: int = 0) -> tuple[int, ...]:
+    """Return a token row without a token."""
+    return (key, attempt, 0, 0, 0, finish, 0, 0, 0)
 
 
 def _request_of(submit: Submit, vocab_size: int, max_model_len: int) -> Request:
@@ -334,6 +356,10 @@ def _request_of(submit: Submit, vocab_size: int, max_model_len: int) -> Request:
     not_negative = min(submit.temperature, submit.top_n_sigma, submit.min_k) >= 0
     if not (not_negative and 0 < submit.top_p <= 1 and 0 <= submit.min_p <= 1):
         raise ProtocolError("a sampling parameter is out of range", "range")
+    if not (0 <= submit.ttft_s < math.inf and 0 <= submit.tpot_s < math.inf):
+        raise ProtocolError("a target is out of range", "range")
+    if submit.rank >= len(PRIORITIES):
+        raise ProtocolError(f"rank {submit.rank}", "range")
     can_guard = submit.guard_window in GUARD_WINDOWS and submit.temperature > 0
     if not ((submit.guard_window == 0 or can_guard) and all(map(math.isfinite, entropies))):
         raise ProtocolError("GUARD with these parameters and entropies", "range")
@@ -359,4 +385,6 @@ def _request_of(submit: Submit, vocab_size: int, max_model_len: int) -> Request:
         sampling=sampling,
         slo=SLO(submit.ttft_s or None, submit.tpot_s or None),
         salt=submit.salt,
+        tenant=submit.tenant,
+        priority=PRIORITIES[submit.rank],
     )

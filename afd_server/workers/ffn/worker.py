@@ -168,6 +168,8 @@ class FFNWorker:
             resends=0,
             dropped_events=self._timeline.num_dropped,
             clock_us=int(self._clock.now() * 1e6),
+            step_us=0,
+            alone_us=0,
             events=events,
         )
 

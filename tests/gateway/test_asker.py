@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afd_server.gateway.tenant import tenant_salt
+from afd_server.gateway.asker import tenant_salt
 
 SECRET = bytes(16)
 maybe_text = st.none() | st.text()

@@ -1,0 +1,153 @@
+"""Keeps decoding sequences on time: token k of a request is due k − 1 targets after its first.
+
+A sequence that is ahead of its schedule has earned slack, which may be spent on the prompts of
+others; one that is behind has a debt, which is repaid before any prompt goes on. All predictions
+come from what steps have taken so far (`policy.step_time`).
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from math import inf
+
+from afd_server.core.sequence import Sequence
+from afd_server.policy.step_time import StepLoad, StepTimeModel
+
+HEADROOM = 0.94  # of a target: tokens are due that much earlier than was promised
+LONGEST_GAP = 1.7  # targets: slack or not, no prefill makes a step longer
+EXPECTED_GROWTH = 64  # tokens by which a sequence is taken to grow when it is judged
+PATIENCE = 10  # targets without any prefill, after which some is done at anybody's cost
+MIN_PREFILL = 16  # tokens; fewer are not worth their part of a step
+STEP_QUANTILE = 0.75  # of a step's time, for what must be done by a moment
+MEAN_QUANTILE = 0.6  # of many steps' time, whose mean lies above the median
+
+
+class Pace:
+    """The schedule of one attention worker's sequences.
+
+    Args:
+        num_lanes: that share the sequences.
+    """
+
+    def __init__(self, num_lanes: int) -> None:
+        self.model = StepTimeModel()
+        self._num_lanes = num_lanes
+        self._last_prefill_s = -inf
+
+    def due_s(self, sequence: Sequence) -> float:
+        """Return when the next token of a sequence is due; without a target, never."""
+        tpot_s, first_s = sequence.request.slo.tpot_s, sequence.first_token_s
+        if first_s is not None and tpot_s is not None:
+            return first_s + sequence.num_since_first * tpot_s * HEADROOM
+        ttft_s = sequence.request.slo.ttft_s
+        return inf if ttft_s is None else sequence.arrived_s + ttft_s
+
+    def can_wait(
+        self, sequence: Sequence, load: StepLoad, tightest: Sequence, now_s: float
+    ) -> bool:
+        """Tell whether a sequence with a loose target may miss the step of one with a tight one.
+
+        It may if the step would else be late for the tight one, and the next one will still do.
+        """
+        loose, tight = sequence.request.slo.tpot_s, tightest.request.slo.tpot_s
+        if loose is None or tight is None or loose <= tight:
+            return False
+        step_s = self.model.predict(with_row(load, sequence), STEP_QUANTILE)
+        is_late = now_s + step_s > self.due_s(tightest)
+        return is_late and self.due_s(sequence) > now_s + 2 * step_s
+
+    def prefill_budget(
+        self, load: StepLoad, start: int, running: Iterable[Sequence], most: int, now_s: float
+    ) -> int:
+        """Return how many tokens of prompts a step can take so that nobody's token is late.
+
+        Args:
+            load: the rest of the step.
+            start: position of the first of these tokens.
+            running: all who own blocks, in this lane or another.
+            most: what the step has room for.
+            now_s: the present.
+        """
+        decoding = [s for s in running if is_decoding(s)]
+        targets = _targets(decoding)
+        if not targets:
+            return most
+        slack_s = min(map(self.due_s, decoding)) - now_s
+        window_s = min(slack_s, LONGEST_GAP * min(targets))
+        fitting, too_many = 0, most + 1
+        while too_many - fitting > 1:
+            middle = (fitting + too_many) // 2
+            step_s = self.model.predict(with_prefill(load, start, middle), STEP_QUANTILE)
+            fitting, too_many = (middle, too_many) if step_s <= window_s else (fitting, middle)
+        if fitting < min(MIN_PREFILL, most):
+            is_starved = now_s - self._last_prefill_s > PATIENCE * min(targets)
+            return min(MIN_PREFILL, most) if is_starved else 0
+        return fitting
+
+    def note_prefill(self, now_s: float) -> None:
+        """Remember that a prompt went on."""
+        self._last_prefill_s = now_s
+
+    def fits(self, newcomer: Sequence, running: list[Sequence], now_s: float) -> bool:
+        """Tell whether all who run and a newcomer will be on time when it decodes as well."""
+        everybody = [*running, newcomer]
+        targets = _targets(everybody)
+        if not running or not targets:
+            return True
+        if any(self.due_s(s) + min(targets) < now_s for s in running if is_decoding(s)):
+            return False  # debts first
+        return self.decode_step_s(everybody) <= min(targets) * HEADROOM
+
+    def decode_step_s(self, sequences: list[Sequence]) -> float:
+        """Return the expected time of a step when these decode, evenly spread over the lanes.
+
+        One with a looser target than the tightest needs a row only in some of the steps.
+        """
+        targets = [s.request.slo.tpot_s or inf for s in sequences]
+        tightest = min(targets, default=inf)
+        weights = [1.0 if tightest == inf else tightest / target for target in targets]
+        rows = sum(weights) / self._num_lanes
+        keys = sum(
+            weight * (len(s.token_ids) + min(s.num_left, EXPECTED_GROWTH))
+            for weight, s in zip(weights, sequences, strict=True)
+        )
+        others = rows * (self._num_lanes - 1)
+        load = StepLoad(rows=rows, keys=keys / self._num_lanes, other_rows=others)
+        return self.model.predict(load, MEAN_QUANTILE)
+
+    @property
+    def alone_s(self) -> float:
+        """Return what a step takes for a single sequence: no target below it can be met."""
+        return self.model.predict(StepLoad(rows=1, keys=256), MEAN_QUANTILE)
+
+
+def is_decoding(sequence: Sequence) -> bool:
+    """Tell whether a sequence has had tokens here and waits for its next one only."""
+    return sequence.first_token_s is not None and sequence.num_pending == 1
+
+
+def _targets(sequences: Iterable[Sequence]) -> list[float]:
+    targets = (sequence.request.slo.tpot_s for sequence in sequences)
+    return [target for target in targets if target is not None]
+
+
+def with_row(load: StepLoad, sequence: Sequence) -> StepLoad:
+    """Return a load with one more sequence that decodes."""
+    return replace(load, rows=load.rows + 1, keys=load.keys + len(sequence.token_ids))
+
+
+def with_prefill(load: StepLoad, start: int, num_tokens: int) -> StepLoad:
+    """Return a load with more tokens of a prompt, from a position on."""
+    return replace(
+        load,
+        prefill=load.prefill + num_tokens,
+        prefill_keys=load.prefill_keys + num_tokens * (start + num_tokens / 2),
+    )
+
+
+def beside(loads: Iterable[StepLoad]) -> StepLoad:
+    """Return an empty load beside the steps of other lanes."""
+    others = list(loads)
+    return StepLoad(
+        other_rows=sum(load.rows for load in others),
+        other_prefill=sum(load.prefill for load in others),
+    )

@@ -1,0 +1,95 @@
+"""The step-time model finds the costs of a machine from noisy steps, and follows it."""
+
+import random
+
+import pytest
+
+from afd_server.policy.step_time import StepLoad, StepTimeModel
+
+
+def true_s(load: StepLoad, speed: float = 1.0) -> float:
+    return speed * (
+        0.008
+        + 0.0012 * load.rows
+        + 1.5e-7 * load.keys
+        + 0.0009 * load.prefill
+        + 1e-7 * load.prefill_keys
+        + 0.0004 * load.other_rows
+        + 0.0005 * load.other_prefill
+    )
+
+
+def some_load(rng) -> StepLoad:
+    rows, prefill = rng.randint(0, 20), rng.choice([0, 0, 0, rng.randint(1, 128)])
+    return StepLoad(
+        rows=rows,
+        keys=rows * rng.randint(50, 600),
+        prefill=prefill,
+        prefill_keys=prefill * rng.randint(0, 500),
+        other_rows=rng.randint(0, 20),
+        other_prefill=rng.choice([0, 0, rng.randint(1, 128)]),
+    )
+
+
+def teach(model, rng, steps, speed=1.0, noise=0.1, stalls=0.0):
+    for _ in range(steps):
+        load = some_load(rng)
+        seconds = true_s(load, speed) * rng.lognormvariate(0, noise)
+        model.observe(load, seconds + (0.5 if rng.random() < stalls else 0))
+
+
+def error(model, rng, speed=1.0):
+    loads = [some_load(rng) for _ in range(200)]
+    ratios = sorted(model.predict(load) / true_s(load, speed) for load in loads)
+    return max(abs(ratios[10] - 1), abs(ratios[-11] - 1))
+
+
+def test_noisy_steps_teach_the_costs():
+    rng, model = random.Random(1), StepTimeModel()
+    teach(model, rng, 400)
+    assert error(model, rng) < 0.1
+
+
+def test_rare_stalls_hardly_disturb_it():
+    rng, model = random.Random(2), StepTimeModel()
+    teach(model, rng, 600, stalls=0.01)
+    assert error(model, rng) < 0.15
+
+
+def test_a_machine_that_becomes_slower_is_followed():
+    rng, model = random.Random(3), StepTimeModel()
+    teach(model, rng, 400)
+    teach(model, rng, 1200, speed=2.0)
+    assert error(model, rng, speed=2.0) < 0.15
+
+
+def test_quantiles_hold_for_steps_to_come():
+    rng, model = random.Random(4), StepTimeModel()
+    teach(model, rng, 500, noise=0.2)
+    loads = [some_load(rng) for _ in range(1000)]
+    for quantile in (0.5, 0.9):
+        times = [(true_s(load) * rng.lognormvariate(0, 0.2), load) for load in loads]
+        held = sum(seconds <= model.predict(load, quantile) for seconds, load in times)
+        assert held / 1000 == pytest.approx(quantile, abs=0.07)
+        assert model.share_within(1e9) == 1.0
+
+
+def test_a_steady_load_says_nothing_of_others_but_more_work_never_takes_less():
+    model, load = StepTimeModel(), StepLoad(rows=8, keys=2000, other_rows=8)
+    for _ in range(500):
+        model.observe(load, 0.03)
+    assert model.predict(load) == pytest.approx(0.03, rel=0.05)
+    for more in (
+        StepLoad(rows=9, keys=2000, other_rows=8),
+        StepLoad(rows=8, keys=4000, other_rows=8),
+        StepLoad(rows=8, keys=2000, prefill=64, prefill_keys=4096, other_rows=8),
+        StepLoad(rows=8, keys=2000, other_rows=12, other_prefill=64),
+    ):
+        assert model.predict(more) >= model.predict(load)
+    prefilling = StepLoad(rows=8, keys=2000, prefill=128, other_rows=8)
+    assert model.predict(prefilling) > 0.1, "what was never seen is as slow as the prior says"
+
+
+def test_before_the_first_step_the_prediction_is_the_prior():
+    assert StepTimeModel().predict(StepLoad()) == pytest.approx(0.01)
+    assert StepTimeModel().predict(StepLoad(prefill=128)) == pytest.approx(0.16)
