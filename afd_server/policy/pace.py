@@ -110,8 +110,10 @@ class Pace:
             weight * (len(s.token_ids) + min(s.num_left, EXPECTED_GROWTH))
             for weight, s in zip(weights, sequences, strict=True)
         )
-        others = rows * (self._num_lanes - 1)
-        load = StepLoad(rows=rows, keys=keys / self._num_lanes, other_rows=others)
+        others = min(self._num_lanes, len(sequences)) - 1
+        load = StepLoad(
+            rows, keys / self._num_lanes, others=max(0, others), other_rows=rows * max(0, others)
+        )
         return self.model.predict(load, MEAN_QUANTILE)
 
     @property
@@ -148,6 +150,7 @@ def beside(loads: Iterable[StepLoad]) -> StepLoad:
     """Return an empty load beside the steps of other lanes."""
     others = list(loads)
     return StepLoad(
+        others=len(others),
         other_rows=sum(load.rows for load in others),
         other_prefill=sum(load.prefill for load in others),
     )

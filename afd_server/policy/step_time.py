@@ -1,21 +1,27 @@
 """How long a lane's step will take, learned from the steps that were taken.
 
 A step's time is close to linear in what it computes, and in what the other lanes compute beside
-it, since all lanes share the same two pools.
+it, since all lanes share the same two pools. The costs come from a calibration and change slowly:
+who fills every step up to the same time sees little of what a row or a token costs. What changes
+quickly is the speed of the machine, one factor for all of them.
 """
 
-from bisect import bisect_left
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-MEMORY_STEPS = 400  # after so many steps an observation counts a third
-REFIT_EVERY = 8  # steps
-PRIOR_STEPS = 0.02  # how many observations the prior is worth, in each direction
+MEMORY_STEPS = 2000  # after so many steps an observation counts a third for the costs
+SPEED_STEPS = 25  # the same for the speed
+REFIT_EVERY = 16  # steps
+PRIOR_STEPS = 10.0  # how many observations the calibration is worth, in each direction
+CALIBRATION_STEPS = 0.02  # how many observations of it the guess before it is worth
 NUM_RATIOS = 200  # of observed to predicted times; their quantiles are those of the next one
-OUTLIER = 4.0  # a residual counts at most as so many typical ones
+OUTLIER = 2.0  # no step counts as slower than so many times its prediction
 
-# Seconds for each unit of `_features`: what a step costs before any was seen, on the slow side.
-_PRIOR_S = (0.01, 0.01, 0.004, 0.15, 0.02, 0.005, 0.07)
+# Seconds for each unit of `_features` before any was measured, and how much of what a step costs
+# itself it costs the steps beside it.
+_GUESS_S = (0.01, 0.015, 0.005, 0.12, 0.005)
+_BESIDE = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +33,16 @@ class StepLoad:
         keys: positions that these attend to, all together.
         prefill: tokens of prompts in it.
         prefill_keys: positions that these attend to, all together.
-        other_rows: as `rows`, of the steps in the other lanes.
-        other_prefill: as `prefill`, of the steps in the other lanes.
+        others: steps in other lanes.
+        other_rows: as `rows`, of these.
+        other_prefill: as `prefill`, of these.
     """
 
     rows: float = 0
     keys: float = 0
     prefill: float = 0
     prefill_keys: float = 0
+    others: float = 0
     other_rows: float = 0
     other_prefill: float = 0
 
@@ -47,72 +55,111 @@ def _features(load: StepLoad) -> tuple[float, ...]:
         load.keys / 8192,
         load.prefill / 128,
         load.prefill_keys / 65536,
+        load.others,
         load.other_rows / 16,
         load.other_prefill / 128,
     )
 
 
 class StepTimeModel:
-    """Predicts step times by least squares over recent steps, none of whose costs is negative.
+    """Predicts step times as speed · costs · load; no cost is negative.
 
-    Old observations fade, far outliers count little, and what was never seen is as in the prior.
+    The costs are those of a calibration until many steps say otherwise, by least squares; the
+    speed follows the latest steps.
     """
 
     def __init__(self) -> None:
-        size = len(_PRIOR_S)
+        self._prior = _with_beside(_GUESS_S)
+        self._costs = self._prior
+        self._speed = 1.0  # above 1: everything takes longer than it did
+        size = len(self._prior)
         self._moments = [[0.0] * size for _ in range(size)]  # Σ x xᵀ, fading
         self._products = [0.0] * size  # Σ x · seconds, fading
-        self._costs = list(_PRIOR_S)
-        self._typical_s = 0.02  # size of a residual
-        self._ratios: deque[float] = deque([0.8, 1.0, 1.2] * 4, NUM_RATIOS)
+        self._ratios: deque[float] = deque([0.9, 1.0, 1.1] * 4, NUM_RATIOS)
         self._sorted_ratios = sorted(self._ratios)
         self._num_observed = 0
 
     def predict(self, load: StepLoad, quantile: float = 0.5) -> float:
         """Return the seconds that a step will take at most, with a probability of `quantile`."""
-        mean = sum(c * x for c, x in zip(self._costs, _features(load), strict=True))
         place = min(len(self._sorted_ratios) - 1, int(quantile * len(self._sorted_ratios)))
-        return mean * self._sorted_ratios[place]
+        return self._speed * _times(self._costs, load) * self._sorted_ratios[place]
+
+    def calibrate(self, steps: Iterable[tuple[StepLoad, float]]) -> None:
+        """Take the costs from steps (and their seconds) that were alone on the machine."""
+        size = len(_GUESS_S)
+        moments = [[0.0] * size for _ in range(size)]
+        products = [0.0] * size
+        for load, seconds in steps:
+            x = _features(load)[:size]
+            # by their size: a tenth of a short step is worth as much as a tenth of a long one
+            _add(moments, products, x, seconds, weight=(0.02 / seconds) ** 2)
+        self._prior = self._costs = _with_beside(
+            _non_negative(moments, products, _GUESS_S, CALIBRATION_STEPS)
+        )
 
     def observe(self, load: StepLoad, seconds: float) -> None:
         """Take in what a step took."""
-        x = _features(load)
-        expected = sum(c * v for c, v in zip(self._costs, x, strict=True))
-        residual = seconds - expected
-        bound = OUTLIER * self._typical_s
-        self._typical_s += (min(abs(residual), bound) - self._typical_s) / 50
-        kept = expected + max(-bound, min(bound, residual))
+        expected_s = _times(self._costs, load)
+        ratio = seconds / expected_s
+        kept = min(ratio, OUTLIER * self._speed)
+        self._ratios.append(ratio / self._speed)
+        self._speed += (kept - self._speed) / SPEED_STEPS
         fade = 1 - 1 / MEMORY_STEPS
-        for row, (moments, value) in enumerate(zip(self._moments, x, strict=True)):
-            for column, other in enumerate(x):
-                moments[column] = fade * moments[column] + value * other
-            self._products[row] = fade * self._products[row] + value * kept
-        self._ratios.append(seconds / expected)
+        _add(self._moments, self._products, _features(load), kept * expected_s, fade=fade)
         self._num_observed += 1
         if self._num_observed % REFIT_EVERY == 0:
-            self._costs = self._fit()
             self._sorted_ratios = sorted(self._ratios)
+            self._refit()
 
-    def share_within(self, ratio: float) -> float:
-        """Return which share of recent steps took at most `ratio` times the prediction."""
-        return bisect_left(self._sorted_ratios, ratio) / len(self._sorted_ratios)
+    def _refit(self) -> None:
+        """Take new costs; the speed is then that of the latest steps under these."""
+        costs = _non_negative(self._moments, self._products, self._prior, PRIOR_STEPS)
+        typical = [row[0] for row in self._moments]  # Σ x: the mean load, since x begins with 1
+        old = sum(c * x for c, x in zip(self._costs, typical, strict=True))
+        new = sum(c * x for c, x in zip(costs, typical, strict=True))
+        self._speed *= old / new
+        self._costs = costs
 
-    def _fit(self) -> list[float]:
-        """Solve for the costs; whatever comes out negative is 0 and the rest solved again."""
-        kept = list(range(len(_PRIOR_S)))
-        while True:
-            moments = [[self._moments[r][c] for c in kept] for r in kept]
-            products = [self._products[r] + PRIOR_STEPS * _PRIOR_S[r] for r in kept]
-            for place, row in enumerate(moments):
-                row[place] += PRIOR_STEPS
-            found = _solve(moments, products)
-            if min(found) >= 0:
-                break
-            kept = [feature for feature, cost in zip(kept, found, strict=True) if cost > 0]
-        costs = [0.0] * len(_PRIOR_S)
-        for feature, cost in zip(kept, found, strict=True):
-            costs[feature] = cost
-        return costs
+
+def _with_beside(own: tuple[float, ...]) -> tuple[float, ...]:
+    """Return costs with those of what other lanes do, a share of what the same costs oneself."""
+    constant, rows, _, prefill, _ = own
+    return (*own, _BESIDE * constant, _BESIDE * rows, _BESIDE * prefill)
+
+
+def _times(costs: tuple[float, ...], load: StepLoad) -> float:
+    return sum(c * x for c, x in zip(costs, _features(load), strict=True))
+
+
+def _add(
+    moments: list[list[float]],
+    products: list[float],
+    x: tuple[float, ...],
+    seconds: float,
+    *,
+    weight: float = 1.0,
+    fade: float = 1.0,
+) -> None:
+    """Add an observation to the sums of least squares."""
+    for row, (sums, value) in enumerate(zip(moments, x, strict=True)):
+        for column, other in enumerate(x):
+            sums[column] = fade * sums[column] + weight * value * other
+        products[row] = fade * products[row] + weight * value * seconds
+
+
+def _non_negative(
+    moments: list[list[float]], products: list[float], prior: tuple[float, ...], prior_steps: float
+) -> tuple[float, ...]:
+    """Solve for the costs; whatever comes out negative is 0 and the rest solved again."""
+    kept = list(range(len(prior)))
+    while True:
+        matrix = [[moments[r][c] + prior_steps * (r == c) for c in kept] for r in kept]
+        found = _solve(matrix, [products[r] + prior_steps * prior[r] for r in kept])
+        if min(found) >= 0:
+            break
+        kept = [feature for feature, cost in zip(kept, found, strict=True) if cost > 0]
+    costs = dict(zip(kept, found, strict=True))
+    return tuple(costs.get(feature, 0.0) for feature in range(len(prior)))
 
 
 def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:

@@ -143,6 +143,7 @@ def load_of(plan: StepPlan, others: Iterable[StepLoad]) -> StepLoad:
         keys,
         prefill,
         prefill_keys,
+        len(beside),
         sum(load.rows for load in beside),
         sum(load.prefill for load in beside),
     )

@@ -72,7 +72,9 @@ def test_the_finish_reasons_on_the_wire_do_not_change():
 
 
 def test_a_sequence_prefills_what_earlier_attempts_emitted():
-    sequence = Sequence(Request(1, (5, 6), GREEDY, attempt=2, emitted_ids=(7,)), arrival=3, arrived_s=5.0)
+    sequence = Sequence(
+        Request(1, (5, 6), GREEDY, attempt=2, emitted_ids=(7,)), arrival=3, arrived_s=5.0
+    )
     assert sequence.token_ids == [5, 6, 7]
     assert (sequence.num_pending, sequence.num_emitted) == (3, 1)
     assert sequence.state is SequenceState.WAITING

@@ -1,9 +1,12 @@
 """Whose a request is."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afd_server.gateway.asker import tenant_salt
+from afd_server.core.errors import InvalidRequest
+from afd_server.core.request import SLO
+from afd_server.gateway.asker import targets_of, tenant_salt
 
 SECRET = bytes(16)
 maybe_text = st.none() | st.text()
@@ -36,3 +39,21 @@ def test_a_salt_says_nothing_of_the_api_key_to_those_without_the_secret():
 
 def test_a_lone_surrogate_is_a_cache_salt_like_any_other():
     assert tenant_salt(SECRET, None, "\ud800") != tenant_salt(SECRET, None, "\ud801")
+
+
+DEFAULT = SLO(ttft_s=4.0, tpot_s=0.05)
+
+
+def test_targets_are_those_of_the_headers_and_else_the_servers():
+    assert targets_of({}, DEFAULT) == DEFAULT
+    assert targets_of({"x-slo-tpot-ms": "20"}, DEFAULT) == SLO(4.0, 0.02)
+    both = {"x-slo-ttft-ms": "1500.5", "x-slo-tpot-ms": "1e2"}
+    assert targets_of(both, DEFAULT) == SLO(1.5005, 0.1)
+
+
+@pytest.mark.parametrize("name", ["x-slo-ttft-ms", "x-slo-tpot-ms"])
+@pytest.mark.parametrize("text", ["", "0", "-5", "fast", "nan", "inf", "3600001", "50ms"])
+def test_a_target_that_is_no_number_of_milliseconds_is_refused_by_name(name, text):
+    with pytest.raises(InvalidRequest, match="expected milliseconds") as refusal:
+        targets_of({name: text}, DEFAULT)
+    assert refusal.value.param == name

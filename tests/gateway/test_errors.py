@@ -29,7 +29,10 @@ def test_each_error_has_its_status_and_code(error, status, code):
 
 
 def test_overload_says_when_to_return_with_jitter():
-    delays = {int(retry_headers(Overloaded("full", 2.0, "queue_full"))["retry-after-ms"]) for _ in range(50)}
+    delays = {
+        int(retry_headers(Overloaded("full", 2.0, "queue_full"))["retry-after-ms"])
+        for _ in range(50)
+    }
     assert min(delays) >= 2000
     assert max(delays) <= 3000
     assert len(delays) > 5

@@ -2,7 +2,13 @@ import pytest
 
 from afd_server.core.errors import InvalidRequest, Overloaded
 from afd_server.core.topology import Member, Role
-from afd_server.policy.admission import AdmissionConfig, check_capacity, fit_max_tokens
+from afd_server.policy.admission import (
+    AdmissionConfig,
+    FirstTokenQueue,
+    check_capacity,
+    check_reachable,
+    fit_max_tokens,
+)
 from afd_server.policy.router import choose_worker
 
 WORKERS = [Member(Role.ATTENTION, slot, f"i{slot}", "ipc://x", "f") for slot in range(3)]
@@ -36,3 +42,78 @@ def test_what_does_not_fit_the_context_is_refused_by_name(prompt, wanted, param)
     with pytest.raises(InvalidRequest) as refusal:
         fit_max_tokens(LIMITS, prompt, wanted)
     assert refusal.value.param == param
+
+
+ENFORCED = AdmissionConfig(100, 100, max_queued_requests=8, slo_mode="enforce")
+
+
+def queue_of(*waiting, interval_s=0.5):
+    """Return a queue of (priority, tenant), whose first tokens come at this interval."""
+    queue = FirstTokenQueue()
+    queue.enter(0, 0, "", 0.0)
+    for turn in range(1, 200):
+        queue.enter(turn, 0, "", turn * interval_s)
+        queue.serve(turn - 1, turn * interval_s)
+    queue.leave(199)
+    for key, (priority, tenant) in enumerate(waiting, 1000):
+        queue.enter(key, priority, tenant, 100.0)
+    return queue
+
+
+def test_who_would_wait_for_more_than_half_of_its_first_target_is_refused_at_once():
+    queue = queue_of(*[(0, "a")] * 4)
+    queue.check(ENFORCED, 4.0, 0, "a", 1)
+    queue.check(ENFORCED, None, 0, "a", 4)
+    with pytest.raises(Overloaded, match=r"4 requests wait .* 2\.0 s") as refusal:
+        queue.check(ENFORCED, 3.0, 0, "a", 1)
+    assert refusal.value.reason == "expected_wait"
+    assert refusal.value.retry_after_s == pytest.approx(0.5, rel=0.01)
+    with pytest.raises(Overloaded):
+        queue.check(ENFORCED, 4.0, 0, "a", 2)  # the second of them would wait too long
+
+
+def test_an_empty_queue_takes_anybody_however_slow_it_was():
+    queue_of(interval_s=60.0).check(ENFORCED, 0.001, 0, "a", 1)
+
+
+def test_the_queue_is_bounded_even_when_nothing_is_known_of_its_pace():
+    queue = FirstTokenQueue()
+    for key in range(8):
+        queue.enter(key, 0, "a", 0.0)
+    with pytest.raises(Overloaded) as refusal:
+        queue.check(ENFORCED, 4.0, 0, "a", 1)
+    assert refusal.value.reason == "queue_full"
+
+
+def test_the_more_urgent_and_those_who_ask_little_do_not_wait_for_the_rest():
+    queue = queue_of(*[(0, "many")] * 6)
+    assert queue.expected_wait_s(0, "many") == pytest.approx(3.0, rel=0.01)
+    assert queue.expected_wait_s(0, "few") == pytest.approx(0.5, rel=0.01)
+    assert queue.expected_wait_s(-1, "many") == 0
+    assert queue.expected_wait_s(1, "few") == pytest.approx(3.0, rel=0.01)
+
+
+def test_who_alone_is_too_many_is_told_to_slow_down():
+    queue = queue_of(*[(0, "many")] * 6, (0, "few"))
+    with pytest.raises(Overloaded) as refusal:
+        queue.check(ENFORCED, 4.0, 0, "many", 1)
+    assert refusal.value.is_own_doing
+    crowd = queue_of(*[(0, str(tenant)) for tenant in range(7)])
+    with pytest.raises(Overloaded) as refusal:
+        crowd.check(ENFORCED, 4.0, 0, "new", 1)
+    assert not refusal.value.is_own_doing
+
+
+def test_those_who_leave_without_a_token_do_not_count_as_served():
+    queue = queue_of((0, "a"), (0, "b"))
+    before = queue.expected_wait_s(0, "c")
+    queue.leave(1000)
+    queue.leave(1000)
+    assert queue.expected_wait_s(0, "c") == pytest.approx(before / 2)
+
+
+def test_a_target_far_below_what_a_request_alone_gets_is_refused_by_name():
+    check_reachable(tpot_s=0.008, alone_s=0.01)  # the estimate may be off
+    with pytest.raises(InvalidRequest, match=r"1 ms is out of reach.*every 10\.0 ms") as refusal:
+        check_reachable(tpot_s=0.001, alone_s=0.01)
+    assert refusal.value.param == "x-slo-tpot-ms"

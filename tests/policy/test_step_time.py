@@ -1,6 +1,7 @@
 """The step-time model finds the costs of a machine from noisy steps, and follows it."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,7 @@ def true_s(load: StepLoad, speed: float = 1.0) -> float:
         + 1.5e-7 * load.keys
         + 0.0009 * load.prefill
         + 1e-7 * load.prefill_keys
+        + 0.004 * load.others
         + 0.0004 * load.other_rows
         + 0.0005 * load.other_prefill
     )
@@ -26,8 +28,9 @@ def some_load(rng) -> StepLoad:
         keys=rows * rng.randint(50, 600),
         prefill=prefill,
         prefill_keys=prefill * rng.randint(0, 500),
-        other_rows=rng.randint(0, 20),
-        other_prefill=rng.choice([0, 0, rng.randint(1, 128)]),
+        others=(others := rng.choice([0, 1, 1])),
+        other_rows=others * rng.randint(0, 20),
+        other_prefill=others * rng.choice([0, 0, rng.randint(1, 128)]),
     )
 
 
@@ -71,7 +74,6 @@ def test_quantiles_hold_for_steps_to_come():
         times = [(true_s(load) * rng.lognormvariate(0, 0.2), load) for load in loads]
         held = sum(seconds <= model.predict(load, quantile) for seconds, load in times)
         assert held / 1000 == pytest.approx(quantile, abs=0.07)
-        assert model.share_within(1e9) == 1.0
 
 
 def test_a_steady_load_says_nothing_of_others_but_more_work_never_takes_less():
@@ -92,4 +94,51 @@ def test_a_steady_load_says_nothing_of_others_but_more_work_never_takes_less():
 
 def test_before_the_first_step_the_prediction_is_the_prior():
     assert StepTimeModel().predict(StepLoad()) == pytest.approx(0.01)
-    assert StepTimeModel().predict(StepLoad(prefill=128)) == pytest.approx(0.16)
+    assert StepTimeModel().predict(StepLoad(prefill=128)) == pytest.approx(0.13)
+
+
+CALIBRATION = (
+    StepLoad(rows=1, keys=200),
+    StepLoad(rows=16, keys=3200),
+    StepLoad(prefill=128, prefill_keys=8192),
+    StepLoad(prefill=128, prefill_keys=128 * 1024),
+)
+
+
+def calibrated(rng) -> StepTimeModel:
+    model = StepTimeModel()
+    model.calibrate((load, true_s(load) * rng.lognormvariate(0, 0.03)) for load in CALIBRATION * 2)
+    return model
+
+
+def test_a_calibration_is_known_at_once():
+    model = calibrated(random.Random(5))
+    for load in (*CALIBRATION, StepLoad(rows=8, keys=1600), StepLoad(rows=4, prefill=64)):
+        assert model.predict(load) == pytest.approx(true_s(load), rel=0.15)
+
+
+def test_who_fills_every_step_to_the_same_time_still_knows_what_a_row_costs():
+    """Such steps all take the same, whatever is in them: they could be all constant."""
+    rng = random.Random(6)
+    model = calibrated(rng)
+    rows = 8
+    for _ in range(20_000):
+        rows = max(2, min(16, rows + rng.choice([-1, 0, 0, 1])))
+        load = StepLoad(rows=rows, keys=rows * 250, others=1, other_rows=rows)
+        prefill = 0
+        while model.predict(replace(load, prefill=prefill + 1), 0.75) < 0.045:
+            prefill += 1
+        load = replace(load, prefill=prefill, prefill_keys=prefill * 100)
+        model.observe(load, true_s(load) * rng.lognormvariate(0, 0.05))
+    alone = StepLoad(rows=1, keys=256)
+    assert model.predict(alone) == pytest.approx(true_s(alone), rel=0.35)
+    full = StepLoad(rows=24, keys=24 * 250, others=1, other_rows=24)
+    assert model.predict(full) == pytest.approx(true_s(full), rel=0.2)
+
+
+def test_a_slower_machine_is_noticed_within_some_steps():
+    rng = random.Random(7)
+    model = calibrated(rng)
+    teach(model, rng, 300)
+    teach(model, rng, 60, speed=1.5)
+    assert error(model, rng, speed=1.5) < 0.25

@@ -1,0 +1,106 @@
+"""Slack is spent, debts are repaid first, and loose targets give way to tight ones."""
+
+import pytest
+
+from afd_server.core.request import SLO, Request, SamplingParams
+from afd_server.core.sequence import Sequence
+from afd_server.policy.pace import HEADROOM, LONGEST_GAP, MIN_PREFILL, Pace
+from afd_server.policy.step_time import StepLoad
+
+CALIBRATION = (
+    (StepLoad(rows=1, keys=200), 0.010),
+    (StepLoad(rows=16, keys=3200), 0.025),
+    (StepLoad(prefill=128, prefill_keys=8192), 0.137),
+    (StepLoad(prefill=128, prefill_keys=131072), 0.139),
+)
+
+
+@pytest.fixture
+def pace():
+    """One lane; a step takes 9 ms, and a row or a token of a prompt 1 ms more."""
+    pace = Pace(num_lanes=1)
+    pace.model.calibrate(CALIBRATION * 3)
+    return pace
+
+
+def decoding(first_s, tokens, tpot_s=0.05, length=100, key=1):
+    """Return a sequence that had its first token at a moment, and so many since."""
+    sampling = SamplingParams(max_tokens=500)
+    request = Request(key, tuple(range(length)), sampling, slo=SLO(4.0, tpot_s))
+    sequence = Sequence(request, key, arrived_s=first_s - 1)
+    sequence.begun_s = first_s - 0.5
+    for _ in range(tokens):
+        sequence.num_computed = len(sequence.token_ids)
+        sequence.append(7, first_s)
+    return sequence
+
+
+def waiting(tpot_s=0.05, length=100):
+    request = Request(9, tuple(range(length)), SamplingParams(max_tokens=500), slo=SLO(4.0, tpot_s))
+    return Sequence(request, 9, arrived_s=100.0)
+
+
+def test_a_token_is_due_one_target_after_the_other_counted_from_the_first(pace):
+    sequence = decoding(100.0, 4)
+    assert pace.due_s(sequence) == pytest.approx(100.0 + 4 * 0.05 * HEADROOM)
+    assert pace.due_s(waiting()) == pytest.approx(104.0)
+    assert pace.due_s(Sequence(Request(1, (1,), SamplingParams(max_tokens=1)), 0, 0.0)) > 1e9
+
+
+def test_slack_that_was_earned_is_spent_on_prefill_but_not_in_one_gap(pace):
+    now_s = 100.0
+    late, even, ahead = (decoding(now_s - 0.047 * k, n) for k, n in [(5, 4), (4, 4), (1, 4)])
+    budgets = [
+        pace.prefill_budget(StepLoad(rows=1, keys=100), 0, [s], 256, now_s)
+        for s in (late, even, ahead)
+    ]
+    assert budgets[0] == budgets[1] == MIN_PREFILL  # nothing was done for long: starved
+    assert 50 < budgets[2] < LONGEST_GAP * 50
+    pace.note_prefill(now_s)
+    assert pace.prefill_budget(StepLoad(rows=1, keys=100), 0, [late], 256, now_s) == 0
+    assert pace.prefill_budget(StepLoad(), 0, [], 256, now_s) == 256
+
+
+def test_who_has_least_slack_decides_how_much_is_read(pace):
+    pace.note_prefill(100.0)
+    ahead, near = decoding(99.95, 4), decoding(99.95, 2)
+    alone = pace.prefill_budget(StepLoad(rows=2), 0, [ahead], 256, 100.0)
+    both = pace.prefill_budget(StepLoad(rows=2), 0, [ahead, near], 256, 100.0)
+    assert 0 < both < alone
+
+
+def test_one_more_fits_as_long_as_a_step_of_all_is_short_enough(pace):
+    running = []
+    while pace.fits(waiting(), running, 100.0):
+        running.append(decoding(99.99, 1, key=len(running) + 1))
+    assert 30 <= len(running) <= 40  # 9 ms and one for each, in 47
+    assert pace.decode_step_s(running) == pytest.approx(0.044, abs=0.006)
+
+
+def test_nobody_is_begun_while_somebody_is_far_behind(pace):
+    assert pace.fits(waiting(), [decoding(99.9, 2)], 100.0)
+    assert not pace.fits(waiting(), [decoding(99.0, 2)], 100.0)
+    assert pace.fits(waiting(0.001), [], 100.0), "an idle worker takes anything"
+
+
+def test_a_tight_target_keeps_others_out_and_loose_ones_count_in_part(pace):
+    tight = decoding(99.999, 1, tpot_s=0.02)
+    loose = [decoding(99.999, 1, tpot_s=0.1, key=2 + k) for k in range(20)]
+    assert pace.fits(waiting(0.05), [tight], 100.0)
+    assert pace.fits(waiting(0.1), [tight, *loose], 100.0)
+    assert not pace.fits(waiting(0.02), [tight, *loose, *[tight] * 6], 100.0)
+
+
+def test_a_loose_one_misses_a_step_only_for_a_tight_one_that_would_be_late(pace):
+    now_s = 100.0
+    tight, loose = decoding(now_s - 0.001, 1, tpot_s=0.02), decoding(now_s, 2, tpot_s=0.1)
+    crowded, empty = StepLoad(rows=14, keys=2800), StepLoad(rows=1, keys=100)
+    assert pace.can_wait(loose, crowded, tight, now_s)
+    assert not pace.can_wait(loose, empty, tight, now_s)
+    assert not pace.can_wait(tight, crowded, loose, now_s)
+    due_soon = decoding(now_s - 0.18, 2, tpot_s=0.1)
+    assert not pace.can_wait(due_soon, crowded, tight, now_s)
+
+
+def test_what_a_request_alone_gets_is_known(pace):
+    assert pace.alone_s == pytest.approx(0.010, rel=0.1)

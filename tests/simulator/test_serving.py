@@ -1,0 +1,223 @@
+"""The policies that serve, on a virtual clock: targets hold whatever comes, and it ends well."""
+
+import random
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from afd_server.core.request import SLO
+from afd_server.policy.admission import AdmissionConfig
+from afd_server.policy.scheduler import SchedulerConfig
+from afd_server.policy.step_time import StepLoad
+from afd_server.simulator.serving import Arrival, Outcome, ServingSimulation
+
+TARGETS = SLO(ttft_s=4.0, tpot_s=0.05)
+CALIBRATION = (
+    StepLoad(rows=1, keys=200),
+    StepLoad(rows=16, keys=3200),
+    StepLoad(prefill=128, prefill_keys=8192),
+    StepLoad(prefill=128, prefill_keys=128 * 1024),
+)
+
+
+def nominal_s(load: StepLoad) -> float:
+    """Return about what a 1A1F server of SmolLM2-135M takes on two cores, in two lanes."""
+    return (
+        0.0085
+        + 0.0009 * load.rows
+        + 1.2e-6 * load.keys
+        + 0.00095 * load.prefill
+        + 2e-8 * load.prefill_keys
+        + 0.004 * load.others
+        + 0.0003 * load.other_rows
+        + 0.0004 * load.other_prefill
+    )
+
+
+def simulation(seed=0, speed=lambda now_s: 1.0, mode="enforce", **changes) -> ServingSimulation:
+    rng = random.Random(seed)
+
+    def step_s(load, now_s):
+        stall = rng.uniform(1.5, 4) if rng.random() < 0.004 else 1.0
+        return nominal_s(load) * speed(now_s) * stall * rng.lognormvariate(0, 0.08)
+
+    scheduler = SchedulerConfig(
+        **{
+            "max_model_len": 8192,
+            "max_num_seqs": 64,
+            "max_batch_tokens": 256,
+            "num_lanes": 2,
+            "num_blocks": 4000,
+            "block_size": 16,
+            "prefix_caching": True,
+            "holds_back": mode == "enforce",
+            **changes,
+        }
+    )
+    admission = AdmissionConfig(1000, 8192, 64, TARGETS, mode)
+    simulated = ServingSimulation(scheduler, admission, step_s)
+    simulated.scheduler.pace.model.calibrate((load, nominal_s(load)) for load in CALIBRATION)
+    return simulated
+
+
+def poisson(rate, begin_s, end_s, rng, slo=TARGETS, tokens=(32, 256)):
+    at_s, arrivals = begin_s, []
+    while (at_s := at_s + rng.expovariate(rate)) < end_s:
+        arrivals.append(Arrival(at_s, rng.randint(*tokens), rng.randint(*tokens), slo))
+    return arrivals
+
+
+def begun(outcomes):
+    return [outcome for outcome in outcomes if outcome.refusal is None]
+
+
+def attainment(outcomes) -> float:
+    tpots = [(o.tpot_s, o.arrival.slo.tpot_s) for o in begun(outcomes) if o.tpot_s is not None]
+    return sum(tpot_s <= target_s for tpot_s, target_s in tpots) / len(tpots)
+
+
+def goodput(outcomes, seconds) -> float:
+    return sum(o.tpot_s is not None and o.tpot_s <= 0.05 for o in begun(outcomes)) / seconds
+
+
+def worst_gap_s(outcome: Outcome) -> float:
+    return max((b - a for a, b in pairwise(outcome.token_times_s)), default=0.0)
+
+
+def percentile(values, share) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_at_every_load_admitted_requests_are_on_time_and_overload_costs_no_goodput(seed):
+    best, seconds = 3.2, 45  # requests a second that this machine can serve
+    rates = {}
+    for factor in (0.5, 1.0, 1.5, 2.0, 3.0):
+        rng = random.Random(seed)
+        outcomes = simulation(seed).run(poisson(factor * best, 0, seconds, rng))
+        assert attainment(outcomes) >= 0.99, f"{factor} times the best rate"
+        late = [o for o in outcomes if o.refusal == "queue_timeout"]
+        assert len(late) <= 0.01 * len(outcomes), "who is refused is refused at once"
+        ttfts = [o.ttft_s for o in begun(outcomes)]
+        assert percentile(ttfts, 0.99) <= 1.25 * TARGETS.ttft_s
+        rates[factor] = goodput(outcomes, seconds)
+    assert min(rates[2.0], rates[3.0]) >= 0.95 * max(rates.values())
+
+
+def test_without_control_the_same_overload_serves_nobody_on_time():
+    arrivals = poisson(6.4, 0, 30, random.Random(1))
+    free = [replace(arrival, slo=SLO()) for arrival in arrivals]
+    outcomes = simulation(1, mode="off").run(free)
+    assert goodput(outcomes, 30) < 0.3 * goodput(simulation(1).run(arrivals), 30)
+
+
+def test_no_cap_on_concurrency_does_better_in_the_same_time():
+    def within(outcomes):
+        """Count those that were on time in both respects."""
+        return sum(o.ttft_s <= 4.0 and (o.tpot_s or 0) <= 0.05 for o in begun(outcomes))
+
+    arrivals = poisson(4.0, 0, 45, random.Random(2))
+    free = [replace(arrival, slo=SLO()) for arrival in arrivals]
+    capped = [within(simulation(2, mode="off", max_num_seqs=cap).run(free)) for cap in (10, 14, 18)]
+    assert within(simulation(2).run(arrivals)) >= max(capped)
+
+
+def test_a_burst_is_survived_and_over_soon_after():
+    rng = random.Random(3)
+    arrivals = [
+        *poisson(2.2, 0, 40, rng), *poisson(9.6, 40, 70, rng), *poisson(2.2, 70, 110, rng)
+    ]  # fmt: skip
+    outcomes = simulation(3).run(arrivals)
+    assert attainment(outcomes) >= 0.99
+    after = [outcome for outcome in outcomes if outcome.arrival.at_s > 75]
+    assert all(outcome.refusal is None for outcome in after)
+    assert percentile([outcome.ttft_s for outcome in after], 0.5) < 0.5
+
+
+def test_a_long_prompt_among_decoding_streams_costs_them_no_target():
+    streams = [Arrival(0.2 * i, 64, 250, TARGETS) for i in range(16)]
+    long = Arrival(5.0, 4096, 50, SLO(ttft_s=30.0, tpot_s=0.05))
+    *others, late = simulation(4).run([*streams, long])
+    assert attainment(others) == 1.0
+    gaps = [b - a for o in others for a, b in pairwise(o.token_times_s)]
+    assert percentile(gaps, 0.99) <= 0.1
+    assert late.ttft_s < 12
+
+
+def test_each_class_of_targets_holds_in_one_server():
+    rng = random.Random(5)
+    arrivals = [
+        replace(arrival, slo=SLO(4.0, rng.choice([0.02, 0.05, 0.1])))
+        for arrival in poisson(3.0, 0, 90, rng)
+    ]
+    outcomes = simulation(5).run(arrivals)
+    for target_s in (0.02, 0.05, 0.1):
+        of_class = [o for o in outcomes if o.arrival.slo.tpot_s == target_s]
+        assert len(begun(of_class)) > 20
+        assert attainment(of_class) >= 0.99, f"{target_s} s"
+
+
+def test_a_machine_that_is_slow_for_a_while_is_used_fully_again():
+    arrivals = poisson(2.5, 0, 90, random.Random(6))
+    outcomes = simulation(6, speed=lambda now_s: 1.8 if 30 < now_s < 45 else 1.0).run(arrivals)
+    assert attainment(outcomes) >= 0.97
+    after = [outcome for outcome in outcomes if outcome.arrival.at_s > 55]
+    assert all(outcome.refusal is None for outcome in after)
+
+
+def test_a_machine_too_slow_for_the_target_serves_one_after_the_other():
+    outcomes = simulation(7, speed=lambda now_s: 10.0).run(poisson(0.5, 0, 60, random.Random(7)))
+    assert any(outcome.refusal is None for outcome in outcomes)
+    assert max(worst_gap_s(outcome) for outcome in begun(outcomes)) < 1.5
+
+
+def test_the_urgent_and_those_who_ask_little_go_first():
+    rng = random.Random(8)
+    many = [replace(arrival, tenant="many") for arrival in poisson(9.0, 0, 40, rng)]
+    few = [replace(arrival, tenant="few") for arrival in poisson(0.7, 0, 40, rng)]
+    urgent = [replace(arrival, priority=-1, tenant="many") for arrival in poisson(0.7, 0, 40, rng)]
+    outcomes = simulation(8).run([*many, *few, *urgent])
+    of_many, of_few, of_urgent = (
+        outcomes[: len(many)], outcomes[len(many) : -len(urgent)], outcomes[-len(urgent) :]
+    )  # fmt: skip
+    assert len(begun(of_few)) >= 0.8 * len(few)
+    assert len(begun(of_urgent)) >= 0.95 * len(urgent)
+    assert 0 < len(begun(of_many)) < 0.5 * len(many)
+    assert attainment(outcomes) >= 0.99
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), data=st.data())
+def test_whatever_comes_everybody_is_served_whole_or_refused_within_the_first_target(seed, data):
+    rng = random.Random(seed)
+    count = data.draw(st.integers(1, 60))
+    lanes = data.draw(st.integers(1, 3))
+    blocks = data.draw(st.sampled_from([64, 200, 4000]))
+    arrivals = [
+        Arrival(
+            rng.uniform(0, 10),
+            rng.randint(1, 600),
+            rng.randint(1, 300),
+            SLO(rng.choice([0.5, 4.0]), rng.choice([0.001, 0.02, 0.05, 0.2])),
+            rng.choice([-1, 0, 0, 5]),
+            rng.choice(["", "a", "b"]),
+        )
+        for _ in range(count)
+    ]
+    simulated = simulation(
+        seed, lambda now_s: 1 + 2 * (int(now_s) % 5 == 0), num_lanes=lanes, num_blocks=blocks,
+        max_model_len=1000,
+    )  # fmt: skip
+    for outcome in simulated.run(arrivals):
+        if outcome.refusal is None:
+            assert len(outcome.token_times_s) == outcome.arrival.num_output
+        else:
+            assert not outcome.token_times_s
+            waited_s = outcome.refused_s - outcome.arrival.at_s
+            assert waited_s <= outcome.arrival.slo.ttft_s + 1.0
+    assert simulated.scheduler.blocks.num_free == blocks
+    assert simulated.queue.num_waiting == 0
