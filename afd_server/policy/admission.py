@@ -85,7 +85,13 @@ class FirstTokenQueue:
 
         Raises:
             Overloaded: too many are ahead, or they take too long.
+            InvalidRequest: it would never fit.
         """
+        if num_new > config.max_queued_requests:
+            raise InvalidRequest(
+                f"{num_new} choices in one request, at most {config.max_queued_requests} may wait "
+                "for their first token here; ask for fewer at once"
+            )
         num_ahead = self._num_ahead(priority, tenant)
         most_s = inf if ttft_s is None else WAIT_SHARE * ttft_s
         wait_s = self.expected_wait_s(priority, tenant, num_new)

@@ -73,9 +73,13 @@ def environment(temp_dir: Path, **extra: str) -> dict[str, str]:
 def serving(
     temp_dir: Path, *arguments: object, seconds: float = 100.0, env: dict[str, str] | None = None
 ) -> Iterator[Server]:
-    """Serve with these arguments on a free port; stop with SIGTERM and check what is left."""
+    """Serve with these arguments on a free port; stop with SIGTERM and check what is left.
+
+    Unless the arguments say otherwise, no request is refused for being late.
+    """
+    modes = [] if "--slo-mode" in arguments else ["--slo-mode", "off"]
     process = subprocess.Popen(
-        command("serve", "--port", "0", *arguments),
+        command("serve", "--port", "0", *modes, *arguments),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(temp_dir, **(env or {})),
     )  # fmt: skip
     try:

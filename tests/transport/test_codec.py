@@ -59,7 +59,8 @@ COMBINE = Combine(7, 1, 2, 0, 3, 0, 0, "", Payload(DType.FLOAT32, (2, 3), bytes(
 SUBMIT = Submit(
     key=1, attempt=1, num_prompt=2, num_emitted=0, max_tokens=8, top_k=0, guard_window=7, seed=9,
     choice=0, temperature=0.7, top_p=1.0, min_p=0.0, top_n_sigma=1.0, min_k=3.0, ttft_s=0.5,
-    tpot_s=0.05, rank=1000, salt="salt", tenant="tenant", tokens=Payload(DType.INT32, (2,), bytes(8)),
+    tpot_s=0.05, rank=1000, salt="salt", tenant="tenant",
+    tokens=Payload(DType.INT32, (2,), bytes(8)),
 )  # fmt: skip
 TOPOLOGY = Topology(
     4,
