@@ -22,7 +22,7 @@ class SchedulerConfig:
         max_model_len: longest sequence, prompt and output together, in tokens.
         max_num_seqs: most sequences holding blocks at once.
         max_batch_tokens: most rows of one micro-batch; what decoding leaves of it is prefill.
-        num_lanes: micro-batches in flight at once.
+        num_lanes: micro-batches in flight at once; `open_lanes` may say so later.
         num_blocks: KV blocks of the worker.
         block_size: token positions in a block.
         prefix_caching: whether sequences take over blocks that others have computed.
@@ -63,6 +63,7 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
+        self._num_lanes = config.num_lanes
         self.blocks = BlockPool(config.num_blocks, config.block_size)
         self._waiting: deque[Sequence] = deque()  # oldest first
         self._running: list[Sequence] = []  # own blocks, oldest first
@@ -88,6 +89,15 @@ class Scheduler:
     @property
     def num_steps(self) -> int:
         """Return the steps planned so far: a sign of progress."""
+        return self._num_steps
+
+    def open_lanes(self, num_lanes: int) -> None:
+        """Spread the running sequences over so many lanes from now on."""
+        self._num_lanes = num_lanes
+
+    def number_step(self) -> int:
+        """Return a number for a step, which no other step of this worker has."""
+        self._num_steps += 1
         return self._num_steps
 
     def submit(self, request: Request) -> None:
@@ -123,7 +133,7 @@ class Scheduler:
         """
         assert lane not in self._in_lane, f"lane {lane} is still in flight"
         self._admit()
-        share = -(-len(self._running) // self._config.num_lanes)
+        share = -(-len(self._running) // self._num_lanes)
         budget = self._config.max_batch_tokens
         filling = self._filling[lane] = set()
         chosen: list[tuple[Sequence, int]] = []
@@ -146,9 +156,8 @@ class Scheduler:
         if not chosen:
             return None
         self._in_lane[lane] = [sequence for sequence, _ in chosen]
-        self._num_steps += 1
         planned = tuple(_planned(sequence, num_tokens) for sequence, num_tokens in chosen)
-        return StepPlan(self._num_steps, lane, planned)
+        return StepPlan(self.number_step(), lane, planned)
 
     def commit(self, result: StepResult) -> list[Emitted]:
         """Take in a finished step: advance, extend or end its sequences.
