@@ -94,8 +94,9 @@ class Calibration:
 
     def commit(self, plan: StepPlan) -> None:
         """Take in what the timeline says of a finished step."""
-        events = read_events(self._timeline.since(self._num_recorded))
-        times = stage_times(events, self._num_layers)
+        events = list(read_events(self._timeline.since(self._num_recorded)))
+        is_whole = len(events) == self._timeline.num_recorded - self._num_recorded
+        times = stage_times(events, self._num_layers) if is_whole else None
         if times is not None and self._num_steps >= self._num_warm:
             self._measured[len(plan.sequences)].append(times)
         self._num_steps += 1
@@ -104,7 +105,8 @@ class Calibration:
         """Return the number of lanes for each of so many attention workers, and log why."""
         if len(self._measured) < self._num_warm:
             log.warning(
-                "%d lanes: the calibration was disturbed, its calls had to be sent again",
+                "lanes: %d, uncalibrated: calls had to be sent again, or their transfers are more "
+                "than the timeline holds",
                 UNMEASURED_LANES,
             )
             return min(UNMEASURED_LANES, self._num_streams)
