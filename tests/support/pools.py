@@ -45,7 +45,7 @@ class Pools:
         *,
         num_attention: int = 1,
         num_ffn: int = 1,
-        num_lanes: int = 2,
+        num_lanes: int | None = 2,
         parallel: FFNParallel = FFNParallel.TENSOR,
         num_replicas: int = 1,
         numerics: Numerics = EXACT,
