@@ -21,6 +21,11 @@ class StageTimes:
     ffn_s: float
     transfer_s: float
 
+    @property
+    def round_trip_s(self) -> float:
+        """Return the time of a micro-batch that never waits for another one."""
+        return self.attention_s + self.ffn_s + 2 * self.transfer_s
+
 
 @dataclass(frozen=True, slots=True)
 class MeasuredStages:
@@ -62,8 +67,7 @@ def layer_s(times: StageTimes, num_lanes: int, num_sharing: float = 1.0) -> floa
         num_sharing: attention workers whose calls an FFN worker computes one after the other.
     """
     busy_s = max(times.attention_s, num_sharing * times.ffn_s)
-    alone_s = times.attention_s + times.ffn_s + 2 * times.transfer_s
-    return max(num_lanes * busy_s, alone_s)
+    return max(num_lanes * busy_s, times.round_trip_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from statistics import median
 
 from afd_server.core.batch import PlannedSequence, StepPlan
 from afd_server.core.clock import Clock
@@ -111,7 +110,7 @@ class Calibration:
             )
             return min(UNMEASURED_LANES, self._num_streams)
         (few_rows, few), *_, (many_rows, many) = sorted(self._measured.items()) * 2
-        measured = MeasuredStages(few_rows, _typical(few), many_rows, _typical(many))
+        measured = MeasuredStages(few_rows, _quickest(few), many_rows, _quickest(many))
         choice = choose_lanes(measured, self._num_streams, num_attention / self._num_replicas)
         log.info("%s", _sentence(measured, choice, self._num_streams))
         return choice.num_lanes
@@ -157,12 +156,9 @@ def _decoding(token_id: int, context: int, block_ids: list[int]) -> PlannedSeque
     return PlannedSequence(0, 0, (token_id,), context - 1, tuple(block_ids), True, sampling)
 
 
-def _typical(measured: Sequence[StageTimes]) -> StageTimes:
-    return StageTimes(
-        median(times.attention_s for times in measured),
-        median(times.ffn_s for times in measured),
-        median(times.transfer_s for times in measured),
-    )
+def _quickest(measured: Sequence[StageTimes]) -> StageTimes:
+    """Return those of the step that nothing else on the cores held up, or least."""
+    return min(measured, key=lambda times: times.round_trip_s)
 
 
 def _sentence(measured: MeasuredStages, choice: LaneChoice, num_streams: int) -> str:
