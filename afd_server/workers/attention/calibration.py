@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 CONTEXT_TOKENS = 192  # of each made-up sequence: the middle of an answer of 128 to a prompt of 128
 NUM_ROUNDS = 6  # one step of each size in a round; the first one warms up
-LONGEST_S = 1.0  # no further round after this
+LONGEST_S = 1.0  # no further step after this, once each size was timed
 UNMEASURED_LANES = 2  # one computes while the other is away
 
 
@@ -31,7 +31,7 @@ class Calibration:
     Args:
         scheduler: of the worker; has no sequence in a lane until the calibration is over.
         kv: the blocks.
-        max_num_seqs, max_model_len: of the worker.
+        max_num_seqs, max_model_len: of the worker's requests.
         vocab_size, num_layers: of the model.
         num_replicas: FFN workers that take turns at what one of them could do.
         timeline: where the worker and its FFN client record their stages.
@@ -109,8 +109,10 @@ class Calibration:
                 UNMEASURED_LANES,
             )
             return min(UNMEASURED_LANES, self._num_streams)
-        (few_rows, few), *_, (many_rows, many) = sorted(self._measured.items()) * 2
-        measured = MeasuredStages(few_rows, _quickest(few), many_rows, _quickest(many))
+        few, many = min(self._measured), max(self._measured)
+        measured = MeasuredStages(
+            few, _quickest(self._measured[few]), many, _quickest(self._measured[many])
+        )
         choice = choose_lanes(measured, self._num_streams, num_attention / self._num_replicas)
         log.info("%s", _sentence(measured, choice, self._num_streams))
         return choice.num_lanes
