@@ -30,7 +30,7 @@ def test_a_server_left_to_itself_starts_answers_and_says_what_it_chose(short_dir
         assert plan in server.output
         # said before the server was ready
         assert server.output.count(" streams through a layer with ") == num_attention
-        assert server.all_blocks_free()
+        assert server.wait_for(server.all_blocks_free)
     with serving(short_dir, tiny_llama()[0], *AUTO, "--lanes", 2) as server:
         assert tokens_of(server) == got
         assert " streams through a layer with " not in server.output
