@@ -35,6 +35,7 @@ from afd_server.core.clock import MonotonicClock
 from afd_server.core.errors import AddressInUse, ConfigError, WorkerFailed
 from afd_server.core.model_spec import ModelSpec, read_model_spec
 from afd_server.core.topology import FFNParallel, Role
+from afd_server.costmodel.pipeline import CONTEXT_TOKENS
 from afd_server.costmodel.pools import PoolSizes, choose_pools
 from afd_server.costmodel.stages import estimate_stages
 from afd_server.gateway.config import GatewaySpec
@@ -51,7 +52,6 @@ log = logging.getLogger(__name__)
 
 NATIVE_LIBRARIES = Path(__file__).parent / "kernels" / "native"
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-CONTEXT_TOKENS = 192  # the middle of an answer of 128 tokens to a prompt of 128
 LONGEST_TEMP_DIR = 24  # a path of a socket of Ray's, some 80 bytes below it, must fit into 107
 
 

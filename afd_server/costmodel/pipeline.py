@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+CONTEXT_TOKENS = 192  # of a decoding sequence: the middle of an answer of 128 to a prompt of 128
 MOST_LANES = 8  # two stages and two transfers of equal length ask for four
 LEAST_GAIN = 1e-9  # what a lane more must save of the time; less is rounding
 

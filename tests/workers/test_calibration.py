@@ -7,10 +7,10 @@ import pytest
 from afd_server.core.request import Request, SamplingParams
 from afd_server.core.stage import StageId
 from afd_server.core.topology import FFNParallel, Role
-from afd_server.costmodel.pipeline import StageTimes
+from afd_server.costmodel.pipeline import CONTEXT_TOKENS, StageTimes
 from afd_server.telemetry.timeline import Event, EventKind, read_events
 from afd_server.transport.inproc import Faults
-from afd_server.workers.attention.calibration import CONTEXT_TOKENS, NUM_ROUNDS, stage_times
+from afd_server.workers.attention.calibration import NUM_ROUNDS, stage_times
 from support.checkpoints import tiny_llama
 from support.experts import tiny_routed
 from support.pools import Pools, ipc_links

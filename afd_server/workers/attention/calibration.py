@@ -7,14 +7,19 @@ from collections.abc import Iterable, Sequence
 from afd_server.core.batch import PlannedSequence, StepPlan
 from afd_server.core.clock import Clock
 from afd_server.core.request import SamplingParams
-from afd_server.costmodel.pipeline import LaneChoice, MeasuredStages, StageTimes, choose_lanes
+from afd_server.costmodel.pipeline import (
+    CONTEXT_TOKENS,
+    LaneChoice,
+    MeasuredStages,
+    StageTimes,
+    choose_lanes,
+)
 from afd_server.policy.scheduler import Scheduler
 from afd_server.telemetry.timeline import Event, EventKind, Timeline, read_events
 from afd_server.workers.attention.kv_store import KVStore
 
 log = logging.getLogger(__name__)
 
-CONTEXT_TOKENS = 192  # of each made-up sequence: the middle of an answer of 128 to a prompt of 128
 NUM_ROUNDS = 6  # one step of each size in a round; the first one warms up
 LONGEST_S = 1.0  # no further step after this, once each size was timed
 UNMEASURED_LANES = 2  # one computes while the other is away
