@@ -45,6 +45,9 @@ def _switch_as_text(value: Any) -> Any:  # Any: settings not yet checked
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+Count = int | Literal["auto"]  # auto: the server finds the number
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
     """Everything that `afd-server serve` can be told."""
@@ -56,9 +59,11 @@ class ServeConfig:
         "auto", "dummy: random weights instead of the model's, for load tests; a directory with "
         "config.json is enough"
     )  # fmt: skip
-    attention_workers: int = _setting(1, "workers with the attention half")
-    ffn_workers: int = _setting(
-        1, "workers with the FFN half; 0: the attention workers hold it too (colocated)"
+    attention_workers: Count = _setting(
+        1, "workers with the attention half; auto: by the model's shapes and this machine's cores"
+    )
+    ffn_workers: Count = _setting(
+        1, "workers with the FFN half, or auto; 0: the attention workers hold it too (colocated)"
     )
     ffn_parallel: Literal["tensor", "replicate", "expert", "hybrid"] = _setting(
         "tensor", "each FFN worker holds a column shard of every FFN, a full replica, some "
@@ -106,9 +111,10 @@ class ServeConfig:
     frame_checksums: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch_as_text)] = (
         _setting("auto", "CRC-32 of every payload; auto: with tcp")
     )
-    lanes: int | None = _setting(
-        None, "micro-batches of an attention worker in flight; default: 2, or 1 when colocated"
-    )
+    lanes: Count = _setting(
+        "auto", "micro-batches of an attention worker in flight; auto: what a calibration at the "
+        "start finds best, and 1 when colocated"
+    )  # fmt: skip
     max_num_seqs: int = _setting(32, "most sequences of an attention worker in its KV cache")
     max_batch_tokens: int = _setting(256, "most tokens of one micro-batch")
     block_size: Annotated[Literal[1, 2, 4, 8, 16, 32, 64], BeforeValidator(_text_as_integer)] = (
@@ -144,17 +150,15 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         at_least_one = (
-            "attention_workers", "max_num_seqs", "max_batch_tokens",
+            "attention_workers", "lanes", "max_num_seqs", "max_batch_tokens",
             "kv_cache_mb", "max_live_requests", "compute_threads", "expert_replicas",
             "expert_shards", "max_queued_requests",
         )  # fmt: skip
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in at_least_one:
-            if values[name] < 1:
+            if values[name] != "auto" and values[name] < 1:
                 raise ConfigError(f"{name} is {values[name]}, must be at least 1")
-        if self.lanes is not None and self.lanes < 1:
-            raise ConfigError(f"lanes is {self.lanes}, must be at least 1")
-        if self.ffn_workers < 0:
+        if self.ffn_workers != "auto" and self.ffn_workers < 0:
             raise ConfigError(f"ffn_workers is {self.ffn_workers}, must be at least 0")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"max_model_len is {self.max_model_len}, must be at least 2")
@@ -227,14 +231,20 @@ def load_config(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Ser
     try:
         return _ADAPTER.validate_python(merged)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
+        name = str(error.errors()[0]["loc"][0])
+        # each of the types that a setting may have says what it misses
+        wrong = [e["msg"] for e in error.errors() if e["loc"][0] == name]
         raise ConfigError(
-            f"{name} is {merged.get(name)!r} ({origin.get(name)}): {first['msg']}"
+            f"{name} is {merged.get(name)!r} ({origin.get(name)}): {'; or: '.join(wrong)}"
         ) from error
     except ConfigError as error:  # out of range: it begins with the name, but knows no source
         name = str(error).split()[0]
         raise ConfigError(f"{error} ({origin[name]})") from error
+
+
+def num_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def process_environment() -> Mapping[str, str]:

@@ -25,11 +25,19 @@ from afd_server.cluster.launcher import (
     stop_processes,
 )
 from afd_server.cluster.supervisor import Supervisor, new_incarnation
-from afd_server.config import ServeConfig, parse_resources, prepare_ray_environment
+from afd_server.config import (
+    ServeConfig,
+    num_cores,
+    parse_resources,
+    prepare_ray_environment,
+)
 from afd_server.core.clock import MonotonicClock
 from afd_server.core.errors import AddressInUse, ConfigError, WorkerFailed
 from afd_server.core.model_spec import ModelSpec, read_model_spec
 from afd_server.core.topology import FFNParallel, Role
+from afd_server.costmodel.pipeline import CONTEXT_TOKENS
+from afd_server.costmodel.pools import PoolSizes, choose_pools
+from afd_server.costmodel.stages import estimate_stages
 from afd_server.gateway.config import GatewaySpec
 from afd_server.policy.blocks import num_kv_blocks
 from afd_server.transport.codec import MAX_PAYLOAD_BYTES
@@ -70,7 +78,7 @@ def run_server(config: ServeConfig) -> int:
         clock = MonotonicClock()
         identity = Identity(plan.supervisor, plan.digest)
         endpoint = Endpoint(link, identity, clock, with_crc=plan.with_crc)
-        launcher = _launcher(config, runtime_dir, stop.check)
+        launcher = _launcher(config, plan, runtime_dir, stop.check)
         cleanup.callback(launcher.close)
         stop.listen()  # Ray installs handlers of its own
         gateway_spec = plan.gateway_spec(listener, link.address).to_json()
@@ -142,10 +150,13 @@ class _Plan:
         self.parallel = FFNParallel[config.ffn_parallel.upper()]
         if config.ffn_workers == 0:
             self.parallel = FFNParallel.COLOCATED
-        # each lane reads all weights again, so only a lane that waits is worth another one
-        self.default_lanes = 1 if self.parallel is FFNParallel.COLOCATED else 2
+        sizes = _pool_sizes(config, model, self.parallel, self.numerics)
+        self.counts = {Role.ATTENTION: sizes.num_attention, Role.FFN: sizes.num_ffn}
+        self.num_lanes = None if config.lanes == "auto" else config.lanes
+        if self.parallel is FFNParallel.COLOCATED and self.num_lanes is None:
+            self.num_lanes = 1  # no lane is ever away, and each reads all weights again
         self.ffn = ffn_config(
-            self.parallel, config.ffn_workers, config.expert_replicas, config.expert_shards
+            self.parallel, sizes.num_ffn, config.expert_replicas, config.expert_shards
         )
         checksums = {"on": True, "off": False, "auto": config.data_transport == "tcp"}
         self.with_crc = checksums[config.frame_checksums]
@@ -163,11 +174,9 @@ class _Plan:
 
     def worker_specs(self, runtime_dir: Path, supervisor_address: str) -> list[WorkerSpec]:
         """Return the specs of both pools."""
-        config = self._config
-        counts = {Role.ATTENTION: config.attention_workers, Role.FFN: config.ffn_workers}
         return [
             self._worker_spec(role, slot, runtime_dir, supervisor_address)
-            for role, count in counts.items()
+            for role, count in self.counts.items()
             for slot in range(count)
         ]
 
@@ -185,10 +194,10 @@ class _Plan:
             served_model_name=self.model_name,
             max_model_len=self.max_model_len,
             max_live_requests=config.max_live_requests,
-            num_attention=config.attention_workers,
-            num_ffn=config.ffn_workers,
+            num_attention=self.counts[Role.ATTENTION],
+            num_ffn=self.counts[Role.FFN],
             # however many are lost, an expert has a holder as long as so many are there
-            num_ffn_parts=config.ffn_workers - (self.ffn.num_replicas - 1),
+            num_ffn_parts=self.counts[Role.FFN] - (self.ffn.num_replicas - 1),
             with_crc=self.with_crc,
             shutdown_timeout_s=config.shutdown_timeout_s,
             log_level=config.log_level,
@@ -217,7 +226,7 @@ class _Plan:
             transport=self.transport,
             with_crc=self.with_crc,
             attention=AttentionConfig(
-                num_lanes=config.lanes or self.default_lanes,
+                num_lanes=self.num_lanes,
                 max_model_len=self.max_model_len,
                 max_num_seqs=config.max_num_seqs,
                 max_batch_tokens=config.max_batch_tokens,
@@ -270,9 +279,10 @@ class _Plan:
                 f"{self.ffn.num_parts} FFN workers share an FFN's columns, but it has only "
                 f"{columns}; use --ffn-parallel replicate"
             )
-        if self.parallel is FFNParallel.HYBRID and config.ffn_workers % config.expert_shards:
+        num_ffn = self.counts[Role.FFN]
+        if self.parallel is FFNParallel.HYBRID and num_ffn % config.expert_shards:
             raise ConfigError(
-                f"ffn_workers is {config.ffn_workers}, no multiple of expert_shards "
+                f"ffn_workers is {num_ffn}, no multiple of expert_shards "
                 f"({config.expert_shards}), which --ffn-parallel hybrid needs"
             )
         by_expert = self.parallel in (FFNParallel.EXPERT, FFNParallel.HYBRID)
@@ -332,6 +342,45 @@ def _model_directory(config: ServeConfig) -> Path:
     return directory
 
 
+def _pool_sizes(
+    config: ServeConfig, model: ModelSpec, parallel: FFNParallel, numerics: Numerics
+) -> PoolSizes:
+    """Return the workers of both pools, and log why where they are ours to choose."""
+    attention, ffn = config.attention_workers, config.ffn_workers
+    if attention != "auto" and ffn != "auto":
+        return PoolSizes(attention, ffn)
+    if config.ray_address is not None:
+        name = "attention_workers" if attention == "auto" else "ffn_workers"
+        raise ConfigError(
+            f"{name} is auto, which counts the cores of this machine, but ray_address is set; "
+            "give a number"
+        )
+    cores = num_cores()
+    num_workers = max(1, cores // config.compute_threads)
+    if parallel is FFNParallel.COLOCATED:
+        log.info("%d cores: %d colocated attention workers", cores, num_workers)
+        return PoolSizes(num_workers, 0)
+    rows, item_bytes = -(-config.max_num_seqs // 2), ITEM_BYTES[numerics.kv]
+    times = estimate_stages(model, numerics.weights, item_bytes, rows, CONTEXT_TOKENS)
+    unit = config.expert_shards if parallel is FFNParallel.HYBRID else 1
+    by_expert = parallel in (FFNParallel.EXPERT, FFNParallel.HYBRID)
+    least = unit * (config.expert_replicas if by_expert else 1)
+    most = model.smallest_intermediate_size if parallel is FFNParallel.TENSOR else num_workers
+    sizes = choose_pools(
+        times,
+        num_workers,
+        None if attention == "auto" else attention,
+        None if ffn == "auto" else ffn,
+        range(least, max(least, min(most, num_workers)) + 1, unit),
+    )
+    log.info(
+        "%d cores: %d attention and %d FFN workers, because one core takes %.0f µs for attention "
+        "and %.0f µs for the FFN in a layer (estimated, %d rows after %d tokens each)",
+        cores, *sizes, times.attention_s * 1e6, times.ffn_s * 1e6, rows, CONTEXT_TOKENS,
+    )  # fmt: skip
+    return sizes
+
+
 def _resolve_numerics(config: ServeConfig) -> Numerics:
     """Choose the formats: int8 where it can be, that is with native kernels that were built."""
     native = any(NATIVE_LIBRARIES.glob("*.so"))
@@ -364,7 +413,9 @@ def _resolve_transport(config: ServeConfig) -> str:
     return "shm" if obstacle is None else "zmq"
 
 
-def _launcher(config: ServeConfig, runtime_dir: Path, check: Callable[[], None]) -> Launcher:
+def _launcher(
+    config: ServeConfig, plan: _Plan, runtime_dir: Path, check: Callable[[], None]
+) -> Launcher:
     if config.launcher == "local":
         return LocalLauncher(config.log_level)
     if config.ray_address is None:
@@ -379,7 +430,7 @@ def _launcher(config: ServeConfig, runtime_dir: Path, check: Callable[[], None])
                 Role.ATTENTION: parse_resources(config.attention_resources, "attention_resources"),
                 Role.FFN: parse_resources(config.ffn_resources, "ffn_resources"),
             },
-            counts={Role.ATTENTION: config.attention_workers, Role.FFN: config.ffn_workers},
+            counts=plan.counts,
             log_level=config.log_level,
         ),
         check,

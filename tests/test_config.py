@@ -249,6 +249,9 @@ WRONG = [
     ("max_model_len", "1", "at least 2"),
     ("max_model_len", "", "valid integer"),
     ("lanes", "2.5", "valid integer"),
+    ("lanes", "many", "or: Input should be 'auto'"),
+    ("attention_workers", "Auto", "or: Input should be 'auto'"),
+    ("ffn_workers", "", "or: Input should be 'auto'"),
     ("start_timeout_s", "nan", "0 … 86400"),
     ("shutdown_timeout_s", "-1", "0 … 86400"),
     ("start_timeout_s", "86400", "0 … 86400"),
@@ -296,6 +299,17 @@ def test_a_value_of_another_type_is_refused(tmp_path, text, words):
 
 def test_values_made_in_code_are_checked_as_well():
     refused(lambda: ServeConfig(lanes=0), "lanes is 0, must be at least 1")
+
+
+@pytest.mark.parametrize("name", ["attention_workers", "ffn_workers", "lanes"])
+def test_a_count_may_be_left_to_the_server(tmp_path, name):
+    for config in (
+        from_flags(f"--{name.replace('_', '-')}", "auto"),
+        from_environment(**{name: "auto"}),
+        from_file(tmp_path, f"{name}: auto"),
+    ):
+        assert getattr(config, name) == "auto"
+    assert ServeConfig().lanes == "auto"
 
 
 # -- booleans

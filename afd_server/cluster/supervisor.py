@@ -33,7 +33,8 @@ class _Slot:
     """A worker's place in its pool, through all its incarnations."""
 
     spec: WorkerSpec
-    member: Member | None = None  # set while its worker is ready
+    member: Member | None = None  # set while its worker can be reached
+    is_ready: bool = False  # its worker serves requests at once
     failure: str | None = None  # what its worker said before it ended
     restarts_s: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_RESTARTS))
     given_up: bool = False
@@ -73,7 +74,7 @@ class Supervisor:
     @property
     def is_serving(self) -> bool:
         """Tell whether every worker is ready and the gateway follows the present topology."""
-        complete = all(slot.member is not None for slot in self._slots)
+        complete = all(slot.member is not None and slot.is_ready for slot in self._slots)
         followed = self._gateway is not None and (
             self._epochs.get(self._gateway.incarnation) == self.topology.epoch
         )
@@ -96,7 +97,7 @@ class Supervisor:
             check()
             self.turn(restart=False)
             if self._clock.now() > give_up_s:
-                late = [slot.spec.name for slot in self._slots if slot.member is None]
+                late = [slot.spec.name for slot in self._slots if not slot.is_ready]
                 raise WorkerFailed(
                     f"not ready after {timeout_s:.0f} s: {', '.join(late) or 'gateway'}"
                 )
@@ -131,8 +132,9 @@ class Supervisor:
                 return  # an earlier incarnation's last words
             if beat.state is ProcessState.FAILED:
                 slot.failure = beat.detail
-            elif beat.state is ProcessState.READY and slot.member is None and not slot.given_up:
+            elif slot.member is None and not slot.given_up:
                 self._welcome(slot, beat.address, received.envelope.fingerprint)
+            slot.is_ready = beat.state is ProcessState.READY
         if received.envelope.epoch < self.topology.epoch:
             self._endpoint.try_send(source, TopologyUpdate(self.topology))
 
@@ -200,7 +202,7 @@ class Supervisor:
         incarnation = new_incarnation()
         bind = bind.replace(slot.spec.incarnation, incarnation)
         slot.spec = replace(slot.spec, incarnation=incarnation, bind=bind)
-        slot.failure = None
+        slot.failure, slot.is_ready = None, False
         try:
             self._launch(slot)
         except WorkerFailed as error:

@@ -30,7 +30,7 @@ class Pace:
 
     def __init__(self, num_lanes: int) -> None:
         self.model = StepTimeModel()
-        self._num_lanes = num_lanes
+        self.num_lanes = num_lanes
         self._last_prefill_s = -inf
 
     def due_s(self, sequence: Sequence) -> float:
@@ -105,14 +105,14 @@ class Pace:
         targets = [s.request.slo.tpot_s or inf for s in sequences]
         tightest = min(targets, default=inf)
         weights = [1.0 if tightest == inf else tightest / target for target in targets]
-        rows = sum(weights) / self._num_lanes
+        rows = sum(weights) / self.num_lanes
         keys = sum(
             weight * (len(s.token_ids) + min(s.num_left, EXPECTED_GROWTH))
             for weight, s in zip(weights, sequences, strict=True)
         )
-        others = min(self._num_lanes, len(sequences)) - 1
+        others = min(self.num_lanes, len(sequences)) - 1
         load = StepLoad(
-            rows, keys / self._num_lanes, others=max(0, others), other_rows=rows * max(0, others)
+            rows, keys / self.num_lanes, others=max(0, others), other_rows=rows * max(0, others)
         )
         return self.model.predict(load, MEAN_QUANTILE)
 

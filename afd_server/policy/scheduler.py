@@ -26,7 +26,7 @@ class SchedulerConfig:
         max_model_len: longest sequence, prompt and output together, in tokens.
         max_num_seqs: most sequences holding blocks at once.
         max_batch_tokens: most rows of one micro-batch; what decoding leaves of it is prefill.
-        num_lanes: micro-batches in flight at once.
+        num_lanes: micro-batches in flight at once; `open_lanes` may say so later.
         num_blocks: KV blocks of the worker.
         block_size: token positions in a block.
         prefix_caching: whether sequences take over blocks that others have computed.
@@ -71,6 +71,7 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
+        self._num_lanes = config.num_lanes
         self.blocks = BlockPool(config.num_blocks, config.block_size)
         self.pace = Pace(config.num_lanes)
         self._waiting: list[Sequence] = []  # oldest first
@@ -104,6 +105,15 @@ class Scheduler:
     def decode_step_s(self) -> float:
         """Return the expected time of a step when all who own blocks decode."""
         return self.pace.decode_step_s(self._running)
+
+    def open_lanes(self, num_lanes: int) -> None:
+        """Spread the running sequences over so many lanes from now on."""
+        self._num_lanes = self.pace.num_lanes = num_lanes
+
+    def number_step(self) -> int:
+        """Return a number for a step, which no other step of this worker has."""
+        self._num_steps += 1
+        return self._num_steps
 
     def submit(self, request: Request, now_s: float) -> None:
         """Queue a request. A second `Submit` of the same attempt changes nothing."""
@@ -145,7 +155,7 @@ class Scheduler:
         """
         assert lane not in self._in_lane, f"lane {lane} is still in flight"
         self._admit(now_s)
-        share = -(-len(self._running) // self._config.num_lanes)
+        share = -(-len(self._running) // self._num_lanes)
         budget = self._config.max_batch_tokens
         filling = self._filling[lane] = set()
         load = beside(load for load, _ in self._begun.values())
@@ -190,9 +200,8 @@ class Scheduler:
                 sequence.begun_s = now_s
         if load.prefill:
             self.pace.note_prefill(now_s)
-        self._num_steps += 1
         planned = tuple(_planned(sequence, num_tokens) for sequence, num_tokens in chosen)
-        return StepPlan(self._num_steps, lane, planned)
+        return StepPlan(self.number_step(), lane, planned)
 
     def commit(self, result: StepResult, now_s: float) -> list[Emitted]:
         """Take in a finished step: advance, extend or end its sequences.

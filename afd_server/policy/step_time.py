@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from afd_server.core.batch import StepPlan
+
 MEMORY_STEPS = 2000  # after so many steps an observation counts a third for the costs
 SPEED_STEPS = 25  # the same for the speed
 REFIT_EVERY = 16  # steps
@@ -45,6 +47,28 @@ class StepLoad:
     others: float = 0
     other_rows: float = 0
     other_prefill: float = 0
+
+
+def load_of(plan: StepPlan, others: Iterable[StepLoad]) -> StepLoad:
+    """Return what a step has to do, beside those in other lanes."""
+    rows = keys = prefill = prefill_keys = 0.0
+    for planned in plan.sequences:
+        tokens = len(planned.token_ids)
+        seen = tokens * (planned.start + tokens / 2)
+        if tokens == 1:
+            rows, keys = rows + 1, keys + seen
+        else:
+            prefill, prefill_keys = prefill + tokens, prefill_keys + seen
+    beside = list(others)
+    return StepLoad(
+        rows,
+        keys,
+        prefill,
+        prefill_keys,
+        len(beside),
+        sum(load.rows for load in beside),
+        sum(load.prefill for load in beside),
+    )
 
 
 def _features(load: StepLoad) -> tuple[float, ...]:

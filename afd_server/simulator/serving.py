@@ -10,7 +10,7 @@ from afd_server.core.errors import Overloaded
 from afd_server.core.request import SLO, Request, SamplingParams
 from afd_server.policy.admission import AdmissionConfig, FirstTokenQueue, check_capacity
 from afd_server.policy.scheduler import Scheduler, SchedulerConfig
-from afd_server.policy.step_time import StepLoad
+from afd_server.policy.step_time import StepLoad, load_of
 
 StepTime = Callable[[StepLoad, float], float]  # of a step that begins at a moment, in seconds
 
@@ -125,28 +125,6 @@ class ServingSimulation:
             self.queue.serve(token.key, now_s)
             if token.finish is not None:
                 del self._live[token.key]
-
-
-def load_of(plan: StepPlan, others: Iterable[StepLoad]) -> StepLoad:
-    """Return what a machine has to do for a step, beside those in other lanes."""
-    rows = keys = prefill = prefill_keys = 0.0
-    for planned in plan.sequences:
-        tokens = len(planned.token_ids)
-        seen = tokens * (planned.start + tokens / 2)
-        if tokens == 1:
-            rows, keys = rows + 1, keys + seen
-        else:
-            prefill, prefill_keys = prefill + tokens, prefill_keys + seen
-    beside = list(others)
-    return StepLoad(
-        rows,
-        keys,
-        prefill,
-        prefill_keys,
-        len(beside),
-        sum(load.rows for load in beside),
-        sum(load.prefill for load in beside),
-    )
 
 
 def _request(key: int, arrival: Arrival) -> Request:

@@ -54,7 +54,8 @@ class Timeline:
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._ring = bytearray(capacity * EVENT_BYTES)
         self._next = 0  # where in the ring the next event goes
-        self._num_new = 0
+        self.num_recorded = 0  # since the start
+        self._num_drained = 0  # of these, taken or dropped
         self._num_dropped = 0
 
     @property
@@ -77,13 +78,18 @@ class Timeline:
             self._ring, self._next, begin_s, end_s, step, rows, lane, kind, layer, peer
         )
         self._next = (self._next + EVENT_BYTES) % len(self._ring)
-        self._num_new += 1
+        self.num_recorded += 1
 
     def drain(self) -> bytes:
         """Return the events since the last call as `read_events` takes them, in their order."""
-        num_kept = min(self._num_new, len(self._ring) // EVENT_BYTES)
-        self._num_dropped += self._num_new - num_kept
-        self._num_new = 0
+        data = self.since(self._num_drained)
+        self._num_dropped += self.num_recorded - self._num_drained - len(data) // EVENT_BYTES
+        self._num_drained = self.num_recorded
+        return data
+
+    def since(self, num_recorded: int) -> bytes:
+        """Return, as `drain` does, the events after the first so many, as far as they are kept."""
+        num_kept = min(self.num_recorded - num_recorded, len(self._ring) // EVENT_BYTES)
         begin, end = self._next - num_kept * EVENT_BYTES, self._next
         if begin >= 0:
             return bytes(self._ring[begin:end])

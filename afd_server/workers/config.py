@@ -14,11 +14,12 @@ from afd_server.core.topology import FFNParallel, Role
 class AttentionConfig:
     """Settings of an attention worker; token counts unless the name says otherwise.
 
+    `num_lanes` is None if the worker is to find out, which it can with an FFN pool only.
     `resend_s` is how long an FFN call may go unanswered before it is sent again; `holds_back` as
     in `policy.scheduler`.
     """
 
-    num_lanes: int
+    num_lanes: int | None
     max_model_len: int
     max_num_seqs: int
     max_batch_tokens: int

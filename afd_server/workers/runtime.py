@@ -41,6 +41,7 @@ from afd_server.weights.checkpoint import Checkpoint
 from afd_server.weights.dummy import DummyWeights
 from afd_server.weights.manifest import DUMMY_SEED, model_digest
 from afd_server.weights.packed import PackedWeights, pack_path
+from afd_server.workers.attention.calibration import Calibration
 from afd_server.workers.attention.colocated import ColocatedFFN
 from afd_server.workers.attention.expert_counts import ExpertCounts
 from afd_server.workers.attention.ffn_client import FFNClient
@@ -64,6 +65,11 @@ class Worker(Protocol):
     @property
     def num_steps(self) -> int:
         """Return a count that grows while there is progress."""
+        ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Tell whether requests are served at once; messages are taken in before."""
         ...
 
     def handle(self, received: Received) -> None:
@@ -136,7 +142,8 @@ class WorkerLoop:
     def _beat(self) -> None:
         self._next_beat_s = self._clock.now() + HEARTBEAT_S
         address, steps = self._endpoint.link.address, self._worker.num_steps
-        beat = _heartbeat(self._spec, ProcessState.READY, address, steps)
+        state = ProcessState.READY if self._worker.is_ready else ProcessState.STARTING
+        beat = _heartbeat(self._spec, state, address, steps)
         self._endpoint.try_send(self._spec.supervisor, beat)
         if not gc.isenabled() and (not self._has_work or gc.get_count()[0] > MAX_GARBAGE):
             gc.collect(1)
@@ -261,7 +268,7 @@ def build_attention_worker(
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
             max_batch_tokens=config.max_batch_tokens,
-            num_lanes=config.num_lanes,
+            num_lanes=config.num_lanes or 1,
             num_blocks=num_blocks,
             block_size=config.block_size,
             prefix_caching=config.prefix_caching,
@@ -289,12 +296,26 @@ def build_attention_worker(
         half = architecture.ffn(model_spec, weights, kernels, FFNShare())
         ffn = ColocatedFFN(half, clock, timeline)
     weights.keep()
+    num_lanes: int | Calibration | None = config.num_lanes
+    if num_lanes is None or config.holds_back:
+        num_lanes = Calibration(
+            scheduler,
+            kv,
+            config.max_num_seqs,
+            config.max_model_len,
+            model_spec.vocab_size,
+            model_spec.num_layers,
+            config.num_lanes,
+            spec.ffn.num_replicas,
+            timeline,
+            clock,
+        )
     return AttentionWorker(
         model,
         kv,
         scheduler,
         Sampler(kernels),
-        config.num_lanes,
+        num_lanes,
         model_spec.vocab_size,
         config.max_model_len,
         ffn,

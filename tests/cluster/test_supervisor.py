@@ -30,6 +30,7 @@ class FakeProcess:
 
     def __init__(self, cluster, role, slot, incarnation):
         self.role, self.slot, self.incarnation = role, slot, incarnation
+        self.state = ProcessState.READY
         self.endpoint = Endpoint(
             cluster.network.link(incarnation),
             Identity(incarnation, "d"),
@@ -37,8 +38,9 @@ class FakeProcess:
             (SUPERVISOR,),
         )
 
-    def report(self, state=ProcessState.READY, detail="", fingerprint=""):
+    def report(self, state=None, detail="", fingerprint=""):
         self.endpoint.identify(fingerprint)
+        state = state or self.state
         beat = Heartbeat(self.role, self.slot, state, 0, f"ipc:///x/{self.incarnation}", detail)
         self.endpoint.send("sup", beat)
 
@@ -126,6 +128,19 @@ def test_a_worker_that_ends_while_starting_breaks_the_start_with_its_own_words()
 
     with pytest.raises(WorkerFailed, match="ffn/0: no tensor x"):
         cluster.supervisor.start(10.0, check)
+
+
+def test_a_worker_that_calibrates_is_in_the_topology_and_keeps_the_start_waiting():
+    cluster = Cluster()
+    worker = FakeProcess(cluster, Role.ATTENTION, 0, "ATTENTION0")
+    cluster.workers["ATTENTION0"] = worker
+    worker.state = ProcessState.STARTING
+    with pytest.raises(WorkerFailed, match="not ready after 10 s: attention/0$"):
+        cluster.start()
+    assert cluster.supervisor.topology.notation == worker.listen().notation == "1A1F"
+    worker.state = ProcessState.READY
+    cluster.turn(2)
+    assert cluster.supervisor.is_serving
 
 
 def test_a_worker_that_never_reports_is_named_when_time_is_up():

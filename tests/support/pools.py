@@ -45,7 +45,7 @@ class Pools:
         *,
         num_attention: int = 1,
         num_ffn: int = 1,
-        num_lanes: int = 2,
+        num_lanes: int | None = 2,
         parallel: FFNParallel = FFNParallel.TENSOR,
         num_replicas: int = 1,
         numerics: Numerics = EXACT,
@@ -207,7 +207,7 @@ class Pools:
         values = memoryview(bytes(chunk.rows.data)).cast("q")
         for start in range(0, len(values), TOKEN_COLUMNS):
             row = values[start : start + TOKEN_COLUMNS]
-            key, _, index, count, token, finish, cached, bits = row
+            key, _, index, count, token, finish, cached, bits, _ = row
             if count == 0:
                 self.alive_rows += finish == 0
                 if finish:

@@ -54,6 +54,23 @@ def test_a_drain_gives_the_latest_events_in_order_and_counts_the_rest(capacity, 
     assert timeline.num_dropped == num_dropped
 
 
+def test_events_since_a_moment_come_whether_or_not_they_were_drained():
+    timeline = Timeline(3)
+    timeline.record(EventKind.STEP, 0.0, 1.0, StageId(1, 0, 0))
+    mark = timeline.num_recorded
+    assert timeline.since(mark) == b""
+    for step in (2, 3):
+        timeline.record(EventKind.STEP, 0.0, 1.0, StageId(step, 0, 0))
+    for _ in range(2):
+        assert [event.step for event in read_events(timeline.since(mark))] == [2, 3]
+        timeline.drain()
+    for step in (4, 5):
+        timeline.record(EventKind.STEP, 0.0, 1.0, StageId(step, 0, 0))
+    assert [event.step for event in read_events(timeline.since(mark))] == [3, 4, 5]  # all it holds
+    assert steps_of(timeline) == [4, 5]
+    assert timeline.num_dropped == 0
+
+
 def test_bytes_that_are_no_whole_events_are_refused():
     with pytest.raises(ProtocolError, match="whole number"):
         list(read_events(bytes(EVENT_BYTES + 1)))

@@ -31,7 +31,7 @@ class Company:
     num_ffn: int
     parallel: FFNParallel
     num_replicas: int
-    num_lanes: int
+    num_lanes: int | None  # None: found by a calibration
     max_batch_tokens: int
     max_gather_rows: int
     num_blocks: int
@@ -81,7 +81,7 @@ def any_company(rng: random.Random) -> Company:
         num_ffn=num_ffn,
         parallel=parallel,
         num_replicas=num_replicas,
-        num_lanes=rng.randint(1, 4),
+        num_lanes=rng.choice([1, 2, 3, 4, None] if num_ffn else [1, 2, 3, 4]),
         max_batch_tokens=rng.choice([16, 24, 64, 200, 512]),
         max_gather_rows=rng.choice([1, 20, 1024]),
         num_blocks=rng.choice([16, 18, 300]),  # 16 hold one sequence of the longest kind

@@ -41,3 +41,14 @@ def test_latent_attention_caches_the_latent_and_one_rotated_key():
         keys[2, 0, 1] = torch.arange(56)
         assert values[2, 0, 1].tolist() == list(range(40))
         assert keys.untyped_storage().nbytes() == 5 * 4 * 56 * 2  # and nothing beside
+
+
+def test_cleared_blocks_are_zero_and_the_others_as_they_were():
+    spec = read_model_spec(family("mfa_kr").directory)
+    store = KVStore(spec, num_blocks=5, block_size=4, dtype=torch.float32)
+    for keys, values in store.layers:
+        keys.fill_(1)
+        values.fill_(1)
+    store.clear([0, 3])
+    for blocks in (blocks for layer in store.layers for blocks in layer):
+        assert [int(blocks[block].max()) for block in range(5)] == [0, 1, 1, 0, 1]

@@ -2,6 +2,7 @@
 
 import math
 import mmap
+from collections.abc import Sequence
 
 import torch
 
@@ -23,6 +24,12 @@ class KVStore:
         self.layers = tuple(
             _map_layer(layer.kv, num_blocks, block_size, dtype) for layer in spec.attention
         )
+
+    def clear(self, block_ids: Sequence[int]) -> None:
+        """Write zeros to blocks, which takes their memory."""
+        for layer in self.layers:
+            for tensor in layer:
+                tensor[list(block_ids)] = 0
 
 
 def _map_layer(kv: KVShape, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVLayer:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from afd_server.core.batch import Emitted, StepResult
+from afd_server.core.batch import Emitted, StepPlan, StepResult
 from afd_server.core.clock import Clock
 from afd_server.core.errors import ProtocolError
 from afd_server.core.request import (
@@ -41,6 +41,7 @@ from afd_server.transport.messages import (
     TokenChunk,
     float_bits,
 )
+from afd_server.workers.attention.calibration import Calibration
 from afd_server.workers.attention.expert_counts import ExpertCounts
 from afd_server.workers.attention.kv_store import KVStore
 from afd_server.workers.attention.lanes import Lane, Outcome
@@ -97,7 +98,8 @@ class AttentionWorker:
         kv: as many blocks as the scheduler hands out.
         scheduler: decides; this class does.
         sampler: turns logits into tokens.
-        num_lanes: micro-batches in flight.
+        num_lanes: micro-batches in flight, or what finds out how many there should be once
+            there is an FFN pool. Until then one lane runs its steps, and requests wait.
         vocab_size: token ids at or above it are refused.
         max_model_len: so are sequences of this length.
         ffn: reaches the FFN half.
@@ -113,7 +115,7 @@ class AttentionWorker:
         kv: KVStore,
         scheduler: Scheduler,
         sampler: Sampler,
-        num_lanes: int,
+        num_lanes: int | Calibration,
         vocab_size: int,
         max_model_len: int,
         ffn: FFNPath,
@@ -133,7 +135,10 @@ class AttentionWorker:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._connected: set[str] = set()
-        self._lanes = [Lane(index, sampler) for index in range(num_lanes)]
+        self._sampler = sampler
+        self._calibration = num_lanes if isinstance(num_lanes, Calibration) else None
+        num_open = num_lanes if isinstance(num_lanes, int) else 1
+        self._lanes = [Lane(index, sampler) for index in range(num_open)]
         self._idle: list[Lane] = list(self._lanes)
         self._runnable: deque[Lane] = deque()  # idle with a chance of work, or with their sum in
         self._owners: dict[tuple[int, int], str] = {}  # (key, attempt) → gateway
@@ -144,6 +149,10 @@ class AttentionWorker:
     @property
     def num_steps(self) -> int:
         return self._scheduler.num_steps
+
+    @property
+    def is_ready(self) -> bool:
+        return self._calibration is None
 
     def handle(self, received: Received) -> None:
         """Take in a message meant for an attention worker; nothing is computed here."""
@@ -192,6 +201,8 @@ class AttentionWorker:
             link.connect(member.incarnation, member.address)
         self._connected = {member.incarnation for member in pool}
         self._ffn.reassign()
+        if self._calibration is not None:
+            self._wake_idle()
         for (key, attempt), gateway in list(self._owners.items()):
             if topology.find(gateway) is None:
                 self._cancel(key, attempt)
@@ -226,7 +237,7 @@ class AttentionWorker:
     def _start(self, lane: Lane, begin_s: float) -> None:
         """Give an idle lane its next step, if there is one."""
         self._refuse(self._scheduler.expire(begin_s))
-        plan = self._scheduler.plan(lane.index, begin_s)
+        plan = self._plan(lane, begin_s)
         if plan is None:
             self._idle.append(lane)
             if len(self._idle) == len(self._lanes):
@@ -234,10 +245,29 @@ class AttentionWorker:
             return
         if self._live_since_s is None:
             self._live_since_s = begin_s
-        self._num_rows += plan.num_tokens
+        if self._calibration is None:
+            self._num_rows += plan.num_tokens
         planned_s = self._clock.now()
         outcome = lane.start(plan, self._model, self._kv.layers, self._kv.block_size, begin_s)
         self._go_on(lane, planned_s, outcome)
+
+    def _plan(self, lane: Lane, now_s: float) -> StepPlan | None:
+        """Choose an idle lane's next step; of requests once the calibration is over."""
+        if self._calibration is not None:
+            plan = self._calibration.plan(lane.index)
+            if plan is not None:
+                return plan
+            self._open_lanes(self._calibration)
+            self._calibration = None
+        return self._scheduler.plan(lane.index, now_s)
+
+    def _open_lanes(self, calibration: Calibration) -> None:
+        """Go on with as many lanes as there should be."""
+        num_lanes = calibration.choose(len(self._endpoint.topology.pool(Role.ATTENTION)))
+        self._scheduler.open_lanes(num_lanes)
+        opened = [Lane(index, self._sampler) for index in range(len(self._lanes), num_lanes)]
+        self._lanes += opened
+        self._runnable += opened
 
     def _go_on(self, lane: Lane, begin_s: float, outcome: Outcome) -> None:
         """Send a lane's call and run on while sums are there at once; or end its step."""
@@ -253,7 +283,8 @@ class AttentionWorker:
         assert self._live_since_s is not None, "a lane runs, so there is live work"
         rows = call.rows.shape[0]
         self._timeline.record(EventKind.ATTENTION, begin_s, self._clock.now(), stage, rows)
-        self._expert_counts.count(call)
+        if self._calibration is None:
+            self._expert_counts.count(call)
         return self._ffn.dispatch(stage, call, self._live_since_s)
 
     def _finish(self, lane: Lane, begin_s: float, result: StepResult) -> None:
@@ -262,7 +293,10 @@ class AttentionWorker:
         stage = StageId(plan.step, lane.index, 0)
         record(EventKind.SAMPLE, begin_s, self._clock.now(), stage, len(result.tokens))
         end_s = self._clock.now()
-        self._report(self._scheduler.commit(result, end_s))
+        if self._calibration is not None:
+            self._calibration.commit(plan, end_s - lane.begun_s)
+        else:
+            self._report(self._scheduler.commit(result, end_s))
         record(EventKind.STEP, lane.begun_s, end_s, stage, plan.num_tokens)
         self._runnable.append(lane)
         self._wake_idle()

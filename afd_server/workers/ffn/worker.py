@@ -89,6 +89,10 @@ class FFNWorker:
     def num_steps(self) -> int:
         return self._num_calls
 
+    @property
+    def is_ready(self) -> bool:
+        return True
+
     def handle(self, received: Received) -> None:
         """Queue a dispatch, or refuse it with the reason; a repetition in the queue is dropped."""
         message = received.message

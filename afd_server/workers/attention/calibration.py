@@ -1,0 +1,216 @@
+"""Finds what steps take, and the number of lanes: made-up steps before any request runs."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from afd_server.core.batch import PlannedSequence, StepPlan
+from afd_server.core.clock import Clock
+from afd_server.core.request import SamplingParams
+from afd_server.costmodel.pipeline import (
+    CONTEXT_TOKENS,
+    LaneChoice,
+    MeasuredStages,
+    StageTimes,
+    choose_lanes,
+)
+from afd_server.policy.scheduler import Scheduler
+from afd_server.policy.step_time import StepLoad, load_of
+from afd_server.telemetry.timeline import Event, EventKind, Timeline, read_events
+from afd_server.workers.attention.kv_store import KVStore
+
+log = logging.getLogger(__name__)
+
+NUM_ROUNDS = 6  # one step of each size in a round; the first one warms up
+PREFILL_ROUNDS = 3  # of these, with prompts as well
+PREFILL_TOKENS = 64
+LONGEST_S = 1.0  # no further step after this, once each size was timed
+UNMEASURED_LANES = 2  # one computes while the other is away
+
+
+class Calibration:
+    """Plans steps of few rows and of many, in turns, and chooses lanes by what they took.
+
+    The sequences are as many as the worker takes at most, all decoding; in other steps one reads a
+    part of a prompt, near its beginning and far from it. The scheduler learns what they took.
+
+    Blocks come from the pool and go back to it, zeroed; nothing of them is entered into the
+    prefix index, and the steps have numbers of their own, so that a late answer to one is never
+    taken for an answer to a request's.
+
+    Args:
+        scheduler: of the worker; has no sequence in a lane until the calibration is over.
+        kv: the blocks.
+        max_num_seqs, max_model_len: of the worker's requests.
+        vocab_size, num_layers: of the model.
+        num_lanes: how many there are to be; None to choose.
+        num_replicas: FFN workers that take turns at what one of them could do.
+        timeline: where the worker and its FFN client record their stages.
+        clock: ends a calibration that takes long.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        kv: KVStore,
+        max_num_seqs: int,
+        max_model_len: int,
+        vocab_size: int,
+        num_layers: int,
+        num_lanes: int | None,
+        num_replicas: int,
+        timeline: Timeline,
+        clock: Clock,
+    ) -> None:
+        pool = scheduler.blocks
+        self._scheduler = scheduler
+        self._num_layers = num_layers
+        self._num_lanes = num_lanes
+        self._num_replicas = num_replicas
+        self._timeline = timeline
+        self._clock = clock
+        self._num_streams = min(max_num_seqs, pool.num_blocks)
+        longest = pool.num_blocks // self._num_streams * pool.block_size
+        context = min(CONTEXT_TOKENS, max_model_len, longest)
+        self._tables: list[list[int]] = [[] for _ in range(self._num_streams)]
+        for table in self._tables:
+            has_room = pool.grow(table, context)
+            assert has_room, "the pool has a whole share for each"
+            kv.clear(table)
+        self._sequences = [
+            # different tokens, so that gates choose different experts
+            _decoding(number * vocab_size // self._num_streams, context, table)
+            for number, table in enumerate(self._tables)
+        ]
+        sizes = sorted({-(-self._num_streams // 4), self._num_streams})
+        decoding = [tuple(self._sequences[:size]) for size in sizes]
+        prefilling = [(chunk,) for chunk in _chunks(self._tables, pool.block_size, max_model_len)]
+        self._num_sizes = len(sizes)
+        self._num_warm = len(decoding) + len(prefilling)
+        self._steps = [
+            *(decoding + prefilling) * PREFILL_ROUNDS,
+            *decoding * (NUM_ROUNDS - PREFILL_ROUNDS),
+        ]
+        self._seconds: dict[StepLoad, float] = {}  # the quickest of each load
+        self._measured: defaultdict[int, list[StageTimes]] = defaultdict(list)  # by rows
+        self._begun_s: float | None = None
+        self._num_steps = 0
+        self._num_recorded = 0
+
+    def plan(self, lane: int) -> StepPlan | None:
+        """Return the next step, or None if it has been found out what there is to find out."""
+        now = self._clock.now()
+        if self._begun_s is None:
+            self._begun_s = now
+        is_late = now > self._begun_s + LONGEST_S and self._num_steps >= 2 * self._num_warm
+        if self._num_steps == len(self._steps) or is_late:
+            for table in self._tables:
+                self._scheduler.blocks.free(table)
+            self._scheduler.pace.model.calibrate(self._seconds.items())
+            return None
+        sequences = self._steps[self._num_steps]
+        self._num_recorded = self._timeline.num_recorded
+        return StepPlan(self._scheduler.number_step(), lane, sequences)
+
+    def commit(self, plan: StepPlan, seconds: float) -> None:
+        """Take in a finished step: how long it took, and what the timeline says of its stages."""
+        events = list(read_events(self._timeline.since(self._num_recorded)))
+        is_whole = len(events) == self._timeline.num_recorded - self._num_recorded
+        times = stage_times(events, self._num_layers) if is_whole else None
+        if self._num_steps >= self._num_warm:
+            load = load_of(plan, ())
+            self._seconds[load] = min(seconds, self._seconds.get(load, seconds))
+            if times is not None and load.prefill == 0:
+                self._measured[len(plan.sequences)].append(times)
+        self._num_steps += 1
+
+    def choose(self, num_attention: int) -> int:
+        """Return the number of lanes for each of so many attention workers, and log why."""
+        if self._num_lanes is not None:
+            return self._num_lanes
+        if len(self._measured) < self._num_sizes:
+            log.warning(
+                "lanes: %d, uncalibrated: calls had to be sent again, or their transfers are more "
+                "than the timeline holds",
+                UNMEASURED_LANES,
+            )
+            return min(UNMEASURED_LANES, self._num_streams)
+        few, many = min(self._measured), max(self._measured)
+        measured = MeasuredStages(
+            few, _quickest(self._measured[few]), many, _quickest(self._measured[many])
+        )
+        choice = choose_lanes(measured, self._num_streams, num_attention / self._num_replicas)
+        log.info("%s", _sentence(measured, choice, self._num_streams))
+        return choice.num_lanes
+
+
+def stage_times(events: Iterable[Event], num_layers: int) -> StageTimes | None:
+    """Return what the mean layer of a step took that ran alone, in a single lane.
+
+    The FFN workers have it while they hold its calls, the attention worker from its first stage
+    to its last token, less the time that it slept for want of an answer. A call is under way for
+    what remains of that sleep: what either end does to send and to take in counts as occupied.
+
+    Returns:
+        None if a call was sent again: nobody knows which one was answered.
+    """
+    of_kind: defaultdict[int, list[Event]] = defaultdict(list)
+    for event in events:
+        of_kind[event.kind].append(event)
+    taken_s = {(call.layer, call.peer): call.end_s for call in of_kind[EventKind.A_TO_F]}
+    held_s: defaultdict[int, float] = defaultdict(float)  # by layer, by whoever took longest
+    answered_s: dict[int, float] = {}  # by layer, when the last answer came
+    for answer in of_kind[EventKind.F_TO_A]:
+        layer = answer.layer
+        held_s[layer] = max(held_s[layer], answer.begin_s - taken_s[layer, answer.peer])
+        answered_s[layer] = answer.end_s
+    if len(answered_s) < num_layers:
+        return None
+    begin_s = of_kind[EventKind.ATTENTION][0].begin_s
+    end_s = of_kind[EventKind.SAMPLE][-1].end_s
+    waits = zip(of_kind[EventKind.WAIT], answered_s.values(), strict=True)  # one in each layer
+    asleep_s = sum(back_s - wait.begin_s for wait, back_s in waits)
+    ffn_s = sum(held_s.values())
+    return StageTimes(
+        (end_s - begin_s - asleep_s) / num_layers,
+        ffn_s / num_layers,
+        max(0.0, asleep_s - ffn_s) / 2 / num_layers,
+    )
+
+
+def _decoding(token_id: int, context: int, block_ids: list[int]) -> PlannedSequence:
+    """Return a greedy sequence whose last token of so many is to be computed."""
+    sampling = SamplingParams(max_tokens=1, temperature=0.0)
+    return PlannedSequence(0, 0, (token_id,), context - 1, tuple(block_ids), True, sampling)
+
+
+def _chunks(tables: list[list[int]], block_size: int, max_model_len: int) -> list[PlannedSequence]:
+    """Return the first tokens of a prompt, and those at the end of one that fills all blocks."""
+    blocks = tuple(block for table in tables for block in table)
+    longest = min(len(blocks) * block_size, max_model_len)
+    count = min(PREFILL_TOKENS, longest)
+    sampling = SamplingParams(max_tokens=1, temperature=0.0)
+    return [
+        PlannedSequence(0, 0, (0,) * count, start, blocks, True, sampling)
+        for start in sorted({0, longest - count})
+    ]
+
+
+def _quickest(measured: Sequence[StageTimes]) -> StageTimes:
+    """Return those of the step that nothing else on the cores held up, or least."""
+    return min(measured, key=lambda times: times.round_trip_s)
+
+
+def _sentence(measured: MeasuredStages, choice: LaneChoice, num_streams: int) -> str:
+    def shown(rows: int, times: StageTimes) -> str:
+        return (
+            f"{rows} rows: T_a {times.attention_s * 1e6:.0f}, T_f {times.ffn_s * 1e6:.0f}, "
+            f"T_c {times.transfer_s * 1e6:.0f} µs"
+        )
+
+    expected = ", ".join(f"{seconds * 1e6:.0f}" for seconds in choice.layer_s)
+    return (
+        f"lanes: {choice.num_lanes} ({shown(measured.few_rows, measured.few)}; "
+        f"{shown(measured.many_rows, measured.many)}; {num_streams} streams through a layer "
+        f"with 1, 2, … lanes: {expected} µs)"
+    )
