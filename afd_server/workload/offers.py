@@ -77,11 +77,11 @@ def synthetic_shapes(
         num_prefixes: how many such prefixes there are, each equally likely.
         prefix_seed: of their tokens.
     """
-    rng = random.Random(f"{seed} lengths")
+    rng, prefixes = random.Random(f"{seed} lengths"), random.Random(f"{seed} prefixes")
     index = 0
     while True:
         own = PromptPart(f"{seed} prompt {index}", input_lengths.draw(rng))
-        number = rng.randrange(num_prefixes)
+        number = prefixes.randrange(num_prefixes)
         prefix = PromptPart(f"{prefix_seed} prefix {number}", prefix_tokens)
         yield Shape((prefix, own) if prefix_tokens else (own,), output_lengths.draw(rng))
         index += 1
