@@ -34,6 +34,8 @@ def run_bench(config: BenchConfig, say: Say) -> int:
         ConfigError: settings do not fit each other or the server.
         TransportError: no server of OpenAI's API answers, or not the first request.
     """
+    if config.output is not None and not config.output.parent.is_dir():  # before an hour's work
+        raise ConfigError(f"{config.output} cannot be written: there is no such directory")
     plan = Plan(config)
     headers = {"authorization": f"Bearer {config.api_key}"} if config.api_key else {}
     origin = find_origin(config.url, headers)

@@ -35,6 +35,8 @@ def draw_report(paths: Sequence[Path], directory: Path) -> list[Path]:
         ConfigError: matplotlib is missing, or a file is no result or cannot be written.
     """
     runs = [run for path in paths for run in _read(path)]
+    if not runs:
+        raise ConfigError(f"there is no completed request in {', '.join(map(str, paths))}")
     detailed = [(name, run) for name, run in runs if "tpots" in run]
     results = [run for _, run in runs]
     figures = {"pareto": _pareto(results), "rate": _against_rate(results)}
