@@ -1,7 +1,9 @@
 """Flags become settings; wrong ones are named."""
 
 import argparse
+import re
 from math import inf
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,15 @@ def parse(*arguments):
     parser = argparse.ArgumentParser()
     add_bench_flags(parser)
     return bench_config(vars(parser.parse_args(arguments)))
+
+
+def test_every_flag_is_documented_and_no_other():
+    parser = argparse.ArgumentParser(add_help=False)
+    add_bench_flags(parser)
+    page = Path(__file__).parents[2] / "docs" / "benchmarking.md"
+    assert set(re.findall(r"--[a-z-]+", page.read_text("utf-8"))) == {
+        flag for action in parser._actions for flag in action.option_strings
+    }
 
 
 def test_without_flags_there_are_the_defaults():
