@@ -88,7 +88,7 @@ class _Bench:
         run = await run_load(self._client(), self._plan.warm_up())
         for record in run.records:
             if record.outcome is not Outcome.COMPLETED:
-                raise TransportError(f"the first request was {record.outcome}: {record.reason}")
+                raise TransportError(f"a first request was not served: {record.reason}")
 
     async def sweep(self) -> int:
         """Make a run of each rate and width."""

@@ -20,6 +20,10 @@ class UniformLengths:
                 "not end below"
             )
 
+    def __str__(self) -> str:
+        fixed = self.shortest == self.longest
+        return str(self.longest) if fixed else f"{self.shortest}:{self.longest}"
+
     def draw(self, rng: random.Random) -> int:
         """Return a length."""
         return rng.randint(self.shortest, self.longest)
@@ -44,6 +48,9 @@ class LogNormalLengths:
                 f"{self.longest}: 1 ≤ median ≤ longest and 0 < sigma ≤ 5 must hold"
             )
 
+    def __str__(self) -> str:
+        return f"lognormal:{self.median:g}:{self.sigma:g}:{self.longest}"
+
     def draw(self, rng: random.Random) -> int:
         """Return a length."""
         while True:  # half of the draws are below the median, so this ends soon
@@ -52,7 +59,7 @@ class LogNormalLengths:
                 return length
 
 
-Lengths = UniformLengths | LogNormalLengths
+Lengths = UniformLengths | LogNormalLengths  # str() gives what parse_lengths reads
 
 
 def parse_lengths(text: str, setting: str) -> Lengths:

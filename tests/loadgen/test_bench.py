@@ -158,7 +158,7 @@ def test_lengths_beyond_the_models_are_refused_before_anything_is_sent(tmp_path)
 
 def test_what_cannot_be_served_at_all_is_said_before_the_run():
     with faking(conduct=lambda _: "reject") as fake:
-        with pytest.raises(TransportError, match="first request was failed: HTTP 400: no such"):
+        with pytest.raises(TransportError, match="a first request was not served: HTTP 400: no"):
             bench(fake)
         with pytest.raises(ConfigError, match=r"model is 'x', but the server lists \['fake'\]"):
             bench(fake, model="x")

@@ -24,9 +24,8 @@ def test_every_flag_is_documented_and_no_other():
     parser = argparse.ArgumentParser(add_help=False)
     add_bench_flags(parser)
     page = Path(__file__).parents[2] / "docs" / "benchmarking.md"
-    assert set(re.findall(r"--[a-z-]+", page.read_text("utf-8"))) == {
-        flag for action in parser._actions for flag in action.option_strings
-    }
+    documented = set(re.findall(r"--[a-z][a-z-]+", page.read_text("utf-8")))
+    assert documented == set(re.findall(r"--[a-z][a-z-]+", parser.format_usage()))
 
 
 def test_without_flags_there_are_the_defaults():

@@ -18,6 +18,11 @@ def test_each_form_is_read():
     assert parse_lengths("lognormal:300:0.8:2048", "x") == LogNormalLengths(300, 0.8, 2048)
 
 
+@pytest.mark.parametrize("text", ["128", "64:256", "lognormal:300:0.8:2048"])
+def test_a_form_is_written_as_it_is_read(text):
+    assert str(parse_lengths(text, "input_len")) == text
+
+
 @given(st.integers(1, 500), st.integers(0, 500), st.integers())
 def test_uniform_lengths_stay_in_their_range(shortest, spread, seed):
     lengths = UniformLengths(shortest, shortest + spread)
