@@ -15,6 +15,8 @@ from afd_server.workload.trace import MOONCAKE_BLOCK_TOKENS
 
 EndpointType = Literal["completions", "chat"]
 
+OF_A_TRACE = ("burstiness", "input_len", "output_len", "prefix_len", "num_prefixes")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchConfig:
@@ -67,6 +69,8 @@ class BenchConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 0")
         if not all(rate is None or rate > 0 for rate in self.request_rate):
             raise ConfigError(f"request_rate is {self.request_rate}, must be above 0 or inf")
+        if self.trace is None and None in self.request_rate:
+            raise ConfigError("request_rate is None, which only a trace may have")
         if not all(width is None or width >= 1 for width in self.max_concurrency):
             raise ConfigError(f"max_concurrency is {self.max_concurrency}, must be at least 1")
         if not 0 <= self.clients.cancel_share <= 1:
@@ -152,6 +156,10 @@ def bench_config(flags: dict[str, Any]) -> BenchConfig:
         ConfigError: a value is wrong; the text names it.
     """
     values = dict(flags)
+    if "trace" in values:
+        own = [name for name in OF_A_TRACE if name in values]
+        if own:
+            raise ConfigError(f"{own[0]} cannot be given with trace, which has its own")
     for name in ("input_len", "output_len"):
         if name in values:
             values[name] = parse_lengths(values[name], name)

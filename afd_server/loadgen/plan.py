@@ -83,10 +83,10 @@ class Plan:
         shapes = self._shapes(seed)
         if self._trace and point.rate_per_s != inf:
             times: Iterator[float | None] = iter(self._trace_times_s(point.rate_per_s))
-        elif point.rate_per_s in (None, inf):
+        elif point.rate_per_s == inf:
             times = repeat(None)
         else:
-            assert point.rate_per_s is not None
+            assert point.rate_per_s is not None, "only a trace has a rate of its own"
             times = iter(arrival_times(point.rate_per_s, config.burstiness, f"{seed} arrivals"))
         count = self._count(point)
         return islice(make_offers(times, shapes, config.clients, seed), count), count

@@ -26,9 +26,12 @@ SMALL = {"input_len": "8", "output_len": "4", "duration_s": 0.2}
 
 
 def bench(fake, **flags):
+    return replay(fake, **{**SMALL, **flags})
+
+
+def replay(fake, **flags):
     lines = []
-    config = bench_config({"url": fake.url, **SMALL, **flags})
-    return run_bench(config, lines.append), lines
+    return run_bench(bench_config({"url": fake.url, **flags}), lines.append), lines
 
 
 def load(path):
@@ -133,7 +136,7 @@ def test_a_trace_is_replayed_at_the_asked_rate_with_its_shared_blocks(tmp_path):
     path = tmp_path / "r.json"
     with faking() as fake:
         flags = {"trace": trace, "trace_block_size": 8, "num_warmups": 0, "output": path}
-        status, _ = bench(fake, request_rate="30", save_detailed=True, **flags)
+        status, _ = replay(fake, request_rate="30", save_detailed=True, **flags)
     result = load(path)
     assert status == 0
     assert result["intended_times"] == pytest.approx([0.0, 1 / 30, 2 / 30, 0.1])
@@ -150,7 +153,7 @@ def test_lengths_beyond_the_models_are_refused_before_anything_is_sent(tmp_path)
         with pytest.raises(ConfigError, match=r"make 4100 tokens, but max_model_len of fake is 40"):
             bench(fake, input_len="8:4096")
         with pytest.raises(ConfigError, match=r"1 of 1 requests of .* the longest has 5001"):
-            bench(fake, trace=trace)
+            replay(fake, trace=trace)
         assert not fake.bodies
         fake.max_model_len = None
         assert bench(fake, request_rate="100", input_len="8:4096", num_prompts=1)[0] == 0
@@ -170,11 +173,11 @@ def test_a_trace_that_does_not_fit_what_is_asked_is_refused(tmp_path):
     trace.write_text(2 * line)
     with faking() as fake:
         with pytest.raises(ConfigError, match="num_prompts is 3, but .* has 2"):
-            bench(fake, trace=trace, num_prompts=3)
+            replay(fake, trace=trace, num_prompts=3)
         with pytest.raises(ConfigError, match="have the same timestamp"):
-            bench(fake, trace=trace)
+            replay(fake, trace=trace)
         with pytest.raises(ConfigError, match="cannot be read"):
-            bench(fake, trace=tmp_path / "none")
+            replay(fake, trace=tmp_path / "none")
 
 
 def test_a_file_that_cannot_be_written_is_named_if_possible_before_the_run(tmp_path):

@@ -53,6 +53,11 @@ def test_a_trace_keeps_its_own_rate_unless_told():
     assert parse("--trace", "t", "--request-rate", "2").request_rate == (2.0,)
 
 
+def test_only_a_trace_has_a_rate_of_its_own():
+    with pytest.raises(ConfigError, match="request_rate is None"):
+        BenchConfig(request_rate=(None,))
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -73,6 +78,7 @@ def test_a_trace_keeps_its_own_rate_unless_told():
         (["--slo-mix", "x"], "slo_mix is 'x'"),
         (["--extra-body", "{"], "extra_body is '{': not JSON"),
         (["--extra-body", "[]"], r"extra_body is '\[\]', must be a JSON object"),
+        (["--trace", "t", "--input-len", "9"], "input_len cannot be given with trace"),
         (["--find-goodput", "--request-rate", "1,2"], "takes one request_rate"),
         (["--find-goodput", "--request-rate", "inf"], "to begin with, not inf"),
         (["--find-goodput", "--num-prompts", "9"], "goes by duration_s"),
