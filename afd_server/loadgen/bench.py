@@ -50,21 +50,29 @@ def run_bench(config: BenchConfig, say: Say) -> int:
 
 
 async def _ask_server(origin: Origin, config: BenchConfig) -> ServerFacts:
-    cards = await get_json(origin, "/v1/models")
-    try:
-        models = {card["id"]: card for card in cards["data"]}
-    except (KeyError, TypeError) as error:
-        raise TransportError(f"{config.url}/v1/models lists no models") from error
-    model = config.model or next(iter(models), None)
-    if model is None or model not in models:
-        raise ConfigError(f"model is {model!r}, but the server lists {sorted(models)}")
+    card = await _model_card(origin, config.model)
+    length = card.get("max_model_len")
     topology = version = None
     try:  # of afd-server; others have no such paths
         topology = (await get_json(origin, "/status"))["topology"]
         version = (await get_json(origin, "/version"))["version"]
     except (TransportError, KeyError, TypeError):
         pass
-    return ServerFacts(model, models[model].get("max_model_len"), topology, version)
+    return ServerFacts(card["id"], length if type(length) is int else None, topology, version)
+
+
+async def _model_card(origin: Origin, wanted: str | None) -> dict[str, Any]:
+    """Return what the server says of a model; one named may be an alias that it does not list."""
+    cards: list[dict[str, Any]] = []
+    try:
+        listed = (await get_json(origin, "/v1/models"))["data"]
+        cards = [card for card in listed if wanted in (None, card["id"])]
+    except (TransportError, KeyError, TypeError) as error:
+        if wanted is None:
+            raise TransportError(f"no model is known, give --model: {error}") from error
+    if not cards and wanted is None:
+        raise TransportError("the server lists no model, give --model")
+    return cards[0] if cards else {"id": wanted}
 
 
 class _Bench:
@@ -86,6 +94,8 @@ class _Bench:
             TransportError: one of them was not served.
         """
         run = await run_load(self._client(), self._plan.warm_up())
+        if run.interrupted:
+            raise KeyboardInterrupt
         for record in run.records:
             if record.outcome is not Outcome.COMPLETED:
                 raise TransportError(f"a first request was not served: {record.reason}")

@@ -163,8 +163,17 @@ def test_what_cannot_be_served_at_all_is_said_before_the_run():
     with faking(conduct=lambda _: "reject") as fake:
         with pytest.raises(TransportError, match="a first request was not served: HTTP 400: no"):
             bench(fake)
-        with pytest.raises(ConfigError, match=r"model is 'x', but the server lists \['fake'\]"):
-            bench(fake, model="x")
+        fake.lists_models = False
+        with pytest.raises(TransportError, match="the server lists no model, give --model"):
+            bench(fake)
+
+
+def test_a_model_may_be_one_that_the_server_does_not_list(tmp_path):
+    with faking() as fake:
+        fake.lists_models = False
+        bench(fake, model="alias", request_rate="100", output=tmp_path / "r.json")
+    assert load(tmp_path / "r.json")["model_id"] == "alias"
+    assert {body["model"] for body in fake.bodies} == {"alias"}
 
 
 def test_a_trace_that_does_not_fit_what_is_asked_is_refused(tmp_path):

@@ -25,6 +25,7 @@ class FakeServer:
         self.gap_s = gap_s
         self.conduct = conduct
         self.max_model_len: int | None = 4096
+        self.lists_models = True
         self.max_live: int | None = None  # refuses what comes beyond
         self._live = 0
         self.bodies: list[dict] = []
@@ -36,7 +37,7 @@ class FakeServer:
         assert scope["type"] == "http"
         if scope["path"] == "/v1/models":
             card = {"id": "fake", "max_model_len": self.max_model_len}
-            return await _answer(send, 200, {"data": [card]})
+            return await _answer(send, 200, {"data": [card] if self.lists_models else []})
         if not scope["path"].startswith("/v1/"):
             return await _answer(send, 404, {})
         body = b""
