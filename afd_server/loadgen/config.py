@@ -55,7 +55,9 @@ class BenchConfig:
     save_detailed: bool = False
 
     def __post_init__(self) -> None:
-        positive = ("burstiness", "duration_s", "tpot_slo_ms", "timeout_s", "trace_block_size",
+        if not self.burstiness >= 0.01:  # gaps below are nothing but zeros and one eternity
+            raise ConfigError(f"burstiness is {self.burstiness}, must be at least 0.01")
+        positive = ("duration_s", "tpot_slo_ms", "timeout_s", "trace_block_size",
                     "num_prefixes")  # fmt: skip
         for name in positive:
             if not getattr(self, name) > 0:

@@ -80,15 +80,15 @@ class Plan:
     def offers(self, point: Point) -> tuple[Iterator[Offer], int]:
         """Return a run's offers and how many they are."""
         config, seed = self._config, f"{self._config.seed} {point.number}"
-        shapes = self._shapes(seed)
+        shapes, count = self._shapes(seed), self._count(point)
         if self._trace and point.rate_per_s != inf:
             times: Iterator[float | None] = iter(self._trace_times_s(point.rate_per_s))
         elif point.rate_per_s == inf:
             times = repeat(None)
         else:
             assert point.rate_per_s is not None, "only a trace has a rate of its own"
-            times = iter(arrival_times(point.rate_per_s, config.burstiness, f"{seed} arrivals"))
-        count = self._count(point)
+            rate, arrivals = point.rate_per_s, f"{seed} arrivals"
+            times = iter(arrival_times(rate, config.burstiness, count, arrivals))
         return islice(make_offers(times, shapes, config.clients, seed), count), count
 
     def recorded_rate(self) -> float:

@@ -50,7 +50,7 @@ async def measure(
         times, count = repeat(None), -(-count // width) * width
         load = {"request_rate": "inf", "max_concurrency": width}
     else:
-        times = arrival_times(rate_per_s, 1.0, f"{workload.seed} arrivals")
+        times = arrival_times(rate_per_s, 1.0, count, f"{workload.seed} arrivals")
         load = {"request_rate": rate_per_s, "burstiness": 1.0}
     offers = islice(make_offers(times, workload.shapes, Clients(), ""), count)
     run = await run_load(client, offers, max_concurrency=width)

@@ -66,7 +66,7 @@ def test_only_a_trace_has_a_rate_of_its_own():
         (["--request-rate", "nan"], "request_rate is 'nan'"),
         (["--max-concurrency", "0"], "max_concurrency is"),
         (["--max-concurrency", "1.5"], "max_concurrency is '1.5'"),
-        (["--burstiness", "0"], "burstiness is 0.0, must be above 0"),
+        (["--burstiness", "0"], "burstiness is 0.0, must be at least 0.01"),
         (["--burstiness", "nan"], "burstiness is nan"),
         (["--duration-s", "0"], "duration_s is"),
         (["--num-prompts", "0"], "num_prompts is 0"),
