@@ -60,8 +60,8 @@ class BenchConfig:
         positive = ("duration_s", "tpot_slo_ms", "timeout_s", "trace_block_size",
                     "num_prefixes")  # fmt: skip
         for name in positive:
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, must be above 0")
+            if not 0 < getattr(self, name) < inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}, must be above 0 and finite")
         for name in ("num_prompts", "ttft_slo_ms"):
             value = getattr(self, name)
             if value is not None and not value > 0:

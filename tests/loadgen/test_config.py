@@ -69,6 +69,7 @@ def test_only_a_trace_has_a_rate_of_its_own():
         (["--burstiness", "0"], "burstiness is 0.0, must be at least 0.01"),
         (["--burstiness", "nan"], "burstiness is nan"),
         (["--duration-s", "0"], "duration_s is"),
+        (["--duration-s", "inf"], "duration_s is inf, must be above 0 and finite"),
         (["--num-prompts", "0"], "num_prompts is 0"),
         (["--prefix-len", "-1"], "prefix_len is -1, must be at least 0"),
         (["--cancel-share", "2"], "cancel_share is 2.0, must be in 0 … 1"),
