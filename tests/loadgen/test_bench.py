@@ -34,6 +34,11 @@ def replay(fake, **flags):
     return run_bench(bench_config({"url": fake.url, **flags}), lines.append), lines
 
 
+def num_rows(lines):
+    """Count the table's lines; on a busy machine the client may say beneath that it was late."""
+    return sum(not line.startswith("  the client") for line in lines)
+
+
 def load(path):
     return json.loads(path.read_text())
 
@@ -45,7 +50,7 @@ def test_a_run_gives_a_line_and_a_file_with_the_keys_of_vllm_and_our_blocks(tmp_
             fake, request_rate="50", slo_mix="20:1,50:1", output=path, save_detailed=True
         )
     result = load(path)
-    assert (status, len(lines)) == (0, 2)
+    assert (status, num_rows(lines)) == (0, 2)
     assert result.keys() >= VLLM_KEYS
     assert (result["num_prompts"], result["completed"], result["request_rate"]) == (10, 10, 50.0)
     assert (result["total_input_tokens"], result["total_output_tokens"]) == (80, 40)
@@ -74,7 +79,7 @@ def test_a_sweep_is_a_line_and_a_file_for_each_rate_and_width(tmp_path):
             fake, request_rate="100,inf", max_concurrency="1,2", num_prompts=4,
             output=tmp_path / "r.json",
         )  # fmt: skip
-    assert (status, len(lines)) == (0, 5)
+    assert (status, num_rows(lines)) == (0, 5)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["r-c1.json", "r-c2.json", "r-r100-c1.json", "r-r100-c2.json"]
     assert load(tmp_path / "r-c2.json")["request_rate"] == "inf"
@@ -84,7 +89,7 @@ def test_failed_requests_give_exit_status_one_with_the_reason(tmp_path):
     with faking(conduct=lambda number: "break" if number == 3 else "serve") as fake:
         status, lines = bench(fake, request_rate="50", output=tmp_path / "r.json")
     assert status == FAILED
-    assert lines[2] == "  failed: the connection ended before the answer"
+    assert "  failed: the connection ended before the answer" in lines
     assert load(tmp_path / "r.json")["failures"] == ["the connection ended before the answer"]
 
 
