@@ -54,7 +54,7 @@ types: $(STAMP) ## mypy, strict
 arch: $(STAMP) ## who may import whom
 	$(BIN)/lint-imports
 
-bench: $(STAMP) ## open-loop load against a running server; flags go into ARGS
-	$(BIN)/python benchmarks/serving/open_loop.py $(ARGS)
+bench: $(STAMP) ## open-loop load on a running server; flags go into ARGS
+	$(BIN)/afd-server bench $(ARGS)
 
 check: lint types arch test-all ## everything that must hold before a merge

@@ -1,4 +1,4 @@
-"""The command line: serve · pull · status · trace, and the processes that serve starts."""
+"""The command line: serve · pull · status · trace · bench, and the processes that serve starts."""
 
 import argparse
 import json
@@ -15,6 +15,7 @@ from typing import Any  # Any: argparse's namespace, JSON of a running server
 from afd_server.cluster.launcher import die_with_parent
 from afd_server.config import add_flags, load_config, process_environment
 from afd_server.core.errors import AFDError, ConfigError
+from afd_server.loadgen.config import add_bench_flags, bench_config
 from afd_server.telemetry.log import configure_logging
 from afd_server.telemetry.trace import summarise_trace
 
@@ -44,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="afd-server", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=version("afd-server"))
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{serve,pull,status,trace}"
+        dest="command", required=True, metavar="{serve,pull,status,trace,bench}"
     )
     serve = commands.add_parser(
         "serve", help="start a server", description=_SERVE_TEXT, allow_abbrev=False
@@ -66,6 +67,17 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, default=Path("trace.json"), metavar="FILE",
         help="Chrome's format, for ui.perfetto.dev (default: trace.json)",
     )  # fmt: skip
+    bench = commands.add_parser(
+        "bench", help="put load on a server and measure it", allow_abbrev=False
+    )
+    add_bench_flags(bench)
+    report = bench.add_subparsers(dest="action", metavar="{report}").add_parser(
+        "report", help="draw plots of result files", allow_abbrev=False
+    )
+    report.add_argument("results", nargs="+", type=Path, metavar="FILE", help="of --output")
+    report.add_argument(
+        "-d", "--directory", type=Path, default=Path(), help="for the PNG files (default: here)"
+    )
     for name in ("worker", "gateway"):  # started by serve, with a spec on standard input
         internal = commands.add_parser(name)
         internal.add_argument("--log-level", default="warning")
@@ -133,6 +145,18 @@ def _trace(flags: dict[str, Any]) -> int:
     return 0
 
 
+def _bench(flags: dict[str, Any]) -> int:
+    from afd_server.loadgen.bench import run_bench
+    from afd_server.loadgen.plots import draw_report
+
+    if flags.pop("action") == "report":
+        for path in draw_report(flags["results"], flags["directory"]):
+            print(path)
+        return 0
+    key = process_environment().get("OPENAI_API_KEY")
+    return run_bench(bench_config({"api_key": key, **flags}), print)
+
+
 def _ask(server: str, path: str) -> Any:  # Any: JSON
     url = f"{server.rstrip('/')}{path}"
     try:
@@ -183,6 +207,7 @@ _COMMANDS = {
     "pull": _pull,
     "status": _status,
     "trace": _trace,
+    "bench": _bench,
     "worker": _worker,
     "gateway": _gateway,
 }

@@ -8,7 +8,6 @@ Each text gives one window of tokens; the model predicts every token of it from 
 import argparse
 import json
 import math
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tokenizers import Tokenizer
 from afd_server.config import ServeConfig
 from afd_server.core.model_spec import ModelSpec, read_model_spec
 from afd_server.kernels.reference import PagedRun, plan_paged_rows
+from afd_server.loadgen.environment import environment
 from afd_server.models.base import FFNShare, MicroBatch
 from afd_server.models.catalogue import ARCHITECTURES
 from afd_server.models.monolith import run_monolith
@@ -28,9 +28,6 @@ from afd_server.workers.attention.kv_store import KVStore
 from afd_server.workers.config import Numerics
 from afd_server.workers.runtime import select_kernels
 from afd_server.workers.tensors import TORCH_DTYPES, row_dtype
-
-sys.path.append(str(Path(__file__).parents[1]))
-from facts import environment
 
 EXACT = Numerics("native", "float32", "float32")
 OTHERS = {

@@ -8,7 +8,6 @@ import ctypes
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,9 +20,7 @@ from afd_server.kernels.cpu import available_builds, native_kernels
 from afd_server.kernels.reference import PagedRun, plan_paged_rows, rope_table
 from afd_server.kernels.sampling import noise_key
 from afd_server.kernels.table import Kernels, KVLayer
-
-sys.path.append(str(Path(__file__).parents[1]))
-from facts import environment
+from afd_server.loadgen.environment import environment
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 576, 1536, 9, 3, 64, 49152
 PRODUCTS = {

@@ -12,7 +12,6 @@ Nothing else may run on the machine. A JSON file goes to benchmarks/results (not
 """
 
 import argparse
-import asyncio
 import contextlib
 import json
 import os
@@ -30,14 +29,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-import httpx
 import psutil
-from client import Workload, measure, send, show
+import uvloop
+from load import Workload, connect, measure, show
 
 from afd_server.config import ENV_PREFIX, process_environment
-
-sys.path.append(str(Path(__file__).parents[1]))
-from facts import environment
+from afd_server.loadgen.client import Client
+from afd_server.loadgen.environment import environment
 
 RESULTS = Path(__file__).parents[1] / "results"
 READY = re.compile(r"^ready: (\S+) .*\n", re.MULTILINE)
@@ -153,16 +151,15 @@ class Bench:
         what was measured is added.
         """
         with serving(self.options, *flags) as server:
-            asyncio.run(self.load(server, loads, runs))
+            uvloop.run(self.load(server, loads, runs))
 
     async def load(self, server: Server, loads: Iterable[dict], runs: list[dict]) -> None:
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as http:
-            await self._warm_up(http)
-            for load in loads:
-                arguments = {"workload": self._workload, "tpot_slo_s": self.slo_s, **load}
-                runs.append(await measure(http, **arguments))
-                show(runs[-1])
+        client = await connect(server.url)
+        await self._warm_up(client)
+        for load in loads:
+            arguments = {"workload": self._workload, "tpot_slo_s": self.slo_s, **load}
+            runs.append(await measure(client, **arguments))
+            show(runs[-1])
 
     def once(self, flags: tuple[str, ...], load: dict) -> dict:
         """Measure one point; it must succeed."""
@@ -203,13 +200,12 @@ class Bench:
         count = max(self.scale.least_requests, int(self.scale.rate_point_s * rate_per_s))
         return {"rate_per_s": rate_per_s, "count": count}
 
-    async def _warm_up(self, http: httpx.AsyncClient) -> None:
+    async def _warm_up(self, client: Client) -> None:
         """Let every worker have computed something, at some width."""
         warm = Workload(self.options.input_len, 8, self.options.seed - 1)
-        sends = [send(http, warm.body(), time.monotonic()) for _ in range(4)]
-        failed = [record.error for record in await asyncio.gather(*sends) if record.error]
-        if failed:
-            raise RowFailed(f"the warm-up failed: {failed[0]}")
+        run = await measure(client, warm, width=4, count=4, tpot_slo_s=self.slo_s)
+        if run["failed"]:
+            raise RowFailed(f"the warm-up failed: {run['errors'][0]}")
 
 
 def best_throughput(bench: Bench, number: int, name: str, flags: tuple[str, ...]) -> Row:
@@ -277,7 +273,7 @@ def start_time(bench: Bench) -> Row:
 def memory(bench: Bench) -> Row:
     runs: list[dict] = []
     with serving(bench.options, launcher="ray") as server:
-        asyncio.run(bench.load(server, [bench.closed(bench.scale.widths[-1] // 2)], runs))
+        uvloop.run(bench.load(server, [bench.closed(bench.scale.widths[-1] // 2)], runs))
         sizes = server.pss_mb()
     at = f"1A1F, {len(sizes)} processes"
     figure = "memory (sum of PSS) after load, Ray"

@@ -22,14 +22,12 @@ from pathlib import Path
 
 from afd_server.core.clock import MonotonicClock
 from afd_server.core.topology import Member, Role, Topology
+from afd_server.loadgen.environment import environment
 from afd_server.transport.base import Link
 from afd_server.transport.endpoint import Endpoint, Identity
 from afd_server.transport.messages import Combine, Dispatch, DType, Payload
 from afd_server.transport.shm import SharedMemoryLink
 from afd_server.transport.zeromq import ZeroMQLink
-
-sys.path.append(str(Path(__file__).parents[1]))
-from facts import environment
 
 HIDDEN = 576  # of the demo model; a row is 2,304 bytes
 ROWS = (1, 16)

@@ -10,7 +10,7 @@ from afd_server.core.topology import FFNParallel, Role
 from afd_server.costmodel.pipeline import CONTEXT_TOKENS, StageTimes
 from afd_server.telemetry.timeline import Event, EventKind, read_events
 from afd_server.transport.inproc import Faults
-from afd_server.workers.attention.calibration import NUM_ROUNDS, stage_times
+from afd_server.workers.attention.calibration import NUM_ROUNDS, PREFILL_ROUNDS, stage_times
 from support.checkpoints import tiny_llama
 from support.experts import tiny_routed
 from support.pools import Pools, ipc_links
@@ -99,10 +99,13 @@ def test_it_leaves_no_block_no_row_and_nothing_cached():
     report = worker.load(0)
     assert report.free_blocks == report.num_blocks
     assert report.cached_blocks == report.rows == report.running == report.waiting == 0
-    assert report.steps == 2 * NUM_ROUNDS
+    assert report.steps == 2 * (NUM_ROUNDS + PREFILL_ROUNDS)
     steps = [e for e in read_events(report.events.data) if e.kind == EventKind.STEP]
     assert [(e.step, e.rows) for e in steps] == [
-        (number, rows) for number, rows in enumerate([4, 16] * NUM_ROUNDS, 1)
+        (number, rows)
+        for number, rows in enumerate(
+            [4, 16, 64, 64] * PREFILL_ROUNDS + [4, 16] * (NUM_ROUNDS - PREFILL_ROUNDS), 1
+        )
     ]
 
 
@@ -173,7 +176,7 @@ def test_an_attention_worker_that_is_replaced_calibrates_again():
     pools.publish()
     pools.start(Role.ATTENTION, 0)
     pools.publish()
-    assert calibrate(pools)[0].load(0).steps == 2 * NUM_ROUNDS
+    assert calibrate(pools)[0].load(0).steps == 2 * (NUM_ROUNDS + PREFILL_ROUNDS)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -198,4 +201,4 @@ def test_every_step_has_a_number_of_its_own():
     pools.run(requests())
     events = read_events(worker.load(0).events.data)
     stages = [StageId(e.step, e.lane, e.layer) for e in events if e.kind == EventKind.ATTENTION]
-    assert len(set(stages)) == len(stages) > 2 * NUM_ROUNDS * NUM_LAYERS
+    assert len(set(stages)) == len(stages) > 2 * (NUM_ROUNDS + PREFILL_ROUNDS) * NUM_LAYERS

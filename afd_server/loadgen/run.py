@@ -1,0 +1,122 @@
+"""One run: offers sent when they are due, whatever the answers do."""
+
+import asyncio
+import resource
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from afd_server.loadgen.client import Client, Prepared
+from afd_server.workload.offers import Offer
+from afd_server.workload.report import RequestRecord, percentile
+
+HEAD_START_S = 0.1  # to prepare the first request
+BUSY_SHARE = 0.8  # of its one core; above, chunks wait for the client before they are timed
+LATE_S = 0.02  # a loaded client's p99; shorter delays are the system's timers and scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class ClientLoad:
+    """How hard the client itself had to work."""
+
+    cpu_share: float
+    p99_lateness_s: float
+
+    @property
+    def is_bottleneck(self) -> bool:
+        """Say whether figures may be the client's rather than the server's."""
+        return self.cpu_share > BUSY_SHARE or self.p99_lateness_s > LATE_S
+
+    def as_json(self) -> dict[str, float | bool]:
+        """Return the block of a result file."""
+        return {
+            "cpu_share": self.cpu_share,
+            "p99_lateness_ms": self.p99_lateness_s * 1000,
+            "is_bottleneck": self.is_bottleneck,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What was measured. `interrupted`: by the user, before all had been sent and answered."""
+
+    records: list[RequestRecord]
+    load: ClientLoad
+    interrupted: bool
+
+
+async def run_load(
+    client: Client,
+    offers: Iterable[Offer],
+    *,
+    max_concurrency: int | None = None,
+    limit_s: float | None = None,
+    note: Callable[[RequestRecord], None] = lambda _record: None,
+) -> Run:
+    """Send offers and wait for the answers.
+
+    Args:
+        client: of the server.
+        offers: in order of time; those without one are sent as soon as there is room.
+        max_concurrency: requests under way at once, at most; further ones wait in the client,
+            and that wait is part of their time to first token.
+        limit_s: after which everything under way is given up as unfinished.
+        note: called with each record at once.
+
+    Cancelling the task ends the run in the same way, with `interrupted` set.
+    """
+    sender = _Sender(client, max_concurrency, note)
+    before, begin_s = _cpu_s(), time.monotonic()
+    interrupted = False
+    try:
+        async with asyncio.timeout(limit_s), asyncio.TaskGroup() as requests:
+            await sender.send_all(offers, requests)
+    except TimeoutError:
+        pass  # what was under way is unfinished
+    except asyncio.CancelledError:
+        interrupted = True
+        task = asyncio.current_task()
+        assert task is not None
+        task.uncancel()
+    wall_s = time.monotonic() - begin_s
+    late_s = percentile(sender.late_s, 99) if sender.late_s else 0.0
+    load = ClientLoad((_cpu_s() - before) / wall_s, late_s)
+    return Run(sorted(sender.records, key=lambda record: record.intended_s), load, interrupted)
+
+
+class _Sender:
+    """Sends at the due times and collects the records."""
+
+    def __init__(
+        self, client: Client, max_concurrency: int | None, note: Callable[[RequestRecord], None]
+    ) -> None:
+        self.records: list[RequestRecord] = []
+        self.late_s: list[float] = []
+        self._client = client
+        self._slots = asyncio.Semaphore(max_concurrency) if max_concurrency else None
+        self._note = note
+
+    async def send_all(self, offers: Iterable[Offer], requests: asyncio.TaskGroup) -> None:
+        begin_s = free_s = time.monotonic() + HEAD_START_S
+        for offer in offers:
+            prepared = self._client.prepare(offer)
+            due_s = begin_s + (offer.at_s or 0.0)
+            await asyncio.sleep(due_s - time.monotonic())
+            self.late_s.append(time.monotonic() - max(due_s, free_s))
+            if self._slots is not None:
+                await self._slots.acquire()
+                free_s = time.monotonic()
+            intended_s = time.monotonic() if offer.at_s is None else due_s
+            requests.create_task(self._follow(prepared, intended_s))
+
+    async def _follow(self, prepared: Prepared, intended_s: float) -> None:
+        record = await self._client.send(prepared, intended_s)
+        if self._slots is not None:
+            self._slots.release()
+        self.records.append(record)
+        self._note(record)
+
+
+def _cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
