@@ -3,10 +3,12 @@
 from functools import partial
 
 from afd_server.models.base import Architecture
-from afd_server.models.experts import ExpertNames, GatedDecoder, RoutedFFN
+from afd_server.models.experts import STACKED, ExpertNames, GatedDecoder, RoutedFFN, spell_alike
 from afd_server.models.qwen3 import Qwen3Attention
 
-_NAMES = ExpertNames("mlp", gate="gate_proj", up="up_proj", down="down_proj")
+_NAMES = ExpertNames(
+    gates=("mlp.gate.weight",), experts=(spell_alike("mlp.experts.{expert}"), STACKED)
+)
 
 QWEN3_MOE = Architecture(
     attention=partial(GatedDecoder, _NAMES, Qwen3Attention),

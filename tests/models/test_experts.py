@@ -63,8 +63,8 @@ class RecordingReader(Checkpoint):
         super().__init__(directory, torch.float32)
         self.elements = {}
 
-    def read_slice(self, name, shape, place):
-        tensor = super().read_slice(name, shape, place)
+    def _read(self, name, shape, place, dtype):
+        tensor = super()._read(name, shape, place, dtype)
         self.elements[name] = self.elements.get(name, 0) + tensor.numel()
         return tensor
 
