@@ -319,6 +319,9 @@ WRITERS = {
 }
 
 
+ROUTED = ("step3_text", "mfa_kr", "step3p5", "deepseek_v3", "mixtral", "qwen3_moe")
+
+
 @functools.cache
 def family(name: str) -> Family:
     """Return one shared tiny checkpoint; nobody may change it."""

@@ -47,7 +47,9 @@ def test_another_name_shape_or_seed_gives_other_weights():
         DummyWeights(torch.float32, seed=1).read("w", (8, 8)),
     ]
     assert not any((whole == other).any() for other in others)
-    assert torch.equal(DummyWeights(torch.bfloat16, seed=0).read("w", (8, 8)), whole.bfloat16())
+    rounded = DummyWeights(torch.bfloat16, seed=0)
+    assert torch.equal(rounded.read("w", (8, 8)), whole.bfloat16())
+    assert torch.equal(rounded.read_float32("w", (8, 8)), whole)
 
 
 def test_the_values_are_those_of_every_version_and_machine():
