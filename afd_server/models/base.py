@@ -96,10 +96,6 @@ class TensorReader(Protocol):
         """Return rows start … stop − 1 of a tensor of this whole shape."""
         ...
 
-    def read_columns(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-        """Return columns start … stop − 1 of a tensor of this whole shape."""
-        ...
-
     def read_slice(self, name: str, shape: tuple[int, ...], place: tuple[slice, ...]) -> Tensor:
         """Return a part of a tensor of this whole shape; dimensions not named are whole."""
         ...

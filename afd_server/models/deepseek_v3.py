@@ -14,8 +14,8 @@ from torch import Tensor
 from afd_server.core.attention_spec import MLASpec
 from afd_server.kernels.table import KVLayer, LinearWeight
 from afd_server.models.base import Architecture, MicroBatch
-from afd_server.models.experts import STACKED, ExpertNames, GatedDecoder, RoutedFFN, spell_alike
-from afd_server.models.layers import LayerSource
+from afd_server.models.experts import STACKED, ExpertNames, GatedDecoder, RoutedFFN
+from afd_server.models.layers import LayerSource, tensors_of_module
 from afd_server.models.rope import pairs_apart
 
 
@@ -115,7 +115,7 @@ def _read_head(source: LayerSource, shape: MLASpec, head: int) -> Tensor:
 
 _NAMES = ExpertNames(
     gates=("mlp.gate.weight",),
-    experts=(spell_alike("mlp.experts.{expert}"), STACKED),
+    experts=(tensors_of_module("mlp.experts.{expert}"), STACKED),
     bias="mlp.gate.e_score_correction_bias",
     shared="mlp.shared_experts",
 )

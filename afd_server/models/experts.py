@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -24,27 +23,10 @@ from afd_server.models.layers import (
 )
 from afd_server.models.routing import RoutedRows, choose_experts, compute_routed, join, split
 
-
-class Spelling(NamedTuple):
-    """Names of the projections of a layer's experts, within the layer.
-
-    Those with `{expert}` are of a tensor for each expert, others of tensors that stack all of
-    them, [experts, …]. If gate and up have one name it is of both, gate over up.
-    """
-
-    gate: str
-    up: str
-    down: str
-
-
-def spell_alike(module: str) -> Spelling:
-    """Return the names of projections that are called gate_proj, up_proj and down_proj."""
-    gate, up, down = (f"{module}.{name}_proj.weight" for name in ("gate", "up", "down"))
-    return Spelling(gate, up, down)
-
-
 # As transformers 5 keeps the experts of every family.
-STACKED = Spelling("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+STACKED = FFNTensors(
+    "mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +37,14 @@ class ExpertNames:
 
     Attributes:
         gates: of the gate's weight [experts, hidden].
-        experts: of those that it chooses from.
+        experts: of those that it chooses from. Names with `{expert}` are of a tensor for each
+            expert, others of tensors that stack all of them.
         bias: of its bias [experts], if the family has one.
         shared: the module of the shared expert, if the family has one.
     """
 
     gates: tuple[str, ...]
-    experts: tuple[Spelling, ...]
+    experts: tuple[FFNTensors, ...]
     bias: str | None = None
     shared: str | None = None
 
@@ -78,15 +61,22 @@ class ExpertNames:
             assert self.shared is not None, "the family has no shared expert"
             return tensors_of_module(f"model.layers.{layer}.{self.shared}")
         first, *others = (
-            Spelling(*(f"model.layers.{layer}.{name}" for name in spelling))
+            _tensors_of_expert(spelling, layer, expert, experts.num_experts)
             for spelling in self.experts
         )
-        found = (s for s in others if weights.has(s.gate.format(expert=expert)))
-        spelling = next(found, first)
-        gate, up, down = (name.format(expert=expert) for name in spelling)
-        if gate == spelling.gate:  # one name for all experts
-            return FFNTensors(gate, up, down, expert, experts.num_experts)
+        return next((tensors for tensors in others if weights.has(tensors.gate)), first)
+
+
+def _tensors_of_expert(
+    spelling: FFNTensors, layer: int, expert: int, num_experts: int
+) -> FFNTensors:
+    gate, up, down = (
+        f"model.layers.{layer}.{name.format(expert=expert)}"
+        for name in (spelling.gate, spelling.up, spelling.down)
+    )
+    if "{expert}" in spelling.gate:
         return FFNTensors(gate, up, down)
+    return FFNTensors(gate, up, down, expert, num_experts)
 
 
 class GatedDecoder:

@@ -3,14 +3,15 @@
 from functools import partial
 
 from afd_server.models.base import Architecture
-from afd_server.models.experts import STACKED, ExpertNames, GatedDecoder, RoutedFFN, Spelling
+from afd_server.models.experts import STACKED, ExpertNames, GatedDecoder, RoutedFFN
+from afd_server.models.layers import FFNTensors
 from afd_server.models.llama import LlamaAttention
 
 _EXPERT = "block_sparse_moe.experts.{expert}"
 _NAMES = ExpertNames(
     gates=("block_sparse_moe.gate.weight", "mlp.gate.weight"),
     experts=(
-        Spelling(f"{_EXPERT}.w1.weight", f"{_EXPERT}.w3.weight", f"{_EXPERT}.w2.weight"),
+        FFNTensors(f"{_EXPERT}.w1.weight", f"{_EXPERT}.w3.weight", f"{_EXPERT}.w2.weight"),
         STACKED,
     ),
 )

@@ -12,8 +12,8 @@ from torch import Tensor
 from afd_server.core.attention_spec import MFASpec
 from afd_server.kernels.table import KVLayer, LinearWeight
 from afd_server.models.base import Architecture, MicroBatch
-from afd_server.models.experts import ExpertNames, GatedDecoder, RoutedFFN, spell_alike
-from afd_server.models.layers import LayerSource, SelfAttention
+from afd_server.models.experts import ExpertNames, GatedDecoder, RoutedFFN
+from afd_server.models.layers import LayerSource, SelfAttention, tensors_of_module
 
 
 class MFAttention:
@@ -132,12 +132,10 @@ def _folded_output(source: LayerSource, shape: MFASpec) -> Tensor:
 # The experts are stacked; third parties that quantise them write a tensor for each, either way.
 NAMES = ExpertNames(
     gates=("moe.gate.weight",),
-    experts=(
-        spell_alike("moe"), spell_alike("moe.experts.{expert}"), spell_alike("moe.{expert}"),
-    ),
+    experts=tuple(map(tensors_of_module, ("moe", "moe.experts.{expert}", "moe.{expert}"))),
     bias="moe.router_bias",
     shared="share_expert",
-)  # fmt: skip
+)
 
 STEP3_TEXT = Architecture(
     attention=partial(GatedDecoder, NAMES, _attention), ffn=partial(RoutedFFN, NAMES)

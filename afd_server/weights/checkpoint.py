@@ -62,10 +62,6 @@ class Checkpoint:
         """Return rows start … stop − 1; errors as for `read`."""
         return self.read_slice(name, shape, (slice(start, stop),))
 
-    def read_columns(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-        """Return columns start … stop − 1; errors as for `read`."""
-        return self.read_slice(name, shape, (slice(0, shape[0]), slice(start, stop)))
-
     def read_slice(self, name: str, shape: tuple[int, ...], place: tuple[slice, ...]) -> Tensor:
         """Return a part of a tensor; errors as for `read`."""
         return self._read(name, shape, place, self._dtype)

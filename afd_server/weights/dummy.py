@@ -39,9 +39,6 @@ class DummyWeights:
     def read_rows(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
         return self.read_slice(name, shape, (slice(start, stop),))
 
-    def read_columns(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-        return self.read_slice(name, shape, (slice(None), slice(start, stop)))
-
     def read_slice(self, name: str, shape: tuple[int, ...], place: tuple[slice, ...]) -> Tensor:
         return self._draw(name, shape, place).to(self._dtype)
 

@@ -35,7 +35,7 @@ def test_a_tensor_is_read_in_float32_whatever_the_dtype_of_the_others(directory)
 def test_rows_and_columns_are_contiguous_copies(directory):
     checkpoint = Checkpoint(directory, torch.float32)
     rows = checkpoint.read_rows("a", (4, 6), 1, 3)
-    columns = checkpoint.read_columns("a", (4, 6), 2, 5)
+    columns = checkpoint.read_slice("a", (4, 6), (slice(None), slice(2, 5)))
     assert torch.equal(rows, WEIGHT[1:3])
     assert torch.equal(columns, WEIGHT[:, 2:5])
     assert columns.is_contiguous()

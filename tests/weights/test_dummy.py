@@ -33,7 +33,7 @@ def test_parts_are_parts_of_the_whole(shape, one, other):
     assert torch.equal(WEIGHTS.read_rows("w", shape, start, stop), whole[start:stop])
     if len(shape) > 1:
         start, stop = start % shape[1], shape[1]
-        columns = WEIGHTS.read_columns("w", shape, start, stop)
+        columns = WEIGHTS.read_slice("w", shape, (slice(None), slice(start, stop)))
         assert torch.equal(columns, whole[:, start:stop])
         assert columns.is_contiguous()
 
