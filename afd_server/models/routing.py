@@ -58,10 +58,9 @@ def choose_experts(
     if gate.renormalises:
         weights = weights / (_sum_in_order(weights) + TINY)
     shared = experts.new_full((num_tokens, spec.num_shared), spec.num_experts)
+    experts = torch.cat((experts, shared), 1)
     ones = weights.new_ones(num_tokens, spec.num_shared)
-    return torch.cat((experts, shared), 1).to(torch.int32), torch.cat(
-        (weights * gate.scale, ones), 1
-    )
+    return experts.to(torch.int32), torch.cat((weights * gate.scale, ones), 1)
 
 
 def _keep_best_groups(ranks: Tensor, gate: GateSpec) -> Tensor:

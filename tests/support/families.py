@@ -1,7 +1,6 @@
 """One tiny random checkpoint of each architecture, and an independent model of it."""
 
 import atexit
-import copy
 import functools
 import json
 import shutil
@@ -228,10 +227,10 @@ def _mfa_model():
         norm_topk_prob=False,
         routed_scaling_factor=1.0,
     )
-    shared = DeepseekV2MLP(experts, intermediate_size=STEP3["share_expert_dim"])
     for layer in model.model.layers[1:3]:
         layer.mlp = DeepseekV2Moe(experts)
-        layer.mlp.shared_experts = copy.deepcopy(shared)
+        size = STEP3["share_expert_dim"]
+        layer.mlp.shared_experts = DeepseekV2MLP(experts, intermediate_size=size)
         draw_experts(layer)
     return model.eval()
 
