@@ -263,7 +263,8 @@ class _Plan:
             )
         self._check_placement(model)
         # float32 partial sums, of a token's experts one each
-        rows = config.max_batch_tokens * (model.experts.num_chosen if model.experts else 1)
+        num_chosen = max(model.num_chosen(layer) for layer in range(model.num_layers))
+        rows = config.max_batch_tokens * max(1, num_chosen)
         payload = rows * model.hidden_size * 4
         if payload > MAX_PAYLOAD_BYTES:
             raise ConfigError(

@@ -6,7 +6,7 @@ Knows nothing of tensors, nor of the rest of the model.
 import math
 from dataclasses import dataclass
 
-from afd_server.core.config_fields import Config, integer, number, refuse_unless
+from afd_server.core.config_fields import Config, by_layer, integer, number, refuse_unless
 from afd_server.core.errors import ModelError
 
 
@@ -217,7 +217,7 @@ def parse_step3p5(config: Config) -> tuple[AttentionSpec, ...]:
         refuse_unless(config, field, None, True)
     refuse_unless(config, "sink", None, False)
     refuse_unless(config, "use_rope_layers", None, [])
-    kinds = _by_layer(config, "layer_types")
+    kinds = by_layer(config, "layer_types")
     return tuple(_step3p5_layer(config, layer, kind) for layer, kind in enumerate(kinds))
 
 
@@ -249,9 +249,9 @@ def _step3p5_layer(config: Config, layer: int, kind: object) -> GQASpec:
 
 def _step3p5_rope(config: Config, layer: int, kind: object, head_dim: int) -> RopeSpec:
     """Read the layer's entries of the lists; only some kinds of layers are stretched."""
-    theta = number({"rope_theta": _by_layer(config, "rope_theta")[layer]}, "rope_theta")
+    theta = number({"rope_theta": by_layer(config, "rope_theta")[layer]}, "rope_theta")
     field = "partial_rotary_factors"
-    rotated = head_dim * number({field: _by_layer(config, field)[layer]}, field)
+    rotated = head_dim * number({field: by_layer(config, field)[layer]}, field)
     dim = int(rotated)
     if dim != rotated or dim % 2 or dim > head_dim:
         raise ModelError(
@@ -269,17 +269,6 @@ def _step3p5_rope(config: Config, layer: int, kind: object, head_dim: int) -> Ro
             most_turns=number(fields, "high_freq_factor"),
         )
     return RopeSpec(dim, theta, scaling, num_still=head_dim - dim)
-
-
-def _by_layer(config: Config, field: str) -> list[object]:
-    """Return a list's entries of the decoder layers; those of draft layers may follow."""
-    entries, num_layers = config.get(field), integer(config, "num_hidden_layers")
-    if not isinstance(entries, list) or len(entries) < num_layers:
-        raise ModelError(
-            f"config.json: {field} is {entries!r}, expected an entry for each of "
-            f"{num_layers} layers"
-        )
-    return entries[:num_layers]
 
 
 def _gqa(config: Config, head_dim: int | None = None) -> GQASpec:

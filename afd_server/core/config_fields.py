@@ -9,13 +9,17 @@ from afd_server.core.errors import ModelError
 Config = Mapping[str, Any]
 
 
-def integer(config: Config, field: str, default: int | None = None) -> int:
-    """Return a positive integer; `ModelError` if it is missing without default, or another kind."""
+def integer(config: Config, field: str, default: int | None = None, least: int = 1) -> int:
+    """Return an integer; `ModelError` if it is missing without default, or another kind.
+
+    `least` is 1 for a positive one, or 0.
+    """
     value = config.get(field)
     if value is None:
         value = default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ModelError(f"config.json: {field} is {value!r}, expected a positive integer")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        kind = "a positive integer" if least else "an integer from 0 on"
+        raise ModelError(f"config.json: {field} is {value!r}, expected {kind}")
     return value
 
 
@@ -34,3 +38,14 @@ def refuse_unless(config: Config, field: str, *supported: object) -> None:
         raise ModelError(
             f"config.json: {field} {value!r} is not supported; expected {supported[-1]!r}"
         )
+
+
+def by_layer(config: Config, field: str) -> list[object]:
+    """Return a list's entries of the decoder layers; those of draft layers may follow."""
+    entries, num_layers = config.get(field), integer(config, "num_hidden_layers")
+    if not isinstance(entries, list) or len(entries) < num_layers:
+        raise ModelError(
+            f"config.json: {field} is {entries!r}, expected an entry for each of "
+            f"{num_layers} layers"
+        )
+    return entries[:num_layers]

@@ -22,7 +22,16 @@ from afd_server.core.attention_spec import (
 )
 from afd_server.core.config_fields import Config, integer, number, refuse_unless
 from afd_server.core.errors import ModelError
-from afd_server.core.expert_spec import ExpertSpec, mixtral_experts, qwen3_moe_experts
+from afd_server.core.expert_spec import (
+    ExpertSpec,
+    SwiGLULimits,
+    deepseek_v3_experts,
+    mixtral_experts,
+    qwen3_moe_experts,
+    step3_text_experts,
+    step3p5_experts,
+    swiglu_limits,
+)
 
 _ATTENTION: dict[str, Callable[[Config], tuple[AttentionSpec, ...]]] = {
     "llama": parse_llama,
@@ -35,7 +44,10 @@ _ATTENTION: dict[str, Callable[[Config], tuple[AttentionSpec, ...]]] = {
     "qwen3_moe": parse_qwen3_moe,
 }
 
-_EXPERTS: dict[str, Callable[[Config], ExpertSpec]] = {
+_EXPERTS: dict[str, Callable[[Config], ExpertSpec | None]] = {
+    "step3_text": step3_text_experts,
+    "step3p5": step3p5_experts,
+    "deepseek_v3": deepseek_v3_experts,
     "mixtral": mixtral_experts,
     "qwen3_moe": qwen3_moe_experts,
 }
@@ -46,6 +58,19 @@ LoadFormat = Literal["auto", "dummy"]  # a checkpoint's weights, or random ones
 
 
 @dataclass(frozen=True, slots=True)
+class FFNShape:
+    """One FFN of one layer: dense, of a routed expert or of the shared one.
+
+    Attributes:
+        intermediate_size: its columns.
+        limit: what the factors of its SwiGLU are clamped to; None if they are not.
+    """
+
+    intermediate_size: int
+    limit: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """The shapes and constants of a decoder. Sizes are in elements.
 
@@ -53,6 +78,7 @@ class ModelSpec:
         attention: one for each layer.
         intermediate_size: of every dense FFN.
         experts: of the routed FFNs; None if all are dense.
+        limits: of all FFNs; None if nothing is clamped.
     """
 
     model_type: str
@@ -65,24 +91,50 @@ class ModelSpec:
     tie_embeddings: bool
     eos_token_ids: tuple[int, ...]
     experts: ExpertSpec | None = None
+    limits: SwiGLULimits | None = None
 
     def num_chosen(self, layer: int) -> int:
-        """Return the experts that a token goes to in a layer; 0 if the layer is dense."""
+        """Return the experts that a token goes to in a layer; 0 if the layer is dense.
+
+        A shared expert counts.
+        """
         experts = self.experts
-        return experts.num_chosen if experts is not None and experts.is_routed[layer] else 0
+        if experts is None or not experts.is_routed[layer]:
+            return 0
+        return experts.num_chosen + experts.num_shared
 
     @property
     def experts_by_layer(self) -> tuple[int, ...]:
-        """Return the experts of each layer; a dense layer counts as one that everybody chooses."""
-        if self.experts is None:
+        """Return the experts of each layer, the shared one among them.
+
+        A dense layer counts as one that everybody chooses.
+        """
+        experts = self.experts
+        if experts is None:
             return (1,) * self.num_layers
-        return tuple(self.experts.num_experts if r else 1 for r in self.experts.is_routed)
+        return tuple(
+            experts.num_experts + experts.num_shared if r else 1 for r in experts.is_routed
+        )
+
+    def ffn_shape(self, layer: int, expert: int = 0) -> FFNShape:
+        """Return the shape of an expert of a layer; a dense layer has one."""
+        experts, limits = self.experts, self.limits
+        routed, others = (limits.routed[layer], limits.others[layer]) if limits else (None, None)
+        if experts is None or not experts.is_routed[layer]:
+            return FFNShape(self.intermediate_size, others)
+        if expert < experts.num_experts:
+            return FFNShape(experts.intermediate_size, routed)
+        assert experts.shared_size is not None, f"there are only {experts.num_experts} experts"
+        return FFNShape(experts.shared_size, others)
 
     @property
     def smallest_intermediate_size(self) -> int:
         """Return the columns of the FFN that has the fewest."""
-        routed = self.experts.intermediate_size if self.experts else self.intermediate_size
-        return min(self.intermediate_size, routed)
+        return min(
+            self.ffn_shape(layer, expert).intermediate_size
+            for layer, num_experts in enumerate(self.experts_by_layer)
+            for expert in (0, num_experts - 1)  # the last may be shared, of another size
+        )
 
     @property
     def num_layers(self) -> int:
@@ -148,6 +200,7 @@ def parse_model_spec(config: Config, generation: Config) -> ModelSpec:
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         eos_token_ids=_eos_token_ids(config, generation),
         experts=_EXPERTS[model_type](config) if model_type in _EXPERTS else None,
+        limits=swiglu_limits(config),
     )
 
 
@@ -155,29 +208,7 @@ def _refuse_unsupported(config: Config) -> None:
     refuse_unless(config, "attention_bias", None, False)
     refuse_unless(config, "mlp_bias", None, False)
     refuse_unless(config, "hidden_act", "silu")
-    _refuse_experts(config)
-    if any(config.get("swiglu_limits_shared") or ()):
-        raise ModelError(
-            f"config.json: swiglu_limits_shared {config['swiglu_limits_shared']!r} is not "
-            "supported; expected no limits"
-        )
     _refuse_quantisation(config.get("quantization_config") or {})
-
-
-def _refuse_experts(config: Config) -> None:
-    """Refuse layers of experts: Step-3 lists them in a string, DeepSeek's follow dense ones."""
-    if config["model_type"] == "deepseek_v3":
-        num_dense = integer(config, "first_k_dense_replace")
-        if num_dense < integer(config, "num_hidden_layers"):
-            raise ModelError(
-                f"config.json: first_k_dense_replace {num_dense} is not supported; "
-                "expected num_hidden_layers, layers without experts"
-            )
-    if config["model_type"] in ("step3_text", "step3p5") and config.get("moe_layers_enum") != "":
-        raise ModelError(
-            f"config.json: moe_layers_enum {config.get('moe_layers_enum')!r} is not supported; "
-            "expected '', layers without experts"
-        )
 
 
 def _refuse_quantisation(quantisation: object) -> None:

@@ -6,6 +6,7 @@ kept as int8, float32 or bfloat16, keys and values as float32 or bfloat16.
 """
 
 import ctypes
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from afd_server.kernels.table import (
     PagedAttention,
     PagedRows,
     RowFormat,
+    SiLUMul,
 )
 
 LIBRARIES = Path(__file__).parent / "native"
@@ -329,16 +331,17 @@ def _add_norm_quantise(library: ctypes.CDLL) -> AddNorm:
     return add_norm
 
 
-def _silu_mul(library: ctypes.CDLL, quantised: bool) -> Callable[[Tensor], Tensor]:
+def _silu_mul(library: ctypes.CDLL, quantised: bool) -> SiLUMul:
     function = library.afd_silu_mul_quantise if quantised else library.afd_silu_mul
-    function.argtypes = [_POINTER, _SIZE, _SIZE, _POINTER]
+    function.argtypes = [_POINTER, _SIZE, _SIZE, _FLOAT, _POINTER]
     function.restype = None
 
-    def silu_mul(gate_up: Tensor) -> Tensor:
+    def silu_mul(gate_up: Tensor, limit: float | None = None) -> Tensor:
+        bound = math.inf if limit is None else limit
         gate_up = gate_up.contiguous()
         num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = _quantised_rows(num_rows, width) if quantised else torch.empty(num_rows, width)
-        function(gate_up.data_ptr(), num_rows, width, out.data_ptr())
+        function(gate_up.data_ptr(), num_rows, width, bound, out.data_ptr())
         return out
 
     return silu_mul

@@ -47,6 +47,7 @@ def _test_outputs(kernels: Kernels, dtype: torch.dtype, kv_dtype: torch.dtype) -
         kernels.rms_norm(rows, norm, 1e-5),
         *kernels.add_norm(rows, rows, norm, 1e-5),
         kernels.silu_mul(rows),
+        kernels.silu_mul(rows, 0.5),
         query,
         kernels.paged_attention(query, kv, paged),
     ]

@@ -218,15 +218,26 @@ def _hidden_keys(num_keys: Tensor, window: int | None, tile: int, num_kv_heads: 
     return hidden.repeat_interleave(num_kv_heads, dim=0).unsqueeze(1)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+def silu_mul(gate_up: Tensor, limit: float | None = None) -> Tensor:
     """Compute silu(gate) · up for rows that hold both: [rows, 2 · n] → [rows, n].
 
     Written with `exp`: torch's own `silu` gives an element other bits at the end of a call than
     in its middle (scalar and vector code), `exp` does not.
+
+    Args:
+        gate_up: gate first.
+        limit: what silu(gate) is clamped to from above and up from both sides, if anything.
     """
-    gate, up = gate_up.chunk(2, dim=-1)
-    wide = gate.float()
-    return (wide / (1.0 + torch.exp(-wide)) * up.float()).to(gate_up.dtype)
+    gate, up = (half.float() for half in gate_up.chunk(2, dim=-1))
+    gate = gate / (1.0 + torch.exp(-gate))
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (gate * up).to(gate_up.dtype)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """Compute 1 / (1 + exp(−x)) in float32, written with `exp` as `silu_mul` is."""
+    return 1.0 / (1.0 + torch.exp(-x.float()))
 
 
 def reference(dtype: torch.dtype) -> Kernels:

@@ -42,6 +42,12 @@ class PagedAttention(Protocol):
     ) -> Tensor: ...
 
 
+class SiLUMul(Protocol):
+    """SwiGLU of rows that hold both factors; see `reference.silu_mul`."""
+
+    def __call__(self, gate_up: Tensor, limit: float | None = None, /) -> Tensor: ...
+
+
 # A weight as its kernels keep it, made by `Kernels.pack` from [out, in]. Models never look inside.
 LinearWeight = object
 
@@ -78,7 +84,7 @@ class Kernels:
     write_kv: Callable[[KVLayer, Tensor, Tensor, Tensor | None], None]
     rope_write_kv: Callable[[Tensor, int, Tensor, Tensor, Tensor, KVLayer], Tensor]
     paged_attention: PagedAttention
-    silu_mul: Callable[[Tensor], Tensor]
+    silu_mul: SiLUMul
     argmax: Callable[[Tensor], int]
     gumbel_argmax: Callable[[Tensor, Tensor | None, float, int], int]
     select: Callable[[Tensor, float, int, float, float], Tensor]

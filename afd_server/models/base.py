@@ -88,12 +88,12 @@ class TensorReader(Protocol):
         """Return the whole tensor."""
         ...
 
-    def read_rows(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-        """Return rows start … stop − 1 of a tensor of this whole shape."""
+    def read_float32(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return the whole tensor in float32, whatever the compute dtype is."""
         ...
 
-    def read_columns(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-        """Return columns start … stop − 1 of a tensor of this whole shape."""
+    def read_rows(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+        """Return rows start … stop − 1 of a tensor of this whole shape."""
         ...
 
     def read_slice(self, name: str, shape: tuple[int, ...], place: tuple[slice, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 without experts: multi-head latent attention (MLA, arXiv 2405.04434, section 2.1).
+"""DeepSeek-V3: multi-head latent attention (MLA, arXiv 2405.04434, section 2.1) and experts.
 
 All tokens, of prefill as of decoding, attend in the absorbed form: a head's key projection is
 moved to its query and its value projection behind the sum, so that scores and sums are taken
@@ -14,7 +14,8 @@ from torch import Tensor
 from afd_server.core.attention_spec import MLASpec
 from afd_server.kernels.table import KVLayer, LinearWeight
 from afd_server.models.base import Architecture, MicroBatch
-from afd_server.models.layers import Decoder, DenseFFN, LayerSource
+from afd_server.models.experts import STACKED, ExpertNames, GatedDecoder, RoutedFFN
+from afd_server.models.layers import LayerSource, tensors_of_module
 from afd_server.models.rope import pairs_apart
 
 
@@ -112,4 +113,13 @@ def _read_head(source: LayerSource, shape: MLASpec, head: int) -> Tensor:
     return source.weights.read_rows(name, whole, head * width, (head + 1) * width)
 
 
-DEEPSEEK_V3 = Architecture(attention=partial(Decoder, MLAttention), ffn=DenseFFN)
+_NAMES = ExpertNames(
+    gates=("mlp.gate.weight",),
+    experts=(tensors_of_module("mlp.experts.{expert}"), STACKED),
+    bias="mlp.gate.e_score_correction_bias",
+    shared="mlp.shared_experts",
+)
+
+DEEPSEEK_V3 = Architecture(
+    attention=partial(GatedDecoder, _NAMES, MLAttention), ffn=partial(RoutedFFN, _NAMES)
+)

@@ -1,61 +1,95 @@
 """What families with routed experts share: the gate beside attention, the experts' weights."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from afd_server.core.expert_spec import ExpertSpec
 from afd_server.core.model_spec import ModelSpec
 from afd_server.kernels import reference
 from afd_server.kernels.table import Kernels
-from afd_server.models.base import (
-    ColumnShard,
-    FFNCall,
-    FFNShare,
-    MicroBatch,
-    WeightSource,
+from afd_server.models.base import FFNCall, FFNShare, MicroBatch, WeightSource
+from afd_server.models.layers import (
+    Decoder,
+    FFNTensors,
+    LayerSource,
+    ReadNorm,
+    SelfAttention,
+    SwiGLU,
+    dense_layer,
+    read_norm,
+    tensors_of_module,
 )
-from afd_server.models.layers import Decoder, DenseFFNLayer, LayerSource, SelfAttention
 from afd_server.models.routing import RoutedRows, choose_experts, compute_routed, join, split
 
+# As transformers 5 keeps the experts of every family.
+STACKED = FFNTensors(
+    "mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+)
 
+
+@dataclass(frozen=True, slots=True)
 class ExpertNames:
-    """Where a family keeps its experts' tensors: as on the hub, or stacked as in transformers 5.
+    """Where a family keeps its gates and experts, within a layer.
 
-    Args:
-        block: the module of a layer that holds gate and experts, such as `mlp`.
-        gate, up, down: the projections within `{block}.experts.{expert}`.
+    Of several spellings the hub's is the first, and taken if the checkpoint has none of the others.
+
+    Attributes:
+        gates: of the gate's weight [experts, hidden].
+        experts: of those that it chooses from. Names with `{expert}` are of a tensor for each
+            expert, others of tensors that stack all of them.
+        bias: of its bias [experts], if the family has one.
+        shared: the module of the shared expert, if the family has one.
     """
 
-    def __init__(self, block: str, gate: str, up: str, down: str) -> None:
-        self._block = block
-        self._projections = {"gate": gate, "up": up, "down": down}
+    gates: tuple[str, ...]
+    experts: tuple[FFNTensors, ...]
+    bias: str | None = None
+    shared: str | None = None
 
-    def gates(self, layer: int) -> tuple[str, str]:
-        """Return the gate's weight [experts, hidden], on the hub and beside stacked experts."""
-        prefix = f"model.layers.{layer}"
-        return f"{prefix}.{self._block}.gate.weight", f"{prefix}.mlp.gate.weight"
+    def gate(self, weights: WeightSource, layer: int) -> str:
+        """Return the name of a layer's gate."""
+        first, *others = (f"model.layers.{layer}.{name}" for name in self.gates)
+        return next(filter(weights.has, others), first)
 
-    def projection(self, layer: int, expert: int, kind: str) -> str:
-        """Return an expert's `gate`, `up` or `down`, each a tensor of its own."""
-        name = self._projections[kind]
-        return f"model.layers.{layer}.{self._block}.experts.{expert}.{name}.weight"
+    def tensors(
+        self, weights: WeightSource, layer: int, expert: int, experts: ExpertSpec
+    ) -> FFNTensors:
+        """Return where one expert is."""
+        if expert == experts.num_experts:
+            assert self.shared is not None, "the family has no shared expert"
+            return tensors_of_module(f"model.layers.{layer}.{self.shared}")
+        first, *others = (
+            _tensors_of_expert(spelling, layer, expert, experts.num_experts)
+            for spelling in self.experts
+        )
+        return next((tensors for tensors in others if weights.has(tensors.gate)), first)
 
-    def stacked(self, layer: int, kind: str) -> str:
-        """Return `gate_up` or `down` of all experts of a layer."""
-        return f"model.layers.{layer}.mlp.experts.{kind}_proj"
+
+def _tensors_of_expert(
+    spelling: FFNTensors, layer: int, expert: int, num_experts: int
+) -> FFNTensors:
+    gate, up, down = (
+        f"model.layers.{layer}.{name.format(expert=expert)}"
+        for name in (spelling.gate, spelling.up, spelling.down)
+    )
+    if "{expert}" in spelling.gate:
+        return FFNTensors(gate, up, down)
+    return FFNTensors(gate, up, down, expert, num_experts)
 
 
 class GatedDecoder:
     """An attention half whose calls of routed layers say which experts each row goes to.
 
     The gate sees the normed rows as they were before they were prepared: quantised ones could
-    choose other experts. It is float32 or bfloat16 in any format of weights.
+    choose other experts. It is float32 or bfloat16 in any format of weights; one of sigmoids is
+    float32.
 
     Args:
         names: of the gate's tensors.
-        attention, spec, weights, kernels, max_model_len: as for `Decoder`, which does the rest.
+        attention, spec, weights, kernels, max_model_len, read_norm: as for `Decoder`, which does
+            the rest.
     """
 
     def __init__(
@@ -66,14 +100,14 @@ class GatedDecoder:
         weights: WeightSource,
         kernels: Kernels,
         max_model_len: int,
+        read_norm: ReadNorm = read_norm,
     ) -> None:
         self.num_layers = spec.num_layers
-        self._inner = Decoder(attention, spec, weights, kernels, max_model_len)
+        self._inner = Decoder(attention, spec, weights, kernels, max_model_len, read_norm)
         self._kernels = kernels
         self._eps = spec.rms_norm_eps
-        self._experts = experts_of_spec(spec)
         self._gates = [
-            _Gate(spec, weights, layer, names) if spec.num_chosen(layer) else None
+            _Gate(spec, weights, layer, names, read_norm) if spec.num_chosen(layer) else None
             for layer in range(spec.num_layers)
         ]
 
@@ -85,27 +119,43 @@ class GatedDecoder:
         gate = self._gates[layer]
         if gate is None:
             return hidden, call
-        normed = self._kernels.rms_norm(hidden, gate.norm, self._eps)
-        logits = reference.linear(normed, gate.weight)  # of fixed shape: a row's bits are its own
-        chosen = self._experts.num_chosen
-        routing = choose_experts(logits, chosen, self._experts.renormalises)
-        return hidden, FFNCall(layer, join(RoutedRows(call.rows, *routing)), chosen)
+        experts, weights = gate.choose(self._kernels.rms_norm(hidden, gate.norm, self._eps))
+        joined = join(RoutedRows(call.rows, experts, weights))
+        return hidden, FFNCall(layer, joined, experts.shape[1])
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         return self._inner.logits(hidden, rows)
 
 
 class _Gate:
-    """A layer's gate [experts, hidden], and once more the norm before it [hidden]."""
+    """A layer's gate [experts, hidden], its bias, and once more the norm before it [hidden]."""
 
     def __init__(
-        self, spec: ModelSpec, weights: WeightSource, layer: int, names: ExpertNames
+        self,
+        spec: ModelSpec,
+        weights: WeightSource,
+        layer: int,
+        names: ExpertNames,
+        read_norm: ReadNorm,
     ) -> None:
-        norm = f"model.layers.{layer}.post_attention_layernorm.weight"
-        self.norm = weights.read(norm, (spec.hidden_size,))
-        on_hub, beside_stacked = names.gates(layer)
-        name = beside_stacked if weights.has(beside_stacked) else on_hub
-        self.weight = weights.read(name, (experts_of_spec(spec).num_experts, spec.hidden_size))
+        self._experts = _experts(spec)
+        gate, prefix = self._experts.gate, f"model.layers.{layer}"
+        self.norm = read_norm(
+            weights, f"{prefix}.post_attention_layernorm.weight", spec.hidden_size
+        )
+        read = weights.read_float32 if gate.activation == "sigmoid" else weights.read
+        num_experts = self._experts.num_experts
+        self._weight = read(names.gate(weights, layer), (num_experts, spec.hidden_size))
+        self._bias: Tensor | None = None
+        if gate.is_biased:
+            assert names.bias is not None, "the family's gates have no bias"
+            self._bias = weights.read_float32(f"{prefix}.{names.bias}", (num_experts,))
+
+    def choose(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the experts of normed rows and their weights, as `choose_experts` does."""
+        # of fixed shape: a row's bits are its own
+        logits = reference.linear(normed.to(self._weight.dtype), self._weight)
+        return choose_experts(logits.float(), self._experts, self._bias)
 
 
 class RoutedFFN:
@@ -125,100 +175,38 @@ class RoutedFFN:
     ) -> None:
         self._spec = spec
         self._kernels = kernels
-        self._dense: dict[int, DenseFFNLayer] = {}
-        self._experts: dict[tuple[int, int], _Expert] = {}  # by layer and expert
-        for layer in range(spec.num_layers):
-            for expert in share.experts_of(layer, spec):
-                if spec.num_chosen(layer):
-                    columns = share.columns(experts_of_spec(spec).intermediate_size)
-                    loaded = _Expert(spec, weights, layer, expert, columns, names)
-                    self._experts[layer, expert] = loaded
-                else:
-                    self._dense[layer] = DenseFFNLayer(spec, weights, layer, share)
+        self._ffns = {  # by layer and expert
+            (layer, expert): _load_expert(names, spec, weights, layer, expert, share)
+            if spec.num_chosen(layer)
+            else dense_layer(spec, weights, layer, share)
+            for layer in range(spec.num_layers)
+            for expert in share.experts_of(layer, spec)
+        }
 
     def partial_sum(self, layer: int, rows: Tensor) -> Tensor:
         num_chosen = self._spec.num_chosen(layer)
         if not num_chosen:
-            return self._dense[layer].compute(rows, self._kernels)
+            return self._ffns[layer, 0].compute(rows, self._kernels)
         return compute_routed(
             split(rows, num_chosen, self._kernels.row_format.dtype),
-            lambda expert, some: self._experts[layer, expert].compute(some, self._kernels),
+            lambda expert, some: self._ffns[layer, expert].compute(some, self._kernels),
             self._spec.hidden_size,
         )
 
 
-class _Expert:
-    """One expert's shard: gate over up [2 · columns, hidden], down [hidden, columns]."""
-
-    def __init__(
-        self,
-        spec: ModelSpec,
-        weights: WeightSource,
-        layer: int,
-        expert: int,
-        shard: ColumnShard,
-        names: ExpertNames,
-    ) -> None:
-        stacked = weights.has(names.stacked(layer, "gate_up"))
-        reader = _read_stacked if stacked else _read_single
-        gate_up, down = reader(spec, weights, layer, expert, shard, names)
-        prefix = f"model.layers.{layer}.experts.{expert}"
-        self.gate_up = weights.pack(f"{prefix}.gate_up", gate_up)
-        self.down = weights.pack(f"{prefix}.down", down)
-
-    def compute(self, rows: Tensor, kernels: Kernels) -> Tensor:
-        """Return the expert's output, [rows, hidden], of prepared rows."""
-        inner = kernels.silu_mul(kernels.linear(rows, self.gate_up))
-        return kernels.linear(inner, self.down)
-
-
-def _read_single(
+def _load_expert(
+    names: ExpertNames,
     spec: ModelSpec,
     weights: WeightSource,
     layer: int,
     expert: int,
-    shard: ColumnShard,
-    names: ExpertNames,
-) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """Return what reads an expert's shard, as on the hub: a tensor for each projection."""
-    inner, hidden = experts_of_spec(spec).intermediate_size, spec.hidden_size
-    gate, up, down = (names.projection(layer, expert, kind) for kind in ("gate", "up", "down"))
-
-    def gate_up() -> Tensor:
-        return torch.cat([weights.read_rows(name, (inner, hidden), *shard) for name in (gate, up)])
-
-    return gate_up, lambda: weights.read_columns(down, (hidden, inner), *shard)
+    share: FFNShare,
+) -> SwiGLU:
+    tensors = names.tensors(weights, layer, expert, _experts(spec))
+    name, shape = f"model.layers.{layer}.experts.{expert}", spec.ffn_shape(layer, expert)
+    return SwiGLU(name, tensors, spec.hidden_size, shape, weights, share)
 
 
-def _read_stacked(
-    spec: ModelSpec,
-    weights: WeightSource,
-    layer: int,
-    expert: int,
-    shard: ColumnShard,
-    names: ExpertNames,
-) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """Return what reads an expert's shard from the tensors of all experts of its layer.
-
-    They are gate over up, [experts, 2 · inner, hidden], and down, [experts, hidden, inner].
-    """
-    experts = experts_of_spec(spec)
-    num_experts, inner, hidden = experts.num_experts, experts.intermediate_size, spec.hidden_size
-    mine, columns = slice(expert, expert + 1), slice(*shard)
-    both, down = names.stacked(layer, "gate_up"), names.stacked(layer, "down")
-
-    def gate_up() -> Tensor:
-        shape = (num_experts, 2 * inner, hidden)
-        starts = (shard.start, inner + shard.start)
-        width = shard.stop - shard.start
-        places = [(mine, slice(start, start + width)) for start in starts]
-        return torch.cat([weights.read_slice(both, shape, place)[0] for place in places])
-
-    shape = (num_experts, hidden, inner)
-    return gate_up, lambda: weights.read_slice(down, shape, (mine, slice(None), columns))[0]
-
-
-def experts_of_spec(spec: ModelSpec) -> ExpertSpec:
-    """Return the experts of a family that always has them."""
+def _experts(spec: ModelSpec) -> ExpertSpec:
     assert spec.experts is not None, f"model_type {spec.model_type} was parsed without experts"
     return spec.experts

@@ -5,13 +5,13 @@ Weight names are those of the hub.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from afd_server.core.attention_spec import GQASpec
-from afd_server.core.model_spec import ModelSpec
+from afd_server.core.model_spec import FFNShape, ModelSpec
 from afd_server.kernels.table import Kernels, KVLayer, LinearWeight
 from afd_server.models.base import FFNCall, FFNShare, MicroBatch, WeightSource
 from afd_server.models.rope import rope_table
@@ -180,7 +180,7 @@ class DenseFFN:
     ) -> None:
         self._kernels = kernels
         self._layers = {
-            layer: DenseFFNLayer(spec, weights, layer, share)
+            layer: dense_layer(spec, weights, layer, share)
             for layer in range(spec.num_layers)
             if share.experts_of(layer, spec)
         }
@@ -189,35 +189,84 @@ class DenseFFN:
         return self._layers[layer].compute(rows, self._kernels)
 
 
-class DenseFFNLayer:
-    """One layer's shard: gate over up [2 · columns, hidden], down [hidden, columns]."""
+class FFNTensors(NamedTuple):
+    """Where the projections of one FFN are.
+
+    Attributes:
+        gate, up: names of tensors [inner, hidden]; if it is one name, of one with gate over up.
+        down: name of a tensor [hidden, inner].
+        expert, num_experts: which of how many it is in tensors that stack all experts of a layer,
+            [experts, …]; None if its tensors are its own.
+    """
+
+    gate: str
+    up: str
+    down: str
+    expert: int | None = None
+    num_experts: int | None = None
+
+    def read(
+        self, weights: WeightSource, name: str, shape: tuple[int, int], place: tuple[slice, slice]
+    ) -> Tensor:
+        """Return a part of what a tensor holds of this FFN, which is of this shape."""
+        if self.expert is None or self.num_experts is None:
+            return weights.read_slice(name, shape, place)
+        mine = slice(self.expert, self.expert + 1)
+        return weights.read_slice(name, (self.num_experts, *shape), (mine, *place))[0]
+
+
+def tensors_of_module(module: str) -> FFNTensors:
+    """Return the tensors of an FFN that is a module of its own."""
+    gate, up, down = (f"{module}.{name}_proj.weight" for name in ("gate", "up", "down"))
+    return FFNTensors(gate, up, down)
+
+
+class SwiGLU:
+    """A column shard of one FFN: gate over up [2 · columns, hidden], down [hidden, columns].
+
+    Args:
+        name: of the packed weights.
+        tensors: where they are read from.
+        hidden_size, shape: of the whole FFN.
+        weights: reads and packs.
+        share: which shard it is.
+    """
 
     def __init__(
         self,
-        spec: ModelSpec,
+        name: str,
+        tensors: FFNTensors,
+        hidden_size: int,
+        shape: FFNShape,
         weights: WeightSource,
-        layer: int,
         share: FFNShare,
     ) -> None:
-        prefix = f"model.layers.{layer}.mlp"
-        shard = share.columns(spec.intermediate_size)
-        up = (spec.intermediate_size, spec.hidden_size)
-        down = (spec.hidden_size, spec.intermediate_size)
-        self.gate_up = weights.pack(
-            f"{prefix}.gate_up",
-            lambda: torch.cat(
-                (
-                    weights.read_rows(f"{prefix}.gate_proj.weight", up, *shard),
-                    weights.read_rows(f"{prefix}.up_proj.weight", up, *shard),
-                )
-            ),
-        )
-        self.down = weights.pack(
-            f"{prefix}.down",
-            lambda: weights.read_columns(f"{prefix}.down_proj.weight", down, *shard),
-        )
+        inner, shard = shape.intermediate_size, share.columns(shape.intermediate_size)
+        height = 2 * inner if tensors.gate == tensors.up else inner
+
+        def read_rows(name: str, first: int) -> Tensor:
+            rows = slice(first + shard.start, first + shard.stop)
+            return tensors.read(weights, name, (height, hidden_size), (rows, slice(None)))
+
+        def read_gate_up() -> Tensor:
+            return torch.cat((read_rows(tensors.gate, 0), read_rows(tensors.up, height - inner)))
+
+        def read_down() -> Tensor:
+            place = (slice(None), slice(*shard))
+            return tensors.read(weights, tensors.down, (hidden_size, inner), place)
+
+        self._gate_up = weights.pack(f"{name}.gate_up", read_gate_up)
+        self._down = weights.pack(f"{name}.down", read_down)
+        self._limit = shape.limit
 
     def compute(self, rows: Tensor, kernels: Kernels) -> Tensor:
         """Return the shard's share of the output, [rows, hidden], of prepared rows."""
-        inner = kernels.silu_mul(kernels.linear(rows, self.gate_up))
-        return kernels.linear(inner, self.down)
+        inner = kernels.silu_mul(kernels.linear(rows, self._gate_up), self._limit)
+        return kernels.linear(inner, self._down)
+
+
+def dense_layer(spec: ModelSpec, weights: WeightSource, layer: int, share: FFNShare) -> SwiGLU:
+    """Load the shard of a layer that has one FFN."""
+    module = f"model.layers.{layer}.mlp"
+    shape = spec.ffn_shape(layer)
+    return SwiGLU(module, tensors_of_module(module), spec.hidden_size, shape, weights, share)

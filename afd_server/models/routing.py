@@ -3,16 +3,20 @@
 Knows nothing of workers: who holds an expert is `core.topology.Placement`.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from afd_server.core.expert_spec import ExpertSpec, GateSpec
+from afd_server.kernels.reference import sigmoid
 from afd_server.models.forward import add_in_part_order
 
 ELSEWHERE = -1  # stands in a part of a call for an expert that another worker was asked for
 CHOICE_BYTES = 8  # an expert (int32) and its weight (float32)
+TINY = 1e-20  # beside the sum of weights: sigmoids far out may all be 0
 
 
 class RoutedRows(NamedTuple):
@@ -29,27 +33,56 @@ class RoutedRows(NamedTuple):
     weights: Tensor
 
 
-def choose_experts(logits: Tensor, num_chosen: int, renormalises: bool) -> tuple[Tensor, Tensor]:
-    """Choose the most probable experts of each row; of equals the one with the lower id.
+def choose_experts(
+    logits: Tensor, spec: ExpertSpec, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Choose the experts of each row with the best scores; of equals the one with the lower id.
 
     Args:
-        logits: [tokens, experts].
-        num_chosen: experts of a token.
-        renormalises: whether weights are divided by their sum.
+        logits: [tokens, experts] float32.
+        spec: says how.
+        bias: [experts] float32, added to scores for the choice but not for the weights; None if
+            the gate has none.
 
     Returns:
         experts [tokens, chosen] int32, ascending, and their weights [tokens, chosen] float32.
+        A shared expert is the last of each row, with weight 1.
     """
-    probabilities = torch.softmax(logits.float(), -1)
-    best = torch.sort(probabilities, dim=-1, descending=True, stable=True).indices
-    experts = best[:, :num_chosen].sort(-1).values
-    weights = probabilities.gather(-1, experts)
-    if renormalises:
-        total = weights[:, 0]
-        for choice in range(1, num_chosen):  # in order, so that a row's sum is its own affair
-            total = total + weights[:, choice]
-        weights = weights / total[:, None]
-    return experts.to(torch.int32), weights
+    gate, num_tokens = spec.gate, logits.shape[0]
+    scores = torch.softmax(logits, -1) if gate.activation == "softmax" else sigmoid(logits)
+    ranks = scores if bias is None else scores + bias
+    if gate.num_kept_groups < gate.num_groups:
+        ranks = _keep_best_groups(ranks, gate)
+    experts = _best(ranks, spec.num_chosen).sort(-1).values
+    weights = scores.gather(-1, experts)
+    if gate.renormalises:
+        weights = weights / (_sum_in_order(weights) + TINY)
+    shared = experts.new_full((num_tokens, spec.num_shared), spec.num_experts)
+    experts = torch.cat((experts, shared), 1)
+    ones = weights.new_ones(num_tokens, spec.num_shared)
+    return experts.to(torch.int32), torch.cat((weights * gate.scale, ones), 1)
+
+
+def _keep_best_groups(ranks: Tensor, gate: GateSpec) -> Tensor:
+    """Return ranks with those of all but the best groups at −∞."""
+    by_group = ranks.view(ranks.shape[0], gate.num_groups, -1)
+    two_best = by_group.sort(-1, descending=True).values[..., :2]
+    kept = _best(_sum_in_order(two_best).squeeze(-1), gate.num_kept_groups)
+    is_lost = torch.ones(by_group.shape[:2], dtype=torch.bool).scatter(1, kept, False)
+    return by_group.masked_fill(is_lost.unsqueeze(-1), -math.inf).flatten(1)
+
+
+def _best(ranks: Tensor, count: int) -> Tensor:
+    """Return the indices of the highest of each row, best first; of equals the lower one."""
+    return torch.sort(ranks, dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def _sum_in_order(x: Tensor) -> Tensor:
+    """Add up along the last dimension, kept as one, so that a row's sum is its own affair."""
+    total = x[..., :1]
+    for index in range(1, x.shape[-1]):
+        total = total + x[..., index : index + 1]
+    return total
 
 
 def join(routed: RoutedRows) -> Tensor:

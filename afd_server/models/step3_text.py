@@ -1,4 +1,4 @@
-"""Step-3 without experts: multi-matrix factorization attention (MFA, arXiv 2412.19255).
+"""Step-3: multi-matrix factorization attention (MFA, arXiv 2412.19255) and experts.
 
 Queries come from a low rank that all heads share, keys and values from one head. In the variant
 MFA-KR (`mfa_key_reuse` in config.json) the keys are the values too.
@@ -12,7 +12,8 @@ from torch import Tensor
 from afd_server.core.attention_spec import MFASpec
 from afd_server.kernels.table import KVLayer, LinearWeight
 from afd_server.models.base import Architecture, MicroBatch
-from afd_server.models.layers import Decoder, DenseFFN, LayerSource, SelfAttention
+from afd_server.models.experts import ExpertNames, GatedDecoder, RoutedFFN
+from afd_server.models.layers import LayerSource, SelfAttention, tensors_of_module
 
 
 class MFAttention:
@@ -128,4 +129,14 @@ def _folded_output(source: LayerSource, shape: MFASpec) -> Tensor:
     return folded.flatten(1).to(output.dtype)
 
 
-STEP3_TEXT = Architecture(attention=partial(Decoder, _attention), ffn=DenseFFN)
+# The experts are stacked; third parties that quantise them write a tensor for each, either way.
+NAMES = ExpertNames(
+    gates=("moe.gate.weight",),
+    experts=tuple(map(tensors_of_module, ("moe", "moe.experts.{expert}", "moe.{expert}"))),
+    bias="moe.router_bias",
+    shared="share_expert",
+)
+
+STEP3_TEXT = Architecture(
+    attention=partial(GatedDecoder, NAMES, _attention), ffn=partial(RoutedFFN, NAMES)
+)

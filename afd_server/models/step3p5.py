@@ -1,4 +1,4 @@
-"""Step-3.5 without experts: as Qwen3, with windows, a gate for each head and norms around 1.
+"""Step-3.5: as Qwen3, with windows, a gate for each head, norms around 1, and Step-3's experts.
 
 Layers differ: some see all positions and rotate half of a head, the others see a window, with
 more heads. Weights of norms are kept as what is added to 1.
@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from afd_server.core.attention_spec import GQASpec
+from afd_server.kernels.reference import sigmoid
 from afd_server.kernels.table import KVLayer
 from afd_server.models.base import Architecture, MicroBatch, WeightSource
-from afd_server.models.layers import Decoder, DenseFFN, LayerSource, gqa, split_heads
+from afd_server.models.experts import GatedDecoder, RoutedFFN
+from afd_server.models.layers import LayerSource, gqa, split_heads
 from afd_server.models.rope import halves
+from afd_server.models.step3_text import NAMES
 
 
 def read_norm(weights: WeightSource, name: str, size: int) -> Tensor:
@@ -49,7 +52,8 @@ class Step3p5Attention:
         keys = kernels.rope(kernels.rms_norm(keys, self._key_norm, eps), self._rope, positions)
         kernels.write_kv(kv, batch.slots, keys, values)
         attended = kernels.paged_attention(query, kv, batch.rows, shape.window)
-        gated = attended.view(-1, shape.num_heads, shape.head_dim) * _sigmoid(gate).unsqueeze(2)
+        gate = sigmoid(gate).to(attended.dtype).unsqueeze(2)
+        gated = attended.view(-1, shape.num_heads, shape.head_dim) * gate
         return kernels.linear(kernels.prepare(gated.flatten(1)), self._output)
 
 
@@ -68,11 +72,7 @@ def _read_qkvg(source: LayerSource, shape: GQASpec) -> Tensor:
     )
 
 
-def _sigmoid(x: Tensor) -> Tensor:
-    """Written with `exp`, whose bits do not depend on an element's place (see `silu_mul`)."""
-    return (1.0 / (1.0 + torch.exp(-x.float()))).to(x.dtype)
-
-
 STEP3P5 = Architecture(
-    attention=partial(Decoder, Step3p5Attention, read_norm=read_norm), ffn=DenseFFN
+    attention=partial(GatedDecoder, NAMES, Step3p5Attention, read_norm=read_norm),
+    ffn=partial(RoutedFFN, NAMES),
 )

@@ -54,16 +54,21 @@ class Checkpoint:
         """Return the whole tensor; `ModelError` if it is missing or of another shape."""
         return self.read_slice(name, shape, ())
 
+    def read_float32(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return the whole tensor in float32; errors as for `read`."""
+        return self._read(name, shape, (), torch.float32)
+
     def read_rows(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
         """Return rows start … stop − 1; errors as for `read`."""
         return self.read_slice(name, shape, (slice(start, stop),))
 
-    def read_columns(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-        """Return columns start … stop − 1; errors as for `read`."""
-        return self.read_slice(name, shape, (slice(0, shape[0]), slice(start, stop)))
-
     def read_slice(self, name: str, shape: tuple[int, ...], place: tuple[slice, ...]) -> Tensor:
         """Return a part of a tensor; errors as for `read`."""
+        return self._read(name, shape, place, self._dtype)
+
+    def _read(
+        self, name: str, shape: tuple[int, ...], place: tuple[slice, ...], dtype: torch.dtype
+    ) -> Tensor:
         place += (slice(None),) * (len(shape) - len(place))
         place = tuple(slice(*p.indices(n)[:2]) for p, n in zip(place, shape, strict=True))
         tensor = self._stored(name, shape, place)
@@ -71,9 +76,9 @@ class Checkpoint:
             rank = len(shape)
             scales = self._stored(scale_name(name), scale_shape(shape), scale_part(place, rank))
             offsets = (piece.start % BLOCK for piece in place[-2:])
-            return dequantise(tensor, scales, *offsets).to(self._dtype)
+            return dequantise(tensor, scales, *offsets).to(dtype)
         # clone: a tensor of the right dtype would else keep the file's mapping alive
-        return tensor.to(self._dtype).clone(memory_format=torch.contiguous_format)
+        return tensor.to(dtype).clone(memory_format=torch.contiguous_format)
 
     def _stored(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> Tensor:
         """Return a part of a tensor as it is in its file, which it keeps mapped."""

@@ -33,22 +33,28 @@ class DummyWeights:
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.read_slice(name, shape, ())
 
+    def read_float32(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._draw(name, shape, ())
+
     def read_rows(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
         return self.read_slice(name, shape, (slice(start, stop),))
 
-    def read_columns(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-        return self.read_slice(name, shape, (slice(None), slice(start, stop)))
-
     def read_slice(self, name: str, shape: tuple[int, ...], place: tuple[slice, ...]) -> Tensor:
-        """Return a part of a tensor, drawn in blocks along its first dimension."""
+        return self._draw(name, shape, place).to(self._dtype)
+
+    def _draw(self, name: str, shape: tuple[int, ...], place: tuple[slice, ...]) -> Tensor:
+        """Draw a part of a tensor in blocks along its first dimension; of stacked ones, one each.
+
+        Experts that are stacked are read one by one, and a block is drawn as a whole.
+        """
         start, stop, _ = (place or (slice(None),))[0].indices(shape[0])
-        size = max(1, BLOCK_ELEMENTS // math.prod(shape[1:]))
+        size = max(1, BLOCK_ELEMENTS // math.prod(shape[1:])) if len(shape) <= 2 else 1
         parts = []
         for first in range(start // size * size, stop, size):
             block = self._block(name, shape, first, min(size, shape[0] - first))
             kept = block[max(0, start - first) : stop - first]
             parts.append(kept[(slice(None), *place[1:])])
-        return torch.cat(parts).to(self._dtype)
+        return torch.cat(parts)
 
     def _block(self, name: str, shape: tuple[int, ...], first: int, num_rows: int) -> Tensor:
         """Draw the rows from `first` on, in float32.

@@ -51,11 +51,11 @@ class PackedWeights:
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._reader.read(name, shape)
 
+    def read_float32(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._reader.read_float32(name, shape)
+
     def read_rows(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
         return self._reader.read_rows(name, shape, start, stop)
-
-    def read_columns(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-        return self._reader.read_columns(name, shape, start, stop)
 
     def read_slice(self, name: str, shape: tuple[int, ...], place: tuple[slice, ...]) -> Tensor:
         return self._reader.read_slice(name, shape, place)

@@ -319,7 +319,9 @@ def build_attention_worker(
         model_spec.vocab_size,
         config.max_model_len,
         ffn,
-        ExpertCounts(model_spec.experts_by_layer),
+        ExpertCounts(
+            model_spec.num_layers, model_spec.experts.num_experts if model_spec.experts else 0
+        ),
         endpoint,
         clock,
         timeline,

@@ -210,8 +210,7 @@ def test_the_layers_of_step_3_5_differ_and_those_of_drafts_do_not_count():
     ("field", "value"),
     [
         ("use_qk_norm", False), ("use_head_wise_attn_gate", False), ("zero_centered", False),
-        ("sink", True), ("use_rope_layers", [1]), ("moe_layers_enum", "3,4"),
-        ("swiglu_limits_shared", [16.0]), ("layer_types", ["full_attention"]),
+        ("sink", True), ("use_rope_layers", [1]), ("layer_types", ["full_attention"]),
         ("rope_theta", 1e4), ("sliding_window", None),
     ],
 )  # fmt: skip
@@ -238,7 +237,7 @@ def test_layers_of_step_3_5_that_make_no_sense_are_refused(change, complaint):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("first_k_dense_replace", 3), ("rope_interleave", False), ("q_lora_rank", None)],
+    [("rope_interleave", False), ("q_lora_rank", None)],
 )
 def test_what_our_deepseek_does_not_do_is_refused(field, value):
     with pytest.raises(ModelError, match=f"{field} (is )?{value!r}"):
@@ -258,17 +257,11 @@ def test_what_our_yarn_does_not_do_is_refused(field, value):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("moe_layers_enum", "4,5"), ("num_attention_groups", 2), ("mfa_key_reuse", "yes")],
+    [("num_attention_groups", 2), ("mfa_key_reuse", "yes")],
 )
 def test_what_our_step_3_does_not_do_is_refused(field, value):
     with pytest.raises(ModelError, match=f"{field} {value!r} is not supported"):
         parse_model_spec(STEP3 | {field: value}, {})
-
-
-def test_a_step_3_that_does_not_say_which_layers_have_experts_is_refused():
-    config = {name: value for name, value in STEP3.items() if name != "moe_layers_enum"}
-    with pytest.raises(ModelError, match="moe_layers_enum None"):
-        parse_model_spec(config, {})
 
 
 @pytest.mark.parametrize("model_type", ["mamba", None, "", ["llama"], {}])

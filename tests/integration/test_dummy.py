@@ -1,11 +1,13 @@
 """A server of random weights: config.json is all it needs, and topologies agree."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from support.server import run_cli, serving
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 CONFIG = {
     "model_type": "llama", "hidden_size": 96, "intermediate_size": 176, "num_hidden_layers": 3,
     "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 300,
@@ -40,6 +42,18 @@ def test_a_config_is_served_without_weights_or_tokenizer_alike_by_all_topologies
     assert answers[0] == answers[1]
     assert len(set(answers[0])) > 1
     assert [path.name for path in directory.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("name", ["step-3-mini", "step-3.5-flash-mini", "deepseek-v3-mini"])
+def test_the_small_shape_of_a_large_model_with_experts_is_served(name, tmp_path):
+    arguments = ("--load-format", "dummy", "--launcher", "local", "--kv-cache-mb", "16")
+    pools = ("--attention-workers", "2", "--ffn-workers", "2")
+    with serving(tmp_path, CONFIGS / name, *arguments, *pools) as server:
+        answers = [server.http.post("/v1/chat/completions", json=ASK).json() for _ in range(2)]
+    assert server.topology == "2A2F"
+    first, second = (answer["choices"][0]["token_ids"] for answer in answers)
+    assert first == second
+    assert len(set(first)) > 1
 
 
 def test_dummy_weights_need_a_directory(tmp_path):

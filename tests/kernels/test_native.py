@@ -187,9 +187,12 @@ def test_native_norms_and_activations_are_the_references_row_by_row(build, width
         (exact.rms_norm(x, weight, 1e-5), REFERENCE.rms_norm(x, weight, 1e-5)),
         (normed, REFERENCE.rms_norm(x + delta, weight, 1e-5)),
         (exact.silu_mul(both), REFERENCE.silu_mul(both)),
+        (exact.silu_mul(both, 0.3), REFERENCE.silu_mul(both, 0.3)),
     ):
         assert torch.allclose(got, expected, rtol=2e-6, atol=2e-6)
-    assert torch.equal(kernels.silu_mul(both), quantise_rows(exact.silu_mul(both)))
+    for limit in (None, 0.3):
+        expected = quantise_rows(exact.silu_mul(both, limit))
+        assert torch.equal(kernels.silu_mul(both, limit), expected)
     for given_delta in (None, delta):
         total, rows = kernels.add_norm(x, given_delta, weight, 1e-5)
         expected_total, expected = exact.add_norm(x, given_delta, weight, 1e-5)
@@ -199,6 +202,7 @@ def test_native_norms_and_activations_are_the_references_row_by_row(build, width
         one = slice(row, row + 1)
         assert torch.equal(kernels.add_norm(x[one], delta[one], weight, 1e-5)[1][0], rows[row])
         assert torch.equal(exact.silu_mul(both[one])[0], exact.silu_mul(both)[row])
+        assert torch.equal(exact.silu_mul(both[one], 0.3)[0], exact.silu_mul(both, 0.3)[row])
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -207,6 +211,8 @@ def test_silu_is_right_far_out(build):
     both = torch.cat((gate, torch.ones_like(gate)), 1)
     got = native(build, "float32").silu_mul(both)
     assert torch.allclose(got, REFERENCE.silu_mul(both), atol=1e-30)
+    got = native(build, "float32").silu_mul(both.flip(1), 7.0)  # far out in the other factor
+    assert torch.allclose(got, REFERENCE.silu_mul(both.flip(1), 7.0))
 
 
 @pytest.mark.parametrize("build", BUILDS)

@@ -19,6 +19,7 @@ from afd_server.kernels.reference import (
     rms_norm,
     rope,
     rope_table,
+    sigmoid,
     silu_mul,
     write_kv,
 )
@@ -49,6 +50,8 @@ ROW_FUNCTIONS = {
     "linear": lambda x: linear(x, rows_of(40, x.shape[1], x.dtype, seed=9)),
     "rms_norm": lambda x: rms_norm(x, x.new_ones(x.shape[1]) * 1.5, 1e-5),
     "silu_mul": silu_mul,
+    "silu_mul_clamped": lambda x: silu_mul(x, 0.3),
+    "sigmoid": sigmoid,
 }
 
 
@@ -73,6 +76,13 @@ def test_rms_norm_divides_by_the_root_mean_square():
 def test_silu_mul_is_silu_of_the_first_half_times_the_second():
     x = rows_of(5, 64, torch.float32)
     assert torch.allclose(silu_mul(x), F.silu(x[:, :32]) * x[:, 32:], atol=1e-6)
+
+
+def test_a_limit_clamps_silu_from_above_and_the_other_factor_from_both_sides():
+    x = rows_of(5, 64, torch.float32)
+    expected = F.silu(x[:, :32]).clamp(max=0.3) * x[:, 32:].clamp(-0.3, 0.3)
+    assert torch.allclose(silu_mul(x, 0.3), expected, atol=1e-6)
+    assert not torch.allclose(silu_mul(x), expected, atol=1e-2)
 
 
 def test_rope_turns_each_pair_by_position_times_frequency():

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
@@ -63,12 +64,16 @@ def write_qwen3_moe(
     return _write(directory, Qwen3MoeForCausalLM(config))
 
 
-def _write(directory: Path, model: PreTrainedModel) -> PreTrainedModel:
-    """Write a model whose gates are random: transformers begins with some at zero."""
+def draw_experts(model: nn.Module) -> None:
+    """Make gates, their biases and experts random: some begin at zero, others undefined."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("mlp.gate.weight"):
-                parameter.normal_(0, 0.15)
+        for name, tensor in model.state_dict().items():
+            if any(part in name for part in ("mlp.gate.", "mlp.experts.", "mlp.shared_experts.")):
+                tensor.normal_(0, 0.15)
+
+
+def _write(directory: Path, model: PreTrainedModel) -> PreTrainedModel:
+    draw_experts(model)
     write_checkpoint(directory, model.eval())
     return model
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
+    DeepseekV2Config,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     LlamaConfig,
@@ -23,12 +24,13 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2MLP, DeepseekV2Moe
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
 from transformers.models.step3p7.modeling_step3p7 import Step3p7TextModel
 
 from support.checkpoints import VOCAB_SIZE, perturb_norms, write_checkpoint, write_tokenizer
-from support.experts import write_mixtral, write_qwen3_moe
+from support.experts import draw_experts, write_mixtral, write_qwen3_moe
 
 SIZES = {
     "hidden_size": 96,
@@ -73,7 +75,7 @@ def _step3_text(directory):
     """Step-3 of stock parts: Llama with one KV head, and a norm between two query projections."""
     model = _mfa_model()
     perturb_norms(model)
-    _write(directory, STEP3, _names_of_step3(model))
+    _write(directory, STEP3, _names_of_step3(model.state_dict()))
     return lambda ids: model(torch.tensor([ids])).logits[0]
 
 
@@ -83,7 +85,7 @@ def _mfa_kr(directory):
     for layer in model.model.layers:
         layer.self_attn = MFAKeyReuse(layer.self_attn)
     perturb_norms(model)
-    _write(directory, STEP3 | {"mfa_key_reuse": True}, _names_of_step3(model))
+    _write(directory, STEP3 | {"mfa_key_reuse": True}, _names_of_step3(model.state_dict()))
     return lambda ids: model(torch.tensor([ids])).logits[0]
 
 
@@ -114,7 +116,18 @@ STEP3P5 = {
         "high_freq_factor": 4.0,
     },
     "yarn_only_types": ["full_attention"],
-    "moe_layers_enum": "",
+    "moe_layers_enum": "1,2,3",
+    "moe_num_experts": 8,
+    "moe_top_k": 3,
+    "moe_intermediate_size": 48,
+    "share_expert_dim": 80,
+    "moe_router_activation": "sigmoid",
+    "use_moe_router_bias": True,
+    "moe_router_scaling_factor": 3.0,
+    "norm_expert_weight": True,
+    "need_fp32_gate": True,
+    "swiglu_limits": [0.0, None, 0.25, 0.5, 0.0, 0.0],
+    "swiglu_limits_shared": [0.75, 0.0, 0.25, 0.5, 0.0, 0.0],
     "use_qk_norm": True,
     "use_head_wise_attn_gate": True,
     "zero_centered": True,
@@ -132,8 +145,9 @@ def _step3p5(directory):
     model = Step3p7TextModel(Step3p7TextConfig(**STEP3P5)).eval()
     head = torch.randn(VOCAB_SIZE, 96) * 0.15
     perturb_norms(model)
+    draw_experts(model)
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    _write(directory, STEP3P5, tensors | {"lm_head.weight": head})
+    _write(directory, STEP3P5, _names_of_step3(tensors) | {"lm_head.weight": head})
     return lambda ids: model(torch.tensor([ids])).last_hidden_state[0] @ head.T
 
 
@@ -145,7 +159,15 @@ def _deepseek_v3(directory):
         qk_nope_head_dim=24,
         qk_rope_head_dim=16,
         v_head_dim=32,
-        first_k_dense_replace=3,
+        first_k_dense_replace=1,
+        n_routed_experts=12,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        moe_intermediate_size=48,
+        n_shared_experts=2,
+        routed_scaling_factor=2.5,
+        norm_topk_prob=True,
         num_nextn_predict_layers=0,
         rope_parameters={
             "rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0,
@@ -153,7 +175,9 @@ def _deepseek_v3(directory):
             "mscale": 1.0, "mscale_all_dim": 0.7,
         },
     )  # fmt: skip
-    return _saved(directory, DeepseekV3ForCausalLM(config))
+    model = DeepseekV3ForCausalLM(config)
+    draw_experts(model)
+    return _saved(directory, model)
 
 
 HEAD_DIM, QUERY_RANK = 32, 40
@@ -161,12 +185,17 @@ STEP3 = {
     "model_type": "step3_text",
     "hidden_size": SIZES["hidden_size"],
     "intermediate_size": SIZES["intermediate_size"],
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 4,
     "num_attention_heads": 6,
     "num_attention_groups": 1,
     "head_dim": HEAD_DIM,
     "share_q_dim": QUERY_RANK,
-    "moe_layers_enum": "",
+    "moe_layers_enum": "1,2",
+    "moe_num_experts": 8,
+    "moe_top_k": 3,
+    "moe_intermediate_size": 48,
+    "share_expert_dim": 80,
+    "norm_expert_weight": False,
     "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0,
     "rope_scaling": None,
@@ -177,7 +206,8 @@ STEP3 = {
 
 
 def _mfa_model():
-    sizes = SIZES | {"num_key_value_heads": 1, "head_dim": HEAD_DIM, "rms_norm_eps": 1e-5}
+    sizes = SIZES | {"num_hidden_layers": 4, "num_key_value_heads": 1, "head_dim": HEAD_DIM,
+                     "rms_norm_eps": 1e-5}  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(**sizes, rope_theta=500000.0)).eval()
     for layer in model.model.layers:
         layer.self_attn.q_proj = nn.Sequential(
@@ -187,7 +217,22 @@ def _mfa_model():
                 wq=nn.Linear(QUERY_RANK, 6 * HEAD_DIM, bias=False),
             )
         )
-    return model
+    experts = DeepseekV2Config(
+        hidden_size=96,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=STEP3["moe_intermediate_size"],
+        n_shared_experts=1,
+        topk_method="greedy",  # a softmax over all, whose highest are taken as they are
+        norm_topk_prob=False,
+        routed_scaling_factor=1.0,
+    )
+    for layer in model.model.layers[1:3]:
+        layer.mlp = DeepseekV2Moe(experts)
+        size = STEP3["share_expert_dim"]
+        layer.mlp.shared_experts = DeepseekV2MLP(experts, intermediate_size=size)
+        draw_experts(layer)
+    return model.eval()
 
 
 class MFAKeyReuse(nn.Module):
@@ -217,9 +262,31 @@ class MFAKeyReuse(nn.Module):
         return self.o_proj(attended)[None], None
 
 
-def _names_of_step3(model):
-    """Return the tensors by the hub's names: parts of `q_proj` stand beside it there."""
-    return {name.replace(".q_proj.", ".", 1): t for name, t in model.state_dict().items()}
+STEP3_NAMES = {
+    ".self_attn.q_proj.q_proj.": ".self_attn.q_proj.",
+    ".self_attn.q_proj.inter_norm.": ".self_attn.inter_norm.",
+    ".self_attn.q_proj.wq.": ".self_attn.wq.",
+    ".mlp.gate.weight": ".moe.gate.weight",
+    ".mlp.gate.e_score_correction_bias": ".moe.router_bias",
+    ".mlp.experts.down_proj": ".moe.down_proj.weight",
+    ".mlp.experts.": ".moe.",
+    ".mlp.shared_experts.": ".share_expert.",
+}
+
+
+def _names_of_step3(tensors):
+    """Return tensors by the hub's names: parts of `q_proj` stand beside it there."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        for ours, theirs in STEP3_NAMES.items():
+            name = name.replace(ours, theirs, 1)
+        renamed[name] = tensor
+    for name in [name for name in renamed if name.endswith("gate_up_proj")]:
+        gate, up = renamed.pop(name).chunk(2, 1)
+        prefix = name.removesuffix("gate_up_proj")
+        renamed |= {f"{prefix}gate_proj.weight": gate.contiguous(),
+                    f"{prefix}up_proj.weight": up.contiguous()}  # fmt: skip
+    return renamed
 
 
 def _write(directory, config, tensors):
@@ -249,6 +316,9 @@ WRITERS = {
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
 }
+
+
+ROUTED = ("step3_text", "mfa_kr", "step3p5", "deepseek_v3", "mixtral", "qwen3_moe")
 
 
 @functools.cache

@@ -8,28 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from afd_server.core.errors import ModelError
 from afd_server.weights.checkpoint import Checkpoint
+from support.block_fp8 import plain, quantise
 from support.checkpoints import tiny_llama
 
 MATRIX, STACK = (300, 200), (3, 150, 260)
-
-
-def quantise(weight):
-    """Return float8 values and their factors, block by block."""
-    *lead, rows, columns = weight.shape
-    scales = torch.empty(*lead, -(-rows // 128), -(-columns // 128))
-    values = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
-    for i in range(scales.shape[-2]):
-        for j in range(scales.shape[-1]):
-            block = (..., slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
-            scales[..., i, j] = weight[block].abs().amax((-2, -1)) / 448
-            values[block] = (weight[block] / scales[..., i, j, None, None]).to(values.dtype)
-    return values, scales
-
-
-def plain(values, scales):
-    """Return the product, with every factor spread over its block."""
-    spread = scales.repeat_interleave(128, -2).repeat_interleave(128, -1)
-    return values.float() * spread[..., : values.shape[-2], : values.shape[-1]]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +54,7 @@ def test_any_rows_and_columns_are_those_of_the_whole(directory, stored, tensor, 
     first, last = start % shape[0], min(start % shape[0] + length, shape[0])
     assert torch.equal(checkpoint.read_rows(name, shape, first, last), whole[first:last])
     first, last = start % shape[1], min(start % shape[1] + length, shape[1])
-    columns = checkpoint.read_columns(name, shape, first, last)
+    columns = checkpoint.read_slice(name, shape, (slice(None), slice(first, last)))
     assert torch.equal(columns, whole[:, first:last])
     assert columns.is_contiguous()
 
@@ -109,9 +91,8 @@ def test_a_llama_in_block_fp8_is_near_the_unquantised_one(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     name, shape = "model.layers.0.mlp.down_proj.weight", (96, 176)
     exact, quantised = (Checkpoint(path, torch.float32) for path in (source, tmp_path))
-    parts = torch.cat(
-        [quantised.read_columns(name, shape, *cut) for cut in ((0, 64), (64, 176))], 1
-    )
+    cuts = [(slice(None), slice(*columns)) for columns in ((0, 64), (64, 176))]
+    parts = torch.cat([quantised.read_slice(name, shape, cut) for cut in cuts], 1)
     assert torch.equal(parts, quantised.read(name, shape))
     assert float((parts - exact.read(name, shape)).std() / parts.std()) < 0.05
     norm = "model.norm.weight"

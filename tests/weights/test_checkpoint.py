@@ -25,10 +25,17 @@ def test_tensors_of_all_files_are_found_and_cast(directory):
     assert torch.equal(checkpoint.read("b", (4, 6)), WEIGHT.bfloat16())
 
 
+def test_a_tensor_is_read_in_float32_whatever_the_dtype_of_the_others(directory):
+    save_file({"fine": WEIGHT / 7}, directory / "three.safetensors")
+    checkpoint = Checkpoint(directory, torch.bfloat16)
+    assert torch.equal(checkpoint.read_float32("fine", (4, 6)), WEIGHT / 7)
+    assert checkpoint.read_float32("b", (4, 6)).dtype is torch.float32
+
+
 def test_rows_and_columns_are_contiguous_copies(directory):
     checkpoint = Checkpoint(directory, torch.float32)
     rows = checkpoint.read_rows("a", (4, 6), 1, 3)
-    columns = checkpoint.read_columns("a", (4, 6), 2, 5)
+    columns = checkpoint.read_slice("a", (4, 6), (slice(None), slice(2, 5)))
     assert torch.equal(rows, WEIGHT[1:3])
     assert torch.equal(columns, WEIGHT[:, 2:5])
     assert columns.is_contiguous()

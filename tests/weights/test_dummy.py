@@ -33,7 +33,7 @@ def test_parts_are_parts_of_the_whole(shape, one, other):
     assert torch.equal(WEIGHTS.read_rows("w", shape, start, stop), whole[start:stop])
     if len(shape) > 1:
         start, stop = start % shape[1], shape[1]
-        columns = WEIGHTS.read_columns("w", shape, start, stop)
+        columns = WEIGHTS.read_slice("w", shape, (slice(None), slice(start, stop)))
         assert torch.equal(columns, whole[:, start:stop])
         assert columns.is_contiguous()
 
@@ -47,7 +47,9 @@ def test_another_name_shape_or_seed_gives_other_weights():
         DummyWeights(torch.float32, seed=1).read("w", (8, 8)),
     ]
     assert not any((whole == other).any() for other in others)
-    assert torch.equal(DummyWeights(torch.bfloat16, seed=0).read("w", (8, 8)), whole.bfloat16())
+    rounded = DummyWeights(torch.bfloat16, seed=0)
+    assert torch.equal(rounded.read("w", (8, 8)), whole.bfloat16())
+    assert torch.equal(rounded.read_float32("w", (8, 8)), whole)
 
 
 def test_the_values_are_those_of_every_version_and_machine():

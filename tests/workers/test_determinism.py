@@ -9,16 +9,22 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from afd_server.core.model_spec import read_model_spec
 from afd_server.core.request import Request, SamplingParams
 from afd_server.core.topology import FFNParallel
 from afd_server.workers.config import Numerics
 from support.checkpoints import tiny_llama
 from support.experts import tiny_routed
+from support.families import family
 from support.logits import record_logits
 from support.pools import Pools
 
 NATIVE = Numerics("native", "int8", "bfloat16")
-BLOCK_BYTES = 16 * 384  # of the tiny model's keys and values in bfloat16
+MODELS = {  # dense; with experts; with a shared one, clamps and sliding windows beside
+    "llama": lambda: tiny_llama()[0],
+    "mixtral": lambda: tiny_routed("mixtral")[0],
+    "step3p5": lambda: family("step3p5").directory,
+}
 Outcome = tuple[list[int], list[str]]  # token ids, a digest of each step's logits
 
 
@@ -26,7 +32,7 @@ Outcome = tuple[list[int], list[str]]  # token ids, a digest of each step's logi
 class Company:
     """How a round is run: which model, which pools, how full, how cut."""
 
-    is_routed: bool
+    model: str
     num_attention: int
     num_ffn: int
     parallel: FFNParallel
@@ -44,13 +50,15 @@ class Company:
         return shared.get(self.parallel, 1)
 
     @property
-    def bits(self) -> tuple[bool, int]:
+    def bits(self) -> tuple[str, int]:
         """Return all that the bits of a request may depend on."""
-        return self.is_routed, self.num_parts
+        return self.model, self.num_parts
 
     def pools(self) -> Pools:
+        directory = MODELS[self.model]()
+        block_bytes = 16 * 2 * read_model_spec(directory).kv_elements_per_token  # in bfloat16
         return Pools(
-            tiny_routed("mixtral")[0] if self.is_routed else tiny_llama()[0],
+            directory,
             num_attention=self.num_attention,
             num_ffn=self.num_ffn,
             parallel=self.parallel,
@@ -59,13 +67,13 @@ class Company:
             numerics=NATIVE,
             max_batch_tokens=self.max_batch_tokens,
             max_gather_rows=self.max_gather_rows,
-            kv_cache_bytes=self.num_blocks * BLOCK_BYTES,
+            kv_cache_bytes=self.num_blocks * block_bytes,
             max_num_seqs=self.max_num_seqs,
             prefix_caching=self.prefix_caching,
         )
 
 
-ALONE = Company(False, 1, 1, FFNParallel.TENSOR, 1, 1, 600, 1024, 300, 4, False)
+ALONE = Company("llama", 1, 1, FFNParallel.TENSOR, 1, 1, 600, 1024, 300, 4, False)
 
 
 def any_company(rng: random.Random) -> Company:
@@ -76,7 +84,7 @@ def any_company(rng: random.Random) -> Company:
         num_replicas = rng.randint(1, num_ffn)
     num_ffn *= {FFNParallel.COLOCATED: 0, FFNParallel.HYBRID: 2}.get(parallel, 1)
     return Company(
-        is_routed=rng.random() < 0.5,
+        model=rng.choice(list(MODELS)),
         num_attention=rng.randint(1, 3),
         num_ffn=num_ffn,
         parallel=parallel,
@@ -142,15 +150,15 @@ def num_comparisons(pytestconfig):
 def test_company_changes_no_bit(num_comparisons, pytestconfig, monkeypatch):
     rng, runs = random.Random(20250727), Runs(monkeypatch)
     requests = population(rng)
-    alone: dict[tuple[int, bool, int], Outcome] = {}
+    alone: dict[tuple[int, str, int], Outcome] = {}
     num_compared = 0
     while num_compared < num_comparisons:
         company = any_company(rng)
         chosen = rng.sample(requests, rng.randint(1, 32))
         for request in chosen:
             if (request.key, *company.bits) not in alone:
-                is_routed, num_parts = company.bits
-                single = replace(ALONE, is_routed=is_routed, num_ffn=num_parts)
+                model, num_parts = company.bits
+                single = replace(ALONE, model=model, num_ffn=num_parts)
                 (alone[request.key, *company.bits],) = runs.outcomes(single, [request])
         for request, outcome in zip(chosen, runs.outcomes(company, chosen), strict=True):
             assert outcome == alone[request.key, *company.bits], f"{request} in {company}"

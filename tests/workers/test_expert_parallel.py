@@ -17,6 +17,7 @@ from afd_server.workers.config import Numerics
 from afd_server.workers.tensors import to_payload
 from support.checkpoints import tiny_llama
 from support.experts import EXPERT_WRITERS, tiny_routed
+from support.families import family
 from support.pools import EXACT, Pools
 
 NUM_OUTPUT = 32
@@ -87,8 +88,9 @@ def test_the_split_model_gives_transformers_logits_and_greedy_tokens(
      Numerics("native", "float32", "float32")],
     ids=lambda n: f"{n.kernels}-{n.weights}",
 )  # fmt: skip
-def test_no_placement_of_whole_experts_changes_a_bit(numerics, logits_of):
-    directory, requests = tiny_routed("qwen3_moe", chosen=3)[0], make_requests(3, 8)
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])  # the latter's have a shared one
+def test_no_placement_of_whole_experts_changes_a_bit(name, numerics, logits_of):
+    directory, requests = family(name).directory, make_requests(3, 8)
     layouts = [(FFNParallel.TENSOR, 1, 1), (FFNParallel.REPLICATE, 2, 1)]
     layouts += [(FFNParallel.EXPERT, n, k) for n, k in ((1, 1), (3, 1), (5, 2), (3, 3))]
     expected = None
@@ -223,10 +225,14 @@ def test_a_call_for_what_a_worker_does_not_hold_or_cannot_read_is_refused(layer,
     assert pools.workers[name].load(0).running == (reason is None)
 
 
-def test_gates_count_every_choice_once_whatever_is_sent_again():
+@pytest.mark.parametrize(
+    ("name", "num_experts", "choices"),
+    [("qwen3_moe", 8, [3, 0, 3]), ("deepseek_v3", 12, [0, 3, 3])],
+)
+def test_gates_count_every_choice_once_whatever_is_sent_again(name, num_experts, choices):
     faults = Faults(7, drop=0.05, duplicate=0.1, max_delay=5)
     pools = Pools(
-        tiny_routed("qwen3_moe", dense_layers=(1,))[0],
+        family(name).directory,
         num_ffn=3,
         parallel=FFNParallel.EXPERT,
         faults=faults,
@@ -235,8 +241,8 @@ def test_gates_count_every_choice_once_whatever_is_sent_again():
     requests = make_requests(2, 6)
     pools.run(requests)
     worker = pools.workers[pools.attention()]
-    counts = memoryview(worker.expert_load().tokens.data).cast("q", (3, 8)).tolist()
-    assert [sum(row) for row in counts] == [2 * worker.load(0).rows, 0, 2 * worker.load(0).rows]
+    counts = memoryview(worker.expert_load().tokens.data).cast("q", (3, num_experts)).tolist()
+    assert [sum(row) for row in counts] == [count * worker.load(0).rows for count in choices]
 
 
 def test_a_model_without_experts_reports_none():

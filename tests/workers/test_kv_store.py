@@ -26,7 +26,7 @@ def test_keys_and_values_have_the_shapes_of_their_layer_and_share_nothing():
 
 def test_values_that_are_keys_take_no_memory():
     spec = read_model_spec(family("mfa_kr").directory)
-    assert spec.kv_elements_per_token == 3 * 32
+    assert spec.kv_elements_per_token == 4 * 32
     for keys, values in KVStore(spec, num_blocks=5, block_size=4, dtype=torch.float32).layers:
         assert keys.shape == values.shape == (5, 1, 4, 32)
         assert keys.data_ptr() == values.data_ptr()

@@ -54,7 +54,7 @@ def call_of(numerics, logits):
     generator = torch.Generator().manual_seed(logits.shape[0])
     rows = torch.randn(logits.shape[0], 96, generator=generator).to(row_dtype(numerics))
     rows = select_kernels(numerics).prepare(rows)
-    choice = choose_experts(logits, CHOSEN, renormalises=True)
+    choice = choose_experts(logits, spec_and_whole(numerics, 1)[0].experts)
     return FFNCall(LAYER, join(RoutedRows(rows, *choice)), CHOSEN)
 
 

@@ -27,7 +27,7 @@ from afd_server.workers.config import Numerics
 from afd_server.workers.runtime import select_kernels
 from afd_server.workers.tensors import TORCH_DTYPES, row_dtype
 from support.checkpoints import tiny_llama
-from support.families import WRITERS, family
+from support.families import ROUTED, WRITERS, family
 from support.logits import record_logits
 from support.pools import EXACT, Pools, ipc_links, shm_links, tcp_links
 
@@ -173,11 +173,19 @@ def test_tied_embeddings_are_split_as_well(logits_of):
     assert_company_changes_nothing(pools, 1, make_requests(4), Monolith(**shape), logits_of)
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_an_architecture_split_over_pools_is_its_independent_model(name, logits_of):
+@pytest.mark.parametrize(
+    ("name", "parallel"),
+    [
+        *((name, FFNParallel.TENSOR) for name in WRITERS),
+        *((name, FFNParallel.EXPERT) for name in ROUTED),
+    ],
+)
+def test_an_architecture_split_over_pools_is_its_independent_model(name, parallel, logits_of):
     directory, reference = family(name)
     requests = make_requests(4, num_output=33)
-    pools = Pools(directory, num_attention=2, num_ffn=2, num_lanes=2)  # prefills in chunks
+    pools = Pools(  # prefills in chunks
+        directory, num_attention=2, num_ffn=2, num_lanes=2, parallel=parallel
+    )
     outputs = pools.run(requests, [request.key % 2 for request in requests])
     for request, output in zip(requests, outputs, strict=True):
         start, ids = len(request.prompt_ids), [*request.prompt_ids, *output]

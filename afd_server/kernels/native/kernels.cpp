@@ -103,17 +103,18 @@ void afd_add_norm_quantise(const float* x, const float* delta, const float* weig
   }
 }
 
-// out[rows, width] = silu(gate) · up of rows that hold both, gate first.
-void afd_silu_mul(const float* gate_up, int64_t rows, int64_t width, float* out) {
+// out[rows, width] = silu(gate) · up of rows that hold both, gate first; `limit` clamps both.
+void afd_silu_mul(const float* gate_up, int64_t rows, int64_t width, float limit, float* out) {
   for (int64_t row = 0; row < rows; row++)
-    silu_mul_row(gate_up + row * 2 * width, width, out + row * width);
+    silu_mul_row(gate_up + row * 2 * width, width, limit, out + row * width);
 }
 
 // The same, quantised.
-void afd_silu_mul_quantise(const float* gate_up, int64_t rows, int64_t width, uint8_t* out) {
+void afd_silu_mul_quantise(const float* gate_up, int64_t rows, int64_t width, float limit,
+                           uint8_t* out) {
   std::vector<float> product(width);
   for (int64_t row = 0; row < rows; row++) {
-    silu_mul_row(gate_up + row * 2 * width, width, product.data());
+    silu_mul_row(gate_up + row * 2 * width, width, limit, product.data());
     quantise_row(product.data(), width, out + row * row_bytes(width));
   }
 }

@@ -48,6 +48,8 @@ inline v16 fma(v16 a, v16 b, v16 c) {
 #endif
 }
 
+inline v16 at_most(v16 a, float limit) { return a > limit ? splat(limit) : a; }
+
 inline v16 larger(v16 a, v16 b) { return a > b ? a : b; }
 
 // Combines sixteen lanes as a tree: 16 to 8 to 4 to 2 to 1.

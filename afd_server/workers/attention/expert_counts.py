@@ -1,7 +1,5 @@
 """How many tokens the gates of an attention worker sent to each expert."""
 
-from collections.abc import Sequence
-
 import torch
 
 from afd_server.models.base import FFNCall
@@ -12,22 +10,26 @@ from afd_server.transport.messages import DType, ExpertLoad, Payload
 class ExpertCounts:
     """Counts each call once, however often it is sent and whoever computes it.
 
+    A shared expert is not counted: it has all tokens, which no gate chose.
+
     Args:
-        experts_by_layer: a dense layer counts as one expert, which gets no tokens here.
+        num_layers: of the model; dense ones get no tokens here.
+        num_experts: that a gate chooses from; 0 if there are none.
     """
 
-    def __init__(self, experts_by_layer: Sequence[int]) -> None:
-        self._tokens = torch.zeros(len(experts_by_layer), max(experts_by_layer), dtype=torch.int64)
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self._tokens = torch.zeros(num_layers, num_experts, dtype=torch.int64)
 
     def count(self, call: FFNCall) -> None:
         """Count a call's tokens."""
         if call.num_chosen:
             experts = experts_of(call.rows, call.num_chosen).flatten()
-            self._tokens[call.layer] += torch.bincount(experts, minlength=self._tokens.shape[1])
+            num_experts = self._tokens.shape[1]
+            self._tokens[call.layer] += torch.bincount(experts, minlength=num_experts)[:num_experts]
 
     def report(self) -> ExpertLoad | None:
         """Return what was counted since the start; None for a model without experts."""
-        if self._tokens.shape[1] == 1:
+        if not self._tokens.numel():
             return None
         data = self._tokens.numpy().tobytes()
         return ExpertLoad(Payload(DType.INT64, tuple(self._tokens.shape), data))
