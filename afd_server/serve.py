@@ -15,6 +15,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from afd_server.cluster.launcher import (
@@ -144,8 +145,11 @@ class _Plan:
             self.parallel = FFNParallel.COLOCATED
         # each lane reads all weights again, so only a lane that waits is worth another one
         self.default_lanes = 1 if self.parallel is FFNParallel.COLOCATED else 2
-        self.ffn = ffn_config(
-            self.parallel, config.ffn_workers, config.expert_replicas, config.expert_shards
+        self.ffn = replace(
+            ffn_config(
+                self.parallel, config.ffn_workers, config.expert_replicas, config.expert_shards
+            ),
+            dense_layers=Role[config.dense_layers.upper()],
         )
         checksums = {"on": True, "off": False, "auto": config.data_transport == "tcp"}
         self.with_crc = checksums[config.frame_checksums]
@@ -269,6 +273,12 @@ class _Plan:
             raise ConfigError(
                 f"ffn_workers is {config.ffn_workers}, no multiple of expert_shards "
                 f"({config.expert_shards}), which --ffn-parallel hybrid needs"
+            )
+        nothing_left = model.experts is None and self.ffn.dense_layers is Role.ATTENTION
+        if config.ffn_workers and nothing_left:
+            raise ConfigError(
+                f"dense_layers is attention, but {model.model_type} has no others, and nothing is "
+                f"left for ffn_workers ({config.ffn_workers}); set it to 0, or dense_layers to ffn"
             )
         by_expert = self.parallel in (FFNParallel.EXPERT, FFNParallel.HYBRID)
         if by_expert and model.experts is None:

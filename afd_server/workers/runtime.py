@@ -15,7 +15,7 @@ import torch
 from afd_server.core.clock import Clock, MonotonicClock
 from afd_server.core.errors import AFDError, ConfigError, ModelError
 from afd_server.core.model_spec import ModelSpec, read_model_spec
-from afd_server.core.topology import FFNParallel, Member, Placement, Role, spread_experts
+from afd_server.core.topology import Member, Role
 from afd_server.kernels.cpu import native_kernels
 from afd_server.kernels.fingerprint import kernel_fingerprint
 from afd_server.kernels.reference import reference
@@ -41,13 +41,12 @@ from afd_server.weights.checkpoint import Checkpoint
 from afd_server.weights.dummy import DummyWeights
 from afd_server.weights.manifest import DUMMY_SEED, model_digest
 from afd_server.weights.packed import PackedWeights, pack_path
-from afd_server.workers.attention.colocated import ColocatedFFN
 from afd_server.workers.attention.expert_counts import ExpertCounts
 from afd_server.workers.attention.ffn_client import FFNClient
 from afd_server.workers.attention.kv_store import KVStore
 from afd_server.workers.attention.sampler import Sampler
-from afd_server.workers.attention.worker import AttentionWorker, FFNPath
-from afd_server.workers.config import FFNConfig, Numerics, WorkerSpec
+from afd_server.workers.attention.worker import AttentionWorker
+from afd_server.workers.config import Numerics, WorkerSpec, placement_of
 from afd_server.workers.ffn.worker import FFNWorker
 from afd_server.workers.tensors import TORCH_DTYPES, row_dtype
 
@@ -231,12 +230,13 @@ def select_kernels(numerics: Numerics) -> Kernels:
 
 
 def numerics_fingerprint(spec: WorkerSpec, kernels: Kernels) -> str:
-    """Return the fingerprint of a worker: kernels, weights, and how the FFN is cut."""
+    """Return the fingerprint of a worker: kernels, weights, and what of the FFNs is cut."""
     parts = (
         kernel_fingerprint(kernels, row_dtype(spec.numerics), TORCH_DTYPES[spec.numerics.kv]),
         spec.model_digest,
         spec.compute_threads,
         spec.ffn.num_parts,
+        spec.ffn.num_parts > 1 and spec.ffn.dense_layers,  # those at the attention side are whole
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -244,7 +244,7 @@ def numerics_fingerprint(spec: WorkerSpec, kernels: Kernels) -> str:
 def build_attention_worker(
     spec: WorkerSpec, model_spec: ModelSpec, kernels: Kernels, endpoint: Endpoint, clock: Clock
 ) -> Worker:
-    """Load the attention half and set up its scheduler and blocks.
+    """Load the attention half and what it holds of the FFNs; set up its scheduler and blocks.
 
     Raises:
         ModelError: the checkpoint does not hold what the model needs.
@@ -268,15 +268,16 @@ def build_attention_worker(
         )
     )
     placement = placement_of(spec.ffn, model_spec)
-    colocated = spec.ffn.parallel is FFNParallel.COLOCATED
-    weights = _weights(spec, kernels, FFNShare() if colocated else None)
+    share = FFNShare(experts=placement.held_by(placement.attention_side))
+    weights = _weights(spec, kernels, share)
     architecture = ARCHITECTURES[model_spec.model_type]
     model = architecture.attention(model_spec, weights, kernels, config.max_model_len)
     kv = KVStore(model_spec, num_blocks, config.block_size, kv_dtype)
     timeline = Timeline()
-    ffn: FFNPath = FFNClient(
+    ffn = FFNClient(
         placement,
         spec.slot,
+        architecture.ffn(model_spec, weights, kernels, share),
         model_spec.hidden_size,
         dtype,
         endpoint,
@@ -284,9 +285,6 @@ def build_attention_worker(
         timeline,
         config.resend_s,
     )
-    if colocated:
-        half = architecture.ffn(model_spec, weights, kernels, FFNShare())
-        ffn = ColocatedFFN(half, clock, timeline)
     weights.keep()
     return AttentionWorker(
         model,
@@ -330,17 +328,10 @@ def build_ffn_worker(
     )
 
 
-def placement_of(config: FFNConfig, model_spec: ModelSpec) -> Placement:
-    """Return who of the FFN pool holds what: every worker works it out for itself."""
-    return spread_experts(
-        model_spec.experts_by_layer, config.num_groups, config.num_parts, config.num_replicas
-    )
-
-
-def _weights(spec: WorkerSpec, kernels: Kernels, share: FFNShare | None) -> PackedWeights:
+def _weights(spec: WorkerSpec, kernels: Kernels, share: FFNShare) -> PackedWeights:
     """Return this worker's weights: from the checkpoint, from an earlier start, or random ones.
 
-    `share` is what it holds of the FFNs, if anything.
+    `share` is what it holds of the FFNs.
     """
     directory, dtype = spec.model_directory, row_dtype(spec.numerics)
     if spec.load_format == "dummy":
