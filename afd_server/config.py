@@ -65,6 +65,9 @@ class ServeConfig:
     dense_layers: Literal["attention", "ffn"] = _setting(
         "ffn", "workers that hold the layers without experts"
     )
+    lm_head: Literal["auto", "attention", "ffn"] = _setting(
+        "auto", "workers that hold the head and compute logits; auto: attention"
+    )
     expert_replicas: int = _setting(
         1, "FFN workers that hold each expert, with expert; groups of workers, with hybrid"
     )

@@ -30,7 +30,7 @@ from afd_server.config import ServeConfig, parse_resources, prepare_ray_environm
 from afd_server.core.clock import MonotonicClock
 from afd_server.core.errors import AddressInUse, ConfigError, WorkerFailed
 from afd_server.core.model_spec import ModelSpec, read_model_spec
-from afd_server.core.topology import FFNParallel, Role
+from afd_server.core.topology import FFNParallel, Role, column_shard
 from afd_server.gateway.config import GatewaySpec
 from afd_server.policy.blocks import num_kv_blocks
 from afd_server.transport.codec import MAX_PAYLOAD_BYTES
@@ -150,6 +150,7 @@ class _Plan:
                 self.parallel, config.ffn_workers, config.expert_replicas, config.expert_shards
             ),
             dense_layers=Role[config.dense_layers.upper()],
+            lm_head=Role.FFN if config.lm_head == "ffn" else Role.ATTENTION,
         )
         checksums = {"on": True, "off": False, "auto": config.data_transport == "tcp"}
         self.with_crc = checksums[config.frame_checksums]
@@ -252,6 +253,12 @@ class _Plan:
                 f"({config.max_num_seqs})"
             )
         self._check_placement(model)
+        self._check_messages(model)
+        self._check_network()
+
+    def _check_messages(self, model: ModelSpec) -> None:
+        """Refuse what could make an answer of an FFN worker too long."""
+        config = self._config
         # float32 partial sums, of a token's experts one each
         rows = config.max_batch_tokens * (model.experts.num_chosen if model.experts else 1)
         payload = rows * model.hidden_size * 4
@@ -260,7 +267,16 @@ class _Plan:
                 f"max_batch_tokens {config.max_batch_tokens} makes activations of {payload} bytes, "
                 f"a message holds {MAX_PAYLOAD_BYTES}; lower it"
             )
-        self._check_network()
+        # float32 logits of a part of the vocabulary, of each sequence in a micro-batch
+        parts = self.ffn.num_parts
+        shards = [column_shard(model.vocab_size, part, parts) for part in range(parts)]
+        payload = config.max_num_seqs * max(s.stop - s.start for s in shards) * 4
+        if self.ffn.lm_head is Role.FFN and payload > MAX_PAYLOAD_BYTES:
+            raise ConfigError(
+                f"lm_head is ffn, and max_num_seqs {config.max_num_seqs} makes logits of {payload} "
+                f"bytes, a message holds {MAX_PAYLOAD_BYTES}; lower max_num_seqs, or set lm_head "
+                "to attention"
+            )
 
     def _check_placement(self, model: ModelSpec) -> None:
         config, columns = self._config, model.smallest_intermediate_size
@@ -274,8 +290,8 @@ class _Plan:
                 f"ffn_workers is {config.ffn_workers}, no multiple of expert_shards "
                 f"({config.expert_shards}), which --ffn-parallel hybrid needs"
             )
-        nothing_left = model.experts is None and self.ffn.dense_layers is Role.ATTENTION
-        if config.ffn_workers and nothing_left:
+        all_at_attention = self.ffn.dense_layers is self.ffn.lm_head is Role.ATTENTION
+        if config.ffn_workers and all_at_attention and model.experts is None:
             raise ConfigError(
                 f"dense_layers is attention, but {model.model_type} has no others, and nothing is "
                 f"left for ffn_workers ({config.ffn_workers}); set it to 0, or dense_layers to ffn"

@@ -3,6 +3,7 @@
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 
 class Role(IntEnum):
@@ -118,6 +119,31 @@ def spread_experts(
         for layer, num_experts in enumerate(experts_by_layer)
     )
     return Placement(holders, num_groups, num_shards)
+
+
+# Shards start at multiples of this many columns: whole vectors for every kernel, and whole groups
+# of quantised activations.
+SHARD_ALIGNMENT = 64
+
+
+class ColumnShard(NamedTuple):
+    """Columns start … stop − 1: of an FFN's intermediate ones, or of the vocabulary."""
+
+    start: int
+    stop: int
+
+
+def column_shard(num_columns: int, part: int, num_parts: int) -> ColumnShard:
+    """Return the columns of one tensor-parallel part; together the parts cover each column once.
+
+    Boundaries are aligned to `SHARD_ALIGNMENT` columns where there are enough of them.
+    """
+    assert 0 <= part < num_parts, f"part {part} of {num_parts}"
+    aligned = num_columns >= num_parts * SHARD_ALIGNMENT
+    unit = SHARD_ALIGNMENT if aligned else 1
+    units = -(-num_columns // unit)
+    start, stop = (min(num_columns, units * p // num_parts * unit) for p in (part, part + 1))
+    return ColumnShard(start, stop)
 
 
 @dataclass(frozen=True, slots=True)

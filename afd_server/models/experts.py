@@ -7,10 +7,10 @@ from torch import Tensor
 
 from afd_server.core.expert_spec import ExpertSpec
 from afd_server.core.model_spec import ModelSpec
+from afd_server.core.topology import ColumnShard
 from afd_server.kernels import reference
 from afd_server.kernels.table import Kernels
 from afd_server.models.base import (
-    ColumnShard,
     FFNCall,
     FFNShare,
     MicroBatch,
@@ -91,8 +91,8 @@ class GatedDecoder:
         routing = choose_experts(logits, chosen, self._experts.renormalises)
         return hidden, FFNCall(layer, join(RoutedRows(call.rows, *routing)), chosen)
 
-    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        return self._inner.logits(hidden, rows)
+    def head_call(self, hidden: Tensor, rows: Tensor) -> FFNCall:
+        return self._inner.head_call(hidden, rows)
 
 
 class _Gate:

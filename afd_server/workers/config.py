@@ -34,7 +34,7 @@ class FFNConfig:
     `num_parts` is the number of column shards: 1 when workers hold whole FFNs. `num_groups` groups
     of so many workers hold the experts, `num_replicas` groups each of them
     (`core.topology.Placement`). `max_gather_rows` limits the rows computed together.
-    `dense_layers` is the pool that holds the layers without experts.
+    `dense_layers` is the pool that holds the layers without experts, `lm_head` that of the head.
     """
 
     parallel: FFNParallel
@@ -43,6 +43,7 @@ class FFNConfig:
     num_replicas: int = 1
     max_gather_rows: int = 1024
     dense_layers: Role = Role.FFN
+    lm_head: Role = Role.ATTENTION
 
 
 def ffn_config(
@@ -70,8 +71,11 @@ def ffn_config(
 
 
 def placement_of(config: FFNConfig, model: ModelSpec) -> Placement:
-    """Return who holds what: every worker works it out for itself."""
-    experts = model.experts_by_layer
+    """Return who holds what: every worker works it out for itself.
+
+    Behind the last layer comes the head, with the parts of the vocabulary for columns.
+    """
+    experts = model.placed_by_layer
     at_attention = {
         (layer, expert)
         for layer, num_experts in enumerate(experts)
@@ -87,6 +91,8 @@ def _side_of(layer: int, config: FFNConfig, model: ModelSpec) -> Role:
     """Return the pool that holds a layer."""
     if config.parallel is FFNParallel.COLOCATED:
         return Role.ATTENTION
+    if layer == model.num_layers:
+        return config.lm_head
     return Role.FFN if model.num_chosen(layer) else config.dense_layers
 
 

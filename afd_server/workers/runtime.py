@@ -23,6 +23,7 @@ from afd_server.kernels.selftest import check_rows
 from afd_server.kernels.table import Kernels
 from afd_server.models.base import FFNShare
 from afd_server.models.catalogue import ARCHITECTURES
+from afd_server.models.head import Held
 from afd_server.policy.blocks import num_kv_blocks
 from afd_server.policy.scheduler import Scheduler, SchedulerConfig
 from afd_server.telemetry.timeline import Timeline
@@ -244,7 +245,7 @@ def numerics_fingerprint(spec: WorkerSpec, kernels: Kernels) -> str:
 def build_attention_worker(
     spec: WorkerSpec, model_spec: ModelSpec, kernels: Kernels, endpoint: Endpoint, clock: Clock
 ) -> Worker:
-    """Load the attention half and what it holds of the FFNs; set up its scheduler and blocks.
+    """Load the attention half and what else it holds; set up its scheduler and blocks.
 
     Raises:
         ModelError: the checkpoint does not hold what the model needs.
@@ -277,8 +278,8 @@ def build_attention_worker(
     ffn = FFNClient(
         placement,
         spec.slot,
-        architecture.ffn(model_spec, weights, kernels, share),
-        model_spec.hidden_size,
+        Held(architecture, model_spec, weights, kernels, share),
+        model_spec,
         dtype,
         endpoint,
         clock,
@@ -305,21 +306,21 @@ def build_attention_worker(
 def build_ffn_worker(
     spec: WorkerSpec, model_spec: ModelSpec, kernels: Kernels, endpoint: Endpoint, clock: Clock
 ) -> Worker:
-    """Load this worker's part of the FFN half.
+    """Load this worker's part of the FFNs and the head.
 
     Raises:
         ModelError: the checkpoint does not hold what the model needs.
     """
-    held = placement_of(spec.ffn, model_spec).experts_of(spec.slot)
-    share = FFNShare(spec.slot % spec.ffn.num_parts, spec.ffn.num_parts, held)
+    experts = placement_of(spec.ffn, model_spec).experts_of(spec.slot)
+    share = FFNShare(spec.slot % spec.ffn.num_parts, spec.ffn.num_parts, experts)
     weights = _weights(spec, kernels, share)
-    model = ARCHITECTURES[model_spec.model_type].ffn(model_spec, weights, kernels, share)
+    held = Held(ARCHITECTURES[model_spec.model_type], model_spec, weights, kernels, share)
     weights.keep()
     return FFNWorker(
-        model,
+        held,
         model_spec,
         spec.slot,
-        held,
+        experts,
         kernels.row_format,
         endpoint,
         spec.ffn.max_gather_rows,
@@ -331,7 +332,7 @@ def build_ffn_worker(
 def _weights(spec: WorkerSpec, kernels: Kernels, share: FFNShare) -> PackedWeights:
     """Return this worker's weights: from the checkpoint, from an earlier start, or random ones.
 
-    `share` is what it holds of the FFNs.
+    `share` is what it holds of the FFNs and the head.
     """
     directory, dtype = spec.model_directory, row_dtype(spec.numerics)
     if spec.load_format == "dummy":

@@ -7,11 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from afd_server.core.topology import (
+    ColumnShard,
     FFNParallel,
     Member,
     Placement,
     Role,
     Topology,
+    column_shard,
     spread_experts,
 )
 
@@ -146,3 +148,17 @@ def test_what_the_attention_side_holds_leaves_the_rest_where_it_was(spread):
 def test_an_expert_without_a_holder_or_with_one_that_is_not_there_is_a_mistake(groups):
     with pytest.raises(AssertionError, match="layer 0, expert 1"):
         Placement((((0,), groups),), num_groups=3)
+
+
+@given(st.integers(1, 5000), st.integers(1, 40))
+def test_shards_cover_every_column_once_in_order(columns, num_parts):
+    num_parts = min(num_parts, columns)
+    shards = [column_shard(columns, part, num_parts) for part in range(num_parts)]
+    assert shards[0].start == 0
+    assert shards[-1].stop == columns
+    assert all(a.stop == b.start for a, b in zip(shards, shards[1:], strict=False))
+    assert all(shard.start < shard.stop for shard in shards)
+
+
+def test_shards_begin_at_whole_vectors_where_they_can():
+    assert column_shard(1536, 1, 5) == ColumnShard(256, 576)

@@ -49,6 +49,7 @@ class Pools:
         parallel: FFNParallel = FFNParallel.TENSOR,
         num_replicas: int = 1,
         dense_layers: Role = Role.FFN,
+        lm_head: Role = Role.ATTENTION,
         numerics: Numerics = EXACT,
         link: Callable[[str], Link] | None = None,
         faults: Faults | None = None,
@@ -88,6 +89,7 @@ class Pools:
                 ffn_config(parallel, num_ffn, num_replicas),
                 max_gather_rows=max_gather_rows,
                 dense_layers=dense_layers,
+                lm_head=lm_head,
             ),
         }
         self._model_spec = read_model_spec(model)

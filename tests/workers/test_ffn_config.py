@@ -32,17 +32,27 @@ def spec():
     return read_model_spec(tiny_routed("qwen3_moe", dense_layers=(0, 2))[0])
 
 
+ALL = tuple(range(8))
+
+
 def test_dense_layers_are_held_by_the_pool_that_the_setting_names(spec):
     config = ffn_config(FFNParallel.TENSOR, 2)
-    everything = ((0,), tuple(range(8)), (0,))
     placement = placement_of(config, spec)
-    assert placement.experts_of(0) == placement.experts_of(1) == everything
-    assert placement.held_by(placement.attention_side) == ((), (), ())
+    assert placement.experts_of(0) == placement.experts_of(1) == ((0,), ALL, (0,), ())
+    assert placement.held_by(placement.attention_side) == ((), (), (), (0,))
     placement = placement_of(replace(config, dense_layers=Role.ATTENTION), spec)
-    assert placement.experts_of(0) == placement.experts_of(1) == ((), tuple(range(8)), ())
-    assert placement.held_by(placement.attention_side) == ((0,), (), (0,))
+    assert placement.experts_of(0) == placement.experts_of(1) == ((), ALL, (), ())
+    assert placement.held_by(placement.attention_side) == ((0,), (), (0,), (0,))
+
+
+def test_the_head_comes_behind_the_layers_and_is_held_by_the_pool_that_the_setting_names(spec):
+    config = replace(ffn_config(FFNParallel.EXPERT, 3, num_replicas=2), lm_head=Role.FFN)
+    placement = placement_of(config, spec)
+    assert placement.held_by(placement.attention_side) == ((), (), (), ())
+    assert [placement.experts_of(slot)[-1] for slot in range(3)] == [(0,), (0,), ()]
 
 
 def test_colocated_workers_hold_everything(spec):
-    placement = placement_of(ffn_config(FFNParallel.COLOCATED, 0), spec)
-    assert placement.held_by(placement.attention_side) == ((0,), tuple(range(8)), (0,))
+    config = replace(ffn_config(FFNParallel.COLOCATED, 0), lm_head=Role.FFN)
+    placement = placement_of(config, spec)
+    assert placement.held_by(placement.attention_side) == ((0,), ALL, (0,), (0,))

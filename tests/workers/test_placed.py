@@ -6,18 +6,21 @@ import pytest
 import torch
 
 from afd_server.core.clock import ManualClock
+from afd_server.core.model_spec import read_model_spec
 from afd_server.core.request import Request, SamplingParams
 from afd_server.core.stage import StageId
 from afd_server.core.topology import FFNParallel, Member, Placement, Role, Topology
 from afd_server.models.base import FFNCall
 from afd_server.models.routing import RoutedRows, join
 from afd_server.telemetry.timeline import Timeline
-from afd_server.transport.endpoint import Endpoint, Identity
-from afd_server.transport.inproc import InProcessNetwork
-from afd_server.transport.messages import Dispatch
+from afd_server.transport.codec import Envelope
+from afd_server.transport.endpoint import Endpoint, Identity, Received
+from afd_server.transport.inproc import Faults, InProcessNetwork
+from afd_server.transport.messages import Combine, Dispatch
 from afd_server.workers import runtime
 from afd_server.workers.attention.ffn_client import FFNClient
 from afd_server.workers.config import Numerics
+from afd_server.workers.tensors import to_payload
 from support.checkpoints import tiny_llama
 from support.experts import tiny_routed
 from support.logits import record_logits
@@ -59,19 +62,19 @@ def assert_same_bits(got, expected):
     assert all(torch.equal(got[1][place], row) for place, row in expected[1].items())
 
 
-def asked_layers(pools):
-    """Return a list that fills with the layer of every dispatch that FFN workers get."""
-    layers = []
+def dispatches(pools):
+    """Return a list that fills with every dispatch that FFN workers get."""
+    taken = []
     for name, worker in pools.workers.items():
         if name.startswith("ffn"):
 
             def handle(received, inner=worker.handle):
                 if isinstance(received.message, Dispatch):
-                    layers.append(received.message.layer)
+                    taken.append(received.message)
                 inner(received)
 
             worker.handle = handle
-    return layers
+    return taken
 
 
 def routed_with_dense_layers():
@@ -87,17 +90,17 @@ def test_dense_layers_give_the_same_bits_on_either_side(parallel, num_ffn, numer
     shape = {"num_ffn": num_ffn, "parallel": parallel, "numerics": numerics, "num_lanes": 3}
     expected = run(Pools(routed_with_dense_layers(), **shape), logits_of)
     pools = Pools(routed_with_dense_layers(), **shape, dense_layers=Role.ATTENTION)
-    layers = asked_layers(pools)
+    taken = dispatches(pools)
     assert_same_bits(run(pools, logits_of), expected)
-    assert set(layers) == {1}
+    assert {message.layer for message in taken} == {1}
 
 
 def test_dense_layers_of_the_attention_side_are_whole_where_experts_are_cut(logits_of):
     directory, reference = tiny_routed("qwen3_moe", dense_layers=DENSE)
     pools = Pools(directory, num_ffn=2, dense_layers=Role.ATTENTION)
-    layers = asked_layers(pools)
+    taken = dispatches(pools)
     tokens, logits = run(pools, logits_of)
-    assert set(layers) == {1}
+    assert {message.layer for message in taken} == {1}
     for request, got in zip(requests(), tokens, strict=True):
         first = len(request.prompt_ids)
         ids = torch.tensor([[*request.prompt_ids, *got[:-1]]])
@@ -171,14 +174,76 @@ def test_a_worker_lost_in_the_middle_of_calls_that_are_partly_computed_here_chan
     assert pools.run(requests()) == expected
 
 
+HEAD_LAYOUTS = [
+    (FFNParallel.TENSOR, 1),
+    (FFNParallel.TENSOR, 2),
+    (FFNParallel.TENSOR, 5),
+    (FFNParallel.REPLICATE, 2),
+]
+
+
+@pytest.mark.parametrize("numerics", NUMERICS, ids=lambda n: f"{n.kernels}-{n.weights}")
+@pytest.mark.parametrize(("parallel", "num_ffn"), HEAD_LAYOUTS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_gives_the_same_bits_on_either_side_whole_or_in_parts(
+    tied, parallel, num_ffn, numerics, logits_of
+):
+    shape = {"num_ffn": num_ffn, "parallel": parallel, "numerics": numerics, "num_attention": 2}
+    expected = run(Pools(tiny_llama(tied=tied)[0], **shape), logits_of)
+    pools = Pools(tiny_llama(tied=tied)[0], **shape, lm_head=Role.FFN)
+    assert_same_bits(run(pools, logits_of), expected)
+
+
+def test_a_model_with_experts_has_its_head_where_a_dense_layer_would_be(logits_of):
+    expected = run(Pools(routed_with_dense_layers()), logits_of)
+    shape = {"num_ffn": 3, "parallel": FFNParallel.EXPERT, "num_replicas": 2}
+    pools = Pools(
+        routed_with_dense_layers(), **shape, lm_head=Role.FFN, dense_layers=Role.ATTENTION
+    )
+    taken = dispatches(pools)
+    assert_same_bits(run(pools, logits_of), expected)
+    assert {message.layer for message in taken} == {1, 3}
+
+
+def test_only_rows_that_need_logits_travel_to_the_head():
+    pools = Pools(tiny_llama()[0], num_lanes=1, lm_head=Role.FFN, max_batch_tokens=24)
+    taken = dispatches(pools)
+    pools.run([Request(1, tuple(range(3, 73)), SamplingParams(max_tokens=4, temperature=0))])
+    rows = [message.activations.shape[0] for message in taken if message.layer == 3]
+    assert rows == [1, 1, 1, 1]  # of a prompt in three chunks, and of four tokens
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_network_that_loses_and_reorders_logits_changes_no_token(seed, logits_of):
+    expected = run(Pools(tiny_llama()[0], num_ffn=2), logits_of)[0]
+    faults = Faults(seed, drop=0.05, duplicate=0.1, max_delay=5)
+    pools = Pools(tiny_llama()[0], num_ffn=2, lm_head=Role.FFN, faults=faults, resend_s=0.3)
+    assert pools.run(requests()) == expected
+
+
+@pytest.mark.parametrize(
+    ("lm_head", "layer", "reason"),
+    [(Role.FFN, 3, None), (Role.FFN, 4, "range"), (Role.ATTENTION, 3, "part")],
+)
+def test_a_worker_without_the_head_refuses_its_calls(lm_head, layer, reason):
+    pools = Pools(tiny_llama()[0], lm_head=lm_head)
+    (name,) = (n for n, m in pools.members.items() if m.role is Role.FFN)
+    sender = pools.members[pools.attention()]
+    envelope = Envelope(sender.incarnation, 1, 1, "digest", sender.fingerprint)
+    dispatch = Dispatch(1, 0, layer, 0, 0, to_payload(torch.ones(2, 96)))
+    pools.workers[name].handle(Received(envelope, sender, dispatch))
+    refused = {k: n for k, n in pools.endpoints[name].counters.items() if k.startswith("refused")}
+    assert refused == ({f"refused_{reason}": 1} if reason else {})
+
+
 class CountsWhatIsOut:
-    """An FFN half that notes how many messages have left when it is asked."""
+    """What is held here, as far as it notes how many messages have left when it is asked."""
 
     def __init__(self, network):
         self._network = network
         self.num_out = []
 
-    def partial_sum(self, layer, rows):
+    def answer(self, layer, rows):
         self.num_out.append(len(self._network.collect("ffn0")))
         return torch.zeros(2, 96)
 
@@ -186,11 +251,14 @@ class CountsWhatIsOut:
 def client_of(placement, own, network):
     clock = ManualClock()
     endpoint = Endpoint(network.link("attention0"), Identity("attention0", "digest"), clock)
+    spec = read_model_spec(tiny_llama()[0])
     client = FFNClient(
-        placement, 0, own, 96, torch.float32, endpoint, clock, Timeline(), resend_s=1.0
+        placement, 0, own, spec, torch.float32, endpoint, clock, Timeline(), resend_s=1.0
     )
-    network.link("ffn0")
-    endpoint.topology = Topology(1, (Member(Role.FFN, 0, "ffn0", "", ""),))
+    names = [network.link(f"ffn{slot}").address.rpartition("/")[2] for slot in (0, 1)]
+    endpoint.topology = Topology(
+        1, tuple(Member(Role.FFN, slot, name, "", "") for slot, name in enumerate(names))
+    )
     client.reassign()
     return client
 
@@ -213,3 +281,17 @@ def test_a_call_that_is_computed_here_is_complete_at_once_and_nothing_is_sent_ag
     assert client.next_resend_s() is None
     assert torch.equal(client.take(0), torch.zeros(2, 96))
     assert own.num_out == [0]
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "is_taken"),
+    [(128, torch.float32, True), (131, torch.float32, False), (128, torch.bfloat16, False)],
+)
+def test_only_logits_of_a_workers_own_part_of_the_vocabulary_are_taken(width, dtype, is_taken):
+    network = InProcessNetwork()
+    client = client_of(Placement((((0,),),), 1, num_shards=2), CountsWhatIsOut(network), network)
+    client.dispatch(StageId(1, 0, 0), FFNCall(0, torch.ones(2, 96), is_head=True), 0.0)
+    answer = Combine(1, 0, 0, 0, 1, 0, 0, "", to_payload(torch.ones(2, width, dtype=dtype)))
+    ffn0 = Member(Role.FFN, 0, "ffn0", "", "")
+    client.accept(Received(Envelope("ffn0", 1, 1, "digest", ""), ffn0, answer), answer)
+    assert client.counters["bad_partial"] == (not is_taken)

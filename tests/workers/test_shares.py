@@ -35,8 +35,8 @@ NUMERICS = [
 
 @functools.cache
 def spec_and_whole(numerics, num_shards):
-    spec, _, ffn = load_halves(tiny_routed("mixtral")[0], numerics, num_shards)
-    return spec, ffn
+    spec, _, held = load_halves(tiny_routed("mixtral")[0], numerics, num_shards)
+    return spec, held
 
 
 @functools.cache
@@ -110,7 +110,7 @@ def test_any_placement_replica_and_order_of_answers_gives_the_bits_of_the_whole(
 ):
     call = call_of(numerics, random_logits(tokens))
     _, whole = spec_and_whole(numerics, placement.num_shards)
-    expected = add_in_part_order([half.partial_sum(LAYER, call.rows) for half in whole])
+    expected = add_in_part_order([held.answer(LAYER, call.rows) for held in whole])
     assert torch.equal(sum_over(call, placement, numerics, rng), expected)
 
 
@@ -132,7 +132,7 @@ def test_one_token_and_all_tokens_on_the_same_experts_give_the_bits_of_the_whole
         logits = torch.zeros(tokens, EXPERTS)
         logits[:, 5] = logits[:, 2] = 4.0
         call = call_of(EXACT, logits)
-        expected = spec_and_whole(EXACT, 1)[1][0].partial_sum(LAYER, call.rows)
+        expected = spec_and_whole(EXACT, 1)[1][0].answer(LAYER, call.rows)
         assert torch.equal(sum_over(call, ONE_EACH, EXACT, random.Random(1)), expected)
 
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from afd_server.core.clock import Clock
 from afd_server.core.errors import ProtocolError, WorkerFailed
+from afd_server.core.model_spec import ModelSpec
 from afd_server.core.stage import StageId
-from afd_server.core.topology import Member, Placement, Role
-from afd_server.models.base import FFNCall, FFNHalf
+from afd_server.core.topology import Member, Placement, Role, column_shard
+from afd_server.models.base import FFNCall
+from afd_server.models.head import Held
 from afd_server.telemetry.timeline import EventKind, Timeline
 from afd_server.transport.endpoint import Endpoint, Received
 from afd_server.transport.messages import Combine, Dispatch, Payload
@@ -33,7 +35,7 @@ class _Part:
     incarnation: str
     payload: Payload
     num_rows: int
-    num_answers: int
+    answer_shape: tuple[int, int]
     partial: Tensor | None = None
 
 
@@ -70,15 +72,16 @@ class FFNClient:
     A call is keyed by (own incarnation, epoch, step, lane, layer, part), so it may be sent any
     number of times: the first valid answer to each part counts (invariant I5). A part is what the
     worker of one slot is asked for; a worker that holds nothing of a call is not asked. Partial
-    sums are [answers, hidden_size] of `dtype`. `own` is what the attention side holds itself.
+    sums are [answers, hidden_size] of `dtype`, logits [rows, part of the vocabulary] float32. `own`
+    is what the attention side holds itself.
     """
 
     def __init__(
         self,
         placement: Placement,
         slot: int,
-        own: FFNHalf,
-        hidden_size: int,
+        own: Held,
+        spec: ModelSpec,
         dtype: torch.dtype,
         endpoint: Endpoint,
         clock: Clock,
@@ -87,7 +90,7 @@ class FFNClient:
     ) -> None:
         self._placement = placement
         self._own = own
-        self._hidden_size = hidden_size
+        self._spec = spec
         self._dtype = dtype
         self._slot = slot
         self._endpoint = endpoint
@@ -144,10 +147,12 @@ class FFNClient:
             pending.resend_at = self._clock.now() + RETRY_REFUSED_S
             return None
         try:
-            partial = to_tensor(combine.partial, self._dtype)
+            partial = to_tensor(
+                combine.partial, torch.float32 if pending.call.is_head else self._dtype
+            )
         except ProtocolError:
             partial = None
-        if partial is None or partial.shape != (part.num_answers, self._hidden_size):
+        if partial is None or partial.shape != part.answer_shape:
             self.counters["bad_partial"] += 1  # the resend timer asks again
             return None
         part.partial = partial
@@ -233,18 +238,23 @@ class FFNClient:
                 own = share
                 continue
             payload = to_payload(share.rows)
-            for slot in placement.slots_of(share.group):
-                pending.parts[slot] = _Part(
-                    self._pool[slot], payload, share.rows.shape[0], share.num_answers
-                )
+            for shard, slot in enumerate(placement.slots_of(share.group)):
+                shape = (share.num_answers, self._answer_width(call, shard))
+                pending.parts[slot] = _Part(self._pool[slot], payload, share.rows.shape[0], shape)
         if pending.parts:
             self._send(pending)
         if own is not None and pending.own is None:  # it is the same whoever else is there
             pending.own = self._compute(pending.stage, own.rows)
 
+    def _answer_width(self, call: FFNCall, shard: int) -> int:
+        if not call.is_head:
+            return self._spec.hidden_size
+        part = column_shard(self._spec.vocab_size, shard, self._placement.num_shards)
+        return part.stop - part.start
+
     def _compute(self, stage: StageId, rows: Tensor) -> Tensor:
         begin_s = self._clock.now()
-        answers = self._own.partial_sum(stage.layer, rows)
+        answers = self._own.answer(stage.layer, rows)
         self._timeline.record(EventKind.FFN, begin_s, self._clock.now(), stage, rows.shape[0])
         return answers
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from afd_server.models.base import FFNCall
-from afd_server.models.forward import add_in_part_order
+from afd_server.models.forward import add_in_part_order, join_parts
 from afd_server.models.routing import (
     CHOICE_BYTES,
     ELSEWHERE,
@@ -78,19 +78,19 @@ def _share(call: FFNCall, experts: Tensor, groups: Tensor, group: int) -> Share:
 def put_together(
     call: FFNCall, shares: Sequence[Share], answers: Sequence[Sequence[Tensor]]
 ) -> Tensor:
-    """Add the answers up: in each column shard by expert, then shard by shard.
+    """Join the answers: in each column shard by expert, then shard by shard.
 
     Args:
         call: as it was cut.
         shares: from `cut`.
-        answers: for each share the partial sums of the group's workers, by column shard. What is
-            not cut, at the attention side, is added with the first shard.
+        answers: for each share those of the group's workers, by column shard. What is not cut, at
+            the attention side, is added with the first shard.
 
     Returns:
-        [tokens, hidden], in the dtype of the answers.
+        [tokens, hidden], or logits of the head's call, in the dtype of the answers.
     """
     if shares[0].places is None:
-        return add_in_part_order(answers[0])
+        return join_parts(call, answers[0])
     shards = []
     for shard in range(max(map(len, answers))):
         there = [(s, a[shard]) for s, a in zip(shares, answers, strict=True) if shard < len(a)]
