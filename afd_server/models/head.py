@@ -44,7 +44,8 @@ class Held:
 class _Head:
     """The rows of the head [vocab, hidden] for one part of the vocabulary.
 
-    A logit is a product of its own, so parts side by side have the bits of the whole.
+    A logit is a product of its own, so parts side by side have the bits of the whole. Torch's
+    products keep to that in aligned parts only (`core.topology.SHARD_ALIGNMENT`).
     """
 
     def __init__(

@@ -231,13 +231,15 @@ def select_kernels(numerics: Numerics) -> Kernels:
 
 
 def numerics_fingerprint(spec: WorkerSpec, kernels: Kernels) -> str:
-    """Return the fingerprint of a worker: kernels, weights, and what of the FFNs is cut."""
+    """Return the fingerprint of a worker: kernels, weights, and what is cut into columns."""
+    ffn = spec.ffn
     parts = (
         kernel_fingerprint(kernels, row_dtype(spec.numerics), TORCH_DTYPES[spec.numerics.kv]),
         spec.model_digest,
         spec.compute_threads,
-        spec.ffn.num_parts,
-        spec.ffn.num_parts > 1 and spec.ffn.dense_layers,  # those at the attention side are whole
+        ffn.num_parts,
+        # what the attention side holds is whole
+        (ffn.dense_layers, ffn.lm_head) if ffn.num_parts > 1 else (),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 

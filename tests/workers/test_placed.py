@@ -108,10 +108,11 @@ def test_dense_layers_of_the_attention_side_are_whole_where_experts_are_cut(logi
         assert (ours - reference(ids).logits[0, first - 1 :]).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("setting", ["dense_layers", "lm_head"])
 @pytest.mark.parametrize(("num_ffn", "differs"), [(1, False), (2, True)])
-def test_the_fingerprint_knows_the_side_of_dense_layers_only_where_ffns_are_cut(num_ffn, differs):
+def test_the_fingerprint_knows_who_holds_what_only_where_it_is_cut(num_ffn, differs, setting):
     prints = {
-        Pools(tiny_llama()[0], num_ffn=num_ffn, dense_layers=side).topology.members[1].fingerprint
+        Pools(tiny_llama()[0], num_ffn=num_ffn, **{setting: side}).topology.members[1].fingerprint
         for side in (Role.ATTENTION, Role.FFN)
     }
     assert len(prints) == 1 + differs
@@ -177,7 +178,7 @@ def test_a_worker_lost_in_the_middle_of_calls_that_are_partly_computed_here_chan
 HEAD_LAYOUTS = [
     (FFNParallel.TENSOR, 1),
     (FFNParallel.TENSOR, 2),
-    (FFNParallel.TENSOR, 5),
+    (FFNParallel.TENSOR, 4),
     (FFNParallel.REPLICATE, 2),
 ]
 
