@@ -267,11 +267,13 @@ class _Plan:
                 f"max_batch_tokens {config.max_batch_tokens} makes activations of {payload} bytes, "
                 f"a message holds {MAX_PAYLOAD_BYTES}; lower it"
             )
+        if config.ffn_workers == 0 or self.ffn.lm_head is Role.ATTENTION:
+            return
         # float32 logits of a part of the vocabulary, of each sequence in a micro-batch
         parts = self.ffn.num_parts
         shards = [column_shard(model.vocab_size, part, parts) for part in range(parts)]
         payload = config.max_num_seqs * max(s.stop - s.start for s in shards) * 4
-        if self.ffn.lm_head is Role.FFN and payload > MAX_PAYLOAD_BYTES:
+        if payload > MAX_PAYLOAD_BYTES:
             raise ConfigError(
                 f"lm_head is ffn, and max_num_seqs {config.max_num_seqs} makes logits of {payload} "
                 f"bytes, a message holds {MAX_PAYLOAD_BYTES}; lower max_num_seqs, or set lm_head "
