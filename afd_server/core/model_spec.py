@@ -69,8 +69,7 @@ class ModelSpec:
     def num_chosen(self, layer: int) -> int:
         """Return the experts that a token goes to in a layer; 0 if the layer is dense."""
         experts = self.experts
-        is_routed = experts is not None and layer < self.num_layers and experts.is_routed[layer]
-        return experts.num_chosen if experts is not None and is_routed else 0
+        return experts.num_chosen if experts is not None and experts.is_routed[layer] else 0
 
     @property
     def experts_by_layer(self) -> tuple[int, ...]:
@@ -78,11 +77,6 @@ class ModelSpec:
         if self.experts is None:
             return (1,) * self.num_layers
         return tuple(self.experts.num_experts if r else 1 for r in self.experts.is_routed)
-
-    @property
-    def placed_by_layer(self) -> tuple[int, ...]:
-        """Return how many experts of each layer have holders; behind the last layer the head: 1."""
-        return (*self.experts_by_layer, 1)
 
     @property
     def smallest_intermediate_size(self) -> int:
@@ -94,6 +88,11 @@ class ModelSpec:
     def num_layers(self) -> int:
         """Return the number of decoder layers."""
         return len(self.attention)
+
+    @property
+    def placed_by_layer(self) -> tuple[int, ...]:
+        """Return how many experts of each layer have holders; behind the last layer the head: 1."""
+        return (*self.experts_by_layer, 1)
 
     @property
     def kv_elements_per_token(self) -> int:

@@ -74,6 +74,7 @@ class FFNWorker:
         self._held = held
         self._spec = spec
         self._slot = slot
+        self._num_chosen = [*map(spec.num_chosen, range(spec.num_layers)), 0]
         self._experts = [frozenset((*of_layer, ELSEWHERE)) for of_layer in experts]
         self._row_format = row_format
         self._endpoint = endpoint
@@ -197,7 +198,7 @@ class FFNWorker:
             raise ProtocolError(f"layer {dispatch.layer} of {self._spec.num_layers}", "range")
         shape = dispatch.activations.shape
         width, dtype = self._row_format.size(self._spec.hidden_size), self._row_format.dtype
-        num_chosen = self._spec.num_chosen(dispatch.layer)
+        num_chosen = self._num_chosen[dispatch.layer]
         if num_chosen:
             width, dtype = width * dtype.itemsize + num_chosen * CHOICE_BYTES, torch.uint8
         if len(shape) != 2 or shape[0] == 0 or shape[1] != width:
@@ -206,7 +207,7 @@ class FFNWorker:
 
     def _num_answers(self, layer: int, activations: Tensor) -> int:
         """Return how many rows a checked call will be answered with."""
-        num_chosen, held = self._spec.num_chosen(layer), self._experts[layer]
+        num_chosen, held = self._num_chosen[layer], self._experts[layer]
         if not num_chosen:
             if len(held) == 1:
                 raise ProtocolError(f"layer {layer} is held by others", "part")
