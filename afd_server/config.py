@@ -69,6 +69,12 @@ class ServeConfig:
         "tensor", "each FFN worker holds a column shard of every FFN, a full replica, some "
         "experts, or a column shard of some experts"
     )  # fmt: skip
+    dense_layers: Literal["attention", "ffn"] = _setting(
+        "ffn", "workers that hold the layers without experts"
+    )
+    lm_head: Literal["auto", "attention", "ffn"] = _setting(
+        "auto", "workers that hold the head and compute logits; auto: attention"
+    )
     expert_replicas: int = _setting(
         1, "FFN workers that hold each expert, with expert; groups of workers, with hybrid"
     )

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from afd_server.cluster.launcher import (
@@ -34,7 +35,7 @@ from afd_server.config import (
 from afd_server.core.clock import MonotonicClock
 from afd_server.core.errors import AddressInUse, ConfigError, WorkerFailed
 from afd_server.core.model_spec import ModelSpec, read_model_spec
-from afd_server.core.topology import FFNParallel, Role
+from afd_server.core.topology import FFNParallel, Role, column_shard
 from afd_server.costmodel.pipeline import CONTEXT_TOKENS
 from afd_server.costmodel.pools import PoolSizes, choose_pools
 from afd_server.costmodel.stages import estimate_stages
@@ -155,8 +156,10 @@ class _Plan:
         self.num_lanes = None if config.lanes == "auto" else config.lanes
         if self.parallel is FFNParallel.COLOCATED and self.num_lanes is None:
             self.num_lanes = 1  # no lane is ever away, and each reads all weights again
-        self.ffn = ffn_config(
-            self.parallel, sizes.num_ffn, config.expert_replicas, config.expert_shards
+        self.ffn = replace(
+            ffn_config(self.parallel, sizes.num_ffn, config.expert_replicas, config.expert_shards),
+            dense_layers=Role[config.dense_layers.upper()],
+            lm_head=Role.FFN if config.lm_head == "ffn" else Role.ATTENTION,
         )
         checksums = {"on": True, "off": False, "auto": config.data_transport == "tcp"}
         self.with_crc = checksums[config.frame_checksums]
@@ -262,6 +265,12 @@ class _Plan:
                 f"({config.max_num_seqs})"
             )
         self._check_placement(model)
+        self._check_messages(model)
+        self._check_network()
+
+    def _check_messages(self, model: ModelSpec) -> None:
+        """Refuse what could make an answer of an FFN worker too long."""
+        config = self._config
         # float32 partial sums, of a token's experts one each
         num_chosen = max(model.num_chosen(layer) for layer in range(model.num_layers))
         rows = config.max_batch_tokens * max(1, num_chosen)
@@ -271,7 +280,18 @@ class _Plan:
                 f"max_batch_tokens {config.max_batch_tokens} makes activations of {payload} bytes, "
                 f"a message holds {MAX_PAYLOAD_BYTES}; lower it"
             )
-        self._check_network()
+        if config.ffn_workers == 0 or self.ffn.lm_head is Role.ATTENTION:
+            return
+        # float32 logits of a part of the vocabulary, of each sequence in a micro-batch
+        parts = self.ffn.num_parts
+        shards = [column_shard(model.vocab_size, part, parts) for part in range(parts)]
+        payload = config.max_num_seqs * max(s.stop - s.start for s in shards) * 4
+        if payload > MAX_PAYLOAD_BYTES:
+            raise ConfigError(
+                f"lm_head is ffn, and max_num_seqs {config.max_num_seqs} makes logits of {payload} "
+                f"bytes, a message holds {MAX_PAYLOAD_BYTES}; lower max_num_seqs, or set lm_head "
+                "to attention"
+            )
 
     def _check_placement(self, model: ModelSpec) -> None:
         config, columns = self._config, model.smallest_intermediate_size
@@ -285,6 +305,12 @@ class _Plan:
             raise ConfigError(
                 f"ffn_workers is {num_ffn}, no multiple of expert_shards "
                 f"({config.expert_shards}), which --ffn-parallel hybrid needs"
+            )
+        all_at_attention = self.ffn.dense_layers is self.ffn.lm_head is Role.ATTENTION
+        if num_ffn and all_at_attention and model.experts is None:
+            raise ConfigError(
+                f"dense_layers is attention, but {model.model_type} has no others, and nothing is "
+                f"left for ffn_workers ({num_ffn}); set it to 0, or dense_layers to ffn"
             )
         by_expert = self.parallel in (FFNParallel.EXPERT, FFNParallel.HYBRID)
         if by_expert and model.experts is None:

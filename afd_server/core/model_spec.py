@@ -142,6 +142,11 @@ class ModelSpec:
         return len(self.attention)
 
     @property
+    def placed_by_layer(self) -> tuple[int, ...]:
+        """Return how many experts of each layer have holders; behind the last layer the head: 1."""
+        return (*self.experts_by_layer, 1)
+
+    @property
     def kv_elements_per_token(self) -> int:
         """Return the keys and values of one token over all layers, in elements."""
         return sum(layer.kv.elements for layer in self.attention)

@@ -1,8 +1,9 @@
 """Who is alive, where, and holding what."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 
 class Role(IntEnum):
@@ -46,12 +47,15 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Which FFN workers hold which expert of which layer.
+    """Who holds which expert of which layer.
 
-    Workers form groups of `num_shards` neighbours: the worker of slot s holds column shard
+    FFN workers form groups of `num_shards` neighbours: the worker of slot s holds column shard
     s mod `num_shards` of every expert of group s div `num_shards`. A dense layer counts as one
     expert. `holders[layer][expert]` are the groups that hold it, each of them all of it; which
     one computes changes no bit, how many shards there are does.
+
+    One more group, `attention_side`, is each attention worker by itself. What it holds is not
+    cut into columns, and no other group holds it.
     """
 
     holders: tuple[tuple[tuple[int, ...], ...], ...]
@@ -62,17 +66,34 @@ class Placement:
         for layer, experts in enumerate(self.holders):
             for expert, groups in enumerate(experts):
                 valid = len(set(groups)) == len(groups) > 0
-                assert valid and set(groups) <= set(range(self.num_groups)), (
+                in_pool = set(groups) <= set(range(self.num_groups))
+                assert valid and (in_pool or groups == (self.attention_side,)), (
                     f"layer {layer}, expert {expert}: held by {groups} of {self.num_groups} groups"
                 )
 
+    @property
+    def attention_side(self) -> int:
+        """Return the group that every attention worker is by itself."""
+        return self.num_groups
+
+    @property
+    def num_away(self) -> int:
+        """Return the layers of which the attention side does not hold all."""
+        return sum(
+            any(groups != (self.attention_side,) for groups in experts) for experts in self.holders
+        )
+
     def slots_of(self, group: int) -> range:
-        """Return the slots of a group, by column shard."""
+        """Return the slots of a group of FFN workers, by column shard."""
+        assert group < self.num_groups, f"group {group} of {self.num_groups} has no slots"
         return range(group * self.num_shards, (group + 1) * self.num_shards)
 
     def experts_of(self, slot: int) -> tuple[tuple[int, ...], ...]:
-        """Return the experts that a slot holds a shard of, by layer."""
-        group = slot // self.num_shards
+        """Return the experts that the FFN worker of a slot holds a shard of, by layer."""
+        return self.held_by(slot // self.num_shards)
+
+    def held_by(self, group: int) -> tuple[tuple[int, ...], ...]:
+        """Return the experts that a group holds, by layer."""
         return tuple(
             tuple(expert for expert, groups in enumerate(experts) if group in groups)
             for experts in self.holders
@@ -80,26 +101,56 @@ class Placement:
 
 
 def spread_experts(
-    experts_by_layer: Sequence[int], num_groups: int, num_shards: int, num_replicas: int
+    experts_by_layer: Sequence[int],
+    num_groups: int,
+    num_shards: int,
+    num_replicas: int,
+    at_attention: Container[tuple[int, int]] = (),
 ) -> Placement:
     """Deal experts out in turn, each to `num_replicas` groups in a row.
 
     Groups differ by at most one expert and replica in a layer. Every layer begins at the next
-    group, so that dense layers and remainders are spread as well.
+    group, so that dense layers and remainders are spread as well. The attention side holds those
+    of `at_attention`, (layer, expert), which leave a gap.
     """
     assert 1 <= num_replicas <= num_groups, f"{num_replicas} replicas in {num_groups} groups"
+
+    def groups(layer: int, expert: int) -> tuple[int, ...]:
+        if (layer, expert) in at_attention:
+            return (num_groups,)
+        first = layer + expert * num_replicas
+        return tuple(sorted((first + r) % num_groups for r in range(num_replicas)))
+
     holders = tuple(
-        tuple(
-            tuple(
-                sorted(
-                    (layer + expert * num_replicas + r) % num_groups for r in range(num_replicas)
-                )
-            )
-            for expert in range(num_experts)
-        )
+        tuple(groups(layer, expert) for expert in range(num_experts))
         for layer, num_experts in enumerate(experts_by_layer)
     )
     return Placement(holders, num_groups, num_shards)
+
+
+# Shards start at multiples of this many columns: whole vectors for every kernel, and whole groups
+# of quantised activations.
+SHARD_ALIGNMENT = 64
+
+
+class ColumnShard(NamedTuple):
+    """Columns start … stop − 1: of an FFN's intermediate ones, or of the vocabulary."""
+
+    start: int
+    stop: int
+
+
+def column_shard(num_columns: int, part: int, num_parts: int) -> ColumnShard:
+    """Return the columns of one tensor-parallel part; together the parts cover each column once.
+
+    Boundaries are aligned to `SHARD_ALIGNMENT` columns where there are enough of them.
+    """
+    assert 0 <= part < num_parts, f"part {part} of {num_parts}"
+    aligned = num_columns >= num_parts * SHARD_ALIGNMENT
+    unit = SHARD_ALIGNMENT if aligned else 1
+    units = -(-num_columns // unit)
+    start, stop = (min(num_columns, units * p // num_parts * unit) for p in (part, part + 1))
+    return ColumnShard(start, stop)
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,9 @@ def _ffn_s(spec: ModelSpec, layer: int, rows: int, weights: str) -> float:
     # of experts chosen evenly, those that any row chose are read, each for its share of the rows
     num_read = experts.num_experts * (1 - (1 - experts.num_chosen / experts.num_experts) ** rows)
     one = 3 * spec.hidden_size * experts.intermediate_size
-    return num_read * _product_s(one, rows * experts.num_chosen / num_read, weights)
+    shared = 3 * spec.hidden_size * (experts.shared_size or 0)
+    chosen_s = num_read * _product_s(one, rows * experts.num_chosen / num_read, weights)
+    return chosen_s + _product_s(shared, rows, weights)
 
 
 def _product_s(num_weights: int, rows: float, weights: str) -> float:

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from afd_server.core.model_spec import ModelSpec
+from afd_server.core.topology import ColumnShard, column_shard
 from afd_server.kernels.table import Kernels, KVLayer, LinearWeight, PagedRows
 
 
@@ -14,15 +15,17 @@ class FFNCall(NamedTuple):
     """What crosses A→F.
 
     Attributes:
-        layer: whose FFN is wanted.
+        layer: whose FFN is wanted; `num_layers` stands for the head.
         rows: the layer's normed rows, prepared, [tokens, …] (`RowFormat`); in a routed layer with
             their experts behind them (`models.routing.join`).
         num_chosen: experts of each row; 0 in a dense layer.
+        is_head: whether logits are wanted: parts are put side by side, not added.
     """
 
     layer: int
     rows: Tensor
     num_chosen: int = 0
+    is_head: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +49,11 @@ class MicroBatch:
     kv: tuple[KVLayer, ...]
 
 
-class ColumnShard(NamedTuple):
-    """The intermediate columns start … stop − 1 of every FFN."""
-
-    start: int
-    stop: int
-
-
 class FFNShare(NamedTuple):
-    """What one FFN worker holds: one of `num_parts` column shards of some experts of each layer.
+    """What one worker holds: one of `num_parts` column shards of some experts of each layer.
 
-    `experts` lists them by layer; None means all. A dense layer counts as one expert.
+    `experts` lists them by layer; None means all. A dense layer counts as one expert, and so does
+    the head behind the last layer, whose columns are those of the logits.
     """
 
     part: int = 0
@@ -70,7 +67,7 @@ class FFNShare(NamedTuple):
     def experts_of(self, layer: int, spec: ModelSpec) -> Sequence[int]:
         """Return the experts of a layer that are held."""
         if self.experts is None:
-            return range(spec.experts_by_layer[layer])
+            return range(spec.placed_by_layer[layer])
         return self.experts[layer]
 
 
@@ -114,7 +111,7 @@ class WeightSource(TensorReader, Protocol):
 
 
 class AttentionHalf(Protocol):
-    """Embeddings, norms, attention and the head: all that touches a request."""
+    """Embeddings, norms and attention: all that touches a request."""
 
     num_layers: int
 
@@ -126,8 +123,8 @@ class AttentionHalf(Protocol):
         """Return the residual after attention, [tokens, hidden], and the layer's FFN call."""
         ...
 
-    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Return [rows, vocab] float32."""
+    def head_call(self, hidden: Tensor, rows: Tensor) -> FFNCall:
+        """Return the call for the logits of some rows."""
         ...
 
 
@@ -150,21 +147,3 @@ class Architecture:
 
     attention: Callable[[ModelSpec, WeightSource, Kernels, int], AttentionHalf]
     ffn: Callable[[ModelSpec, WeightSource, Kernels, FFNShare], FFNHalf]
-
-
-# Shards start at multiples of this many columns: whole vectors for every kernel, and whole groups
-# of quantised activations.
-SHARD_ALIGNMENT = 64
-
-
-def column_shard(intermediate_size: int, part: int, num_parts: int) -> ColumnShard:
-    """Return the columns of one tensor-parallel part; together the parts cover each column once.
-
-    Boundaries are aligned to `SHARD_ALIGNMENT` columns where there are enough of them.
-    """
-    assert 0 <= part < num_parts, f"part {part} of {num_parts}"
-    aligned = intermediate_size >= num_parts * SHARD_ALIGNMENT
-    unit = SHARD_ALIGNMENT if aligned else 1
-    units = -(-intermediate_size // unit)
-    start, stop = (min(intermediate_size, units * p // num_parts * unit) for p in (part, part + 1))
-    return ColumnShard(start, stop)

@@ -123,8 +123,8 @@ class GatedDecoder:
         joined = join(RoutedRows(call.rows, experts, weights))
         return hidden, FFNCall(layer, joined, experts.shape[1])
 
-    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        return self._inner.logits(hidden, rows)
+    def head_call(self, hidden: Tensor, rows: Tensor) -> FFNCall:
+        return self._inner.head_call(hidden, rows)
 
 
 class _Gate:

@@ -2,27 +2,43 @@
 
 from collections.abc import Generator, Sequence
 
+import torch
 from torch import Tensor
 
 from afd_server.models.base import AttentionHalf, FFNCall, MicroBatch
 
-Forward = Generator[FFNCall, Tensor, Tensor]
+Forward = Generator[FFNCall, Tensor, Tensor | None]
 
 
 def forward(model: AttentionHalf, batch: MicroBatch) -> Forward:
     """Run one micro-batch through every layer, yielding at each A→F boundary.
 
+    Who answers a call, this worker or others, is not known here.
+
     Yields:
-        The layer's FFN call; resumed with the summed FFN output, [tokens, hidden].
+        The layer's FFN call; resumed with the summed FFN output, [tokens, hidden]. At the end, if
+        a row asked for logits, the head's call; resumed with them.
 
     Returns:
-        Logits of the rows that asked for them, [rows, vocab], float32.
+        Logits of the rows that asked for them, [rows, vocab], float32; None if no row did.
     """
     hidden = model.embed(batch.token_ids)  # [tokens, hidden]
     for layer in range(model.num_layers):
         hidden, call = model.attend(layer, hidden, batch)
         hidden = hidden + (yield call)
-    return model.logits(hidden, batch.logit_rows)
+    if len(batch.logit_rows) == 0:
+        return None
+    return (yield model.head_call(hidden, batch.logit_rows))
+
+
+def join_parts(call: FFNCall, parts: Sequence[Tensor]) -> Tensor:
+    """Join what the column shards answered to a call, in part order.
+
+    Partial sums are added; the logits of a part of the vocabulary each are put side by side.
+    """
+    if call.is_head and len(parts) > 1:
+        return torch.cat(list(parts), 1)
+    return add_in_part_order(parts)
 
 
 def add_in_part_order(parts: Sequence[Tensor]) -> Tensor:

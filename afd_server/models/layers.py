@@ -66,7 +66,7 @@ def read_norm(weights: WeightSource, name: str, size: int) -> Tensor:
 
 
 class Decoder:
-    """The attention half of a decoder: embeddings, norms and head around its layers' attention.
+    """The attention half of a decoder: embeddings and norms around its layers' attention.
 
     Memory after loading: its own tensors as the kernels pack them (the compute dtype, or a byte
     an element with int8), the embeddings in the compute dtype, and for each way to rotate a table
@@ -103,14 +103,6 @@ class Decoder:
             for layer in range(spec.num_layers)
         ]
         self._norm = read_norm(weights, "model.norm.weight", spec.hidden_size)
-        self._head = weights.pack(
-            "lm_head",
-            lambda: (
-                self._embeddings
-                if spec.tie_embeddings
-                else weights.read("lm_head.weight", vocabulary)
-            ),
-        )
 
     def embed(self, token_ids: Tensor) -> Tensor:
         return self._embeddings[token_ids]
@@ -122,9 +114,9 @@ class Decoder:
         hidden, normed = kernels.add_norm(hidden, attended, norms.post_attention, self._eps)
         return hidden, FFNCall(layer, normed)
 
-    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+    def head_call(self, hidden: Tensor, rows: Tensor) -> FFNCall:
         _, normed = self._kernels.add_norm(hidden[rows], None, self._norm, self._eps)
-        return self._kernels.linear(normed, self._head).float()
+        return FFNCall(self.num_layers, normed, is_head=True)
 
 
 class _LayerNorms:

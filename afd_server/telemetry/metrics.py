@@ -320,7 +320,7 @@ class GatewayMetrics:
         of_both: dict[int, Durations] = {
             EventKind.ATTENTION: declare("afd_attention_seconds", "A lane in one layer").series(),
             EventKind.FFN: declare("afd_ffn_seconds", "A group of FFN calls computed").series(),
-            EventKind.SAMPLE: declare("afd_sampling_seconds", "Logits and sampling").series(),
+            EventKind.SAMPLE: declare("afd_sampling_seconds", "Sampling, without logits").series(),
             EventKind.STEP: declare(
                 "afd_lane_step_seconds", "A whole step of a lane", edges=TPOT_BUCKETS_S
             ).series(),

@@ -22,9 +22,9 @@ NOWHERE = StageId(0, 0, 0)  # of an event that belongs to no stage
 class EventKind(IntEnum):
     """What a span of time was spent on. The numbers travel on the wire."""
 
-    ATTENTION = 1  # a lane in one layer: from its plan or FFN sum to its FFN call
-    SAMPLE = 2  # a lane's logits and sampling; no layer
-    STEP = 3  # a lane's whole step: planning, every layer, sampling, reporting; no layer
+    ATTENTION = 1  # a lane in one layer: from its plan or FFN sum to its FFN call, or the head's
+    SAMPLE = 2  # a lane's sampling, from its logits on; no layer
+    STEP = 3  # a lane's whole step: planning, every layer, logits, sampling, reporting; no layer
     A_TO_F = 4  # an FFN call on its way: from before it is sent until the FFN worker takes it in
     F_TO_A = 5  # a partial sum on its way: from its computation until the worker takes it in
     FFN = 6  # a group of calls computed; stage and peer are those of the oldest call

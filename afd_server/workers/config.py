@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
-from afd_server.core.model_spec import LoadFormat
-from afd_server.core.topology import FFNParallel, Role
+from afd_server.core.model_spec import LoadFormat, ModelSpec
+from afd_server.core.topology import FFNParallel, Placement, Role, spread_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class FFNConfig:
     `num_parts` is the number of column shards: 1 when workers hold whole FFNs. `num_groups` groups
     of so many workers hold the experts, `num_replicas` groups each of them
     (`core.topology.Placement`). `max_gather_rows` limits the rows computed together.
+    `dense_layers` is the pool that holds the layers without experts, `lm_head` that of the head.
     """
 
     parallel: FFNParallel
@@ -44,6 +45,8 @@ class FFNConfig:
     num_groups: int = 1
     num_replicas: int = 1
     max_gather_rows: int = 1024
+    dense_layers: Role = Role.FFN
+    lm_head: Role = Role.ATTENTION
 
 
 def ffn_config(
@@ -68,6 +71,35 @@ def ffn_config(
             return FFNConfig(parallel, 1, num_workers, num_replicas)
         case FFNParallel.HYBRID:
             return FFNConfig(parallel, num_shards, num_workers // num_shards, num_replicas)
+
+
+def placement_of(config: FFNConfig, model: ModelSpec) -> Placement:
+    """Return who holds what: every worker works it out for itself.
+
+    Behind the last layer comes the head, with the parts of the vocabulary for columns.
+    """
+    experts = model.placed_by_layer
+    at_attention = {
+        (layer, expert)
+        for layer, num_experts in enumerate(experts)
+        for expert in range(num_experts)
+        if _side_of(layer, expert, config, model) is Role.ATTENTION
+    }
+    return spread_experts(
+        experts, config.num_groups, config.num_parts, config.num_replicas, at_attention
+    )
+
+
+def _side_of(layer: int, expert: int, config: FFNConfig, model: ModelSpec) -> Role:
+    """Return the pool that holds an expert of a layer; shared ones are held as dense layers are."""
+    if config.parallel is FFNParallel.COLOCATED:
+        return Role.ATTENTION
+    if layer == model.num_layers:
+        return config.lm_head
+    experts = model.experts
+    if experts is not None and experts.is_routed[layer] and expert < experts.num_experts:
+        return Role.FFN
+    return config.dense_layers
 
 
 @dataclass(frozen=True, slots=True)

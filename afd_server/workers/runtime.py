@@ -15,7 +15,7 @@ import torch
 from afd_server.core.clock import Clock, MonotonicClock
 from afd_server.core.errors import AFDError, ConfigError, ModelError
 from afd_server.core.model_spec import ModelSpec, read_model_spec
-from afd_server.core.topology import FFNParallel, Member, Placement, Role, spread_experts
+from afd_server.core.topology import Member, Role
 from afd_server.kernels.cpu import native_kernels
 from afd_server.kernels.fingerprint import kernel_fingerprint
 from afd_server.kernels.reference import reference
@@ -23,6 +23,7 @@ from afd_server.kernels.selftest import check_rows
 from afd_server.kernels.table import Kernels
 from afd_server.models.base import FFNShare
 from afd_server.models.catalogue import ARCHITECTURES
+from afd_server.models.head import Held
 from afd_server.policy.blocks import num_kv_blocks
 from afd_server.policy.scheduler import Scheduler, SchedulerConfig
 from afd_server.telemetry.timeline import Timeline
@@ -42,13 +43,12 @@ from afd_server.weights.dummy import DummyWeights
 from afd_server.weights.manifest import DUMMY_SEED, model_digest
 from afd_server.weights.packed import PackedWeights, pack_path
 from afd_server.workers.attention.calibration import Calibration
-from afd_server.workers.attention.colocated import ColocatedFFN
 from afd_server.workers.attention.expert_counts import ExpertCounts
 from afd_server.workers.attention.ffn_client import FFNClient
 from afd_server.workers.attention.kv_store import KVStore
 from afd_server.workers.attention.sampler import Sampler
-from afd_server.workers.attention.worker import AttentionWorker, FFNPath
-from afd_server.workers.config import FFNConfig, Numerics, WorkerSpec
+from afd_server.workers.attention.worker import AttentionWorker
+from afd_server.workers.config import Numerics, WorkerSpec, placement_of
 from afd_server.workers.ffn.worker import FFNWorker
 from afd_server.workers.tensors import TORCH_DTYPES, row_dtype
 
@@ -238,12 +238,15 @@ def select_kernels(numerics: Numerics) -> Kernels:
 
 
 def numerics_fingerprint(spec: WorkerSpec, kernels: Kernels) -> str:
-    """Return the fingerprint of a worker: kernels, weights, and how the FFN is cut."""
+    """Return the fingerprint of a worker: kernels, weights, and what is cut into columns."""
+    ffn = spec.ffn
     parts = (
         kernel_fingerprint(kernels, row_dtype(spec.numerics), TORCH_DTYPES[spec.numerics.kv]),
         spec.model_digest,
         spec.compute_threads,
-        spec.ffn.num_parts,
+        ffn.num_parts,
+        # what the attention side holds is whole
+        (ffn.dense_layers, ffn.lm_head) if ffn.num_parts > 1 else (),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -251,7 +254,7 @@ def numerics_fingerprint(spec: WorkerSpec, kernels: Kernels) -> str:
 def build_attention_worker(
     spec: WorkerSpec, model_spec: ModelSpec, kernels: Kernels, endpoint: Endpoint, clock: Clock
 ) -> Worker:
-    """Load the attention half and set up its scheduler and blocks.
+    """Load the attention half and what else it holds; set up its scheduler and blocks.
 
     Raises:
         ModelError: the checkpoint does not hold what the model needs.
@@ -276,25 +279,23 @@ def build_attention_worker(
         )
     )
     placement = placement_of(spec.ffn, model_spec)
-    colocated = spec.ffn.parallel is FFNParallel.COLOCATED
-    weights = _weights(spec, kernels, FFNShare() if colocated else None)
+    share = FFNShare(experts=placement.held_by(placement.attention_side))
+    weights = _weights(spec, kernels, share)
     architecture = ARCHITECTURES[model_spec.model_type]
     model = architecture.attention(model_spec, weights, kernels, config.max_model_len)
     kv = KVStore(model_spec, num_blocks, config.block_size, kv_dtype)
     timeline = Timeline()
-    ffn: FFNPath = FFNClient(
+    ffn = FFNClient(
         placement,
         spec.slot,
-        model_spec.hidden_size,
+        Held(architecture, model_spec, weights, kernels, share),
+        model_spec,
         dtype,
         endpoint,
         clock,
         timeline,
         config.resend_s,
     )
-    if colocated:
-        half = architecture.ffn(model_spec, weights, kernels, FFNShare())
-        ffn = ColocatedFFN(half, clock, timeline)
     weights.keep()
     num_lanes: int | Calibration | None = config.num_lanes
     if num_lanes is None or config.holds_back:
@@ -304,7 +305,7 @@ def build_attention_worker(
             config.max_num_seqs,
             config.max_model_len,
             model_spec.vocab_size,
-            model_spec.num_layers,
+            placement.num_away,
             config.num_lanes,
             spec.ffn.num_replicas,
             timeline,
@@ -331,21 +332,21 @@ def build_attention_worker(
 def build_ffn_worker(
     spec: WorkerSpec, model_spec: ModelSpec, kernels: Kernels, endpoint: Endpoint, clock: Clock
 ) -> Worker:
-    """Load this worker's part of the FFN half.
+    """Load this worker's part of the FFNs and the head.
 
     Raises:
         ModelError: the checkpoint does not hold what the model needs.
     """
-    held = placement_of(spec.ffn, model_spec).experts_of(spec.slot)
-    share = FFNShare(spec.slot % spec.ffn.num_parts, spec.ffn.num_parts, held)
+    experts = placement_of(spec.ffn, model_spec).experts_of(spec.slot)
+    share = FFNShare(spec.slot % spec.ffn.num_parts, spec.ffn.num_parts, experts)
     weights = _weights(spec, kernels, share)
-    model = ARCHITECTURES[model_spec.model_type].ffn(model_spec, weights, kernels, share)
+    held = Held(ARCHITECTURES[model_spec.model_type], model_spec, weights, kernels, share)
     weights.keep()
     return FFNWorker(
-        model,
+        held,
         model_spec,
         spec.slot,
-        held,
+        experts,
         kernels.row_format,
         endpoint,
         spec.ffn.max_gather_rows,
@@ -354,17 +355,10 @@ def build_ffn_worker(
     )
 
 
-def placement_of(config: FFNConfig, model_spec: ModelSpec) -> Placement:
-    """Return who of the FFN pool holds what: every worker works it out for itself."""
-    return spread_experts(
-        model_spec.experts_by_layer, config.num_groups, config.num_parts, config.num_replicas
-    )
-
-
-def _weights(spec: WorkerSpec, kernels: Kernels, share: FFNShare | None) -> PackedWeights:
+def _weights(spec: WorkerSpec, kernels: Kernels, share: FFNShare) -> PackedWeights:
     """Return this worker's weights: from the checkpoint, from an earlier start, or random ones.
 
-    `share` is what it holds of the FFNs, if anything.
+    `share` is what it holds of the FFNs and the head.
     """
     directory, dtype = spec.model_directory, row_dtype(spec.numerics)
     if spec.load_format == "dummy":

@@ -20,6 +20,7 @@ from afd_server.kernels.reference import PagedRun, plan_paged_rows
 from afd_server.loadgen.environment import environment
 from afd_server.models.base import FFNShare, MicroBatch
 from afd_server.models.catalogue import ARCHITECTURES
+from afd_server.models.head import Held
 from afd_server.models.monolith import run_monolith
 from afd_server.weights.checkpoint import Checkpoint
 from afd_server.weights.packed import PackedWeights
@@ -46,7 +47,7 @@ class Scorer:
         weights = PackedWeights(Checkpoint(directory, row_dtype(numerics)), kernels, None)
         architecture = ARCHITECTURES[spec.model_type]
         self._attention = architecture.attention(spec, weights, kernels, num_tokens)
-        self._ffn = [architecture.ffn(spec, weights, kernels, FFNShare())]
+        self._held = [Held(architecture, spec, weights, kernels, FFNShare())]
         self._kv = KVStore(spec, -(-num_tokens // BLOCK), BLOCK, TORCH_DTYPES[numerics.kv])
 
     def perplexity(self, ids: list[int]) -> float:
@@ -63,7 +64,7 @@ class Scorer:
                 logit_rows=torch.arange(len(chunk)),
                 kv=self._kv.layers,
             )
-            scores = run_monolith(self._attention, self._ffn, batch).log_softmax(-1)
+            scores = run_monolith(self._attention, self._held, batch).log_softmax(-1)
             targets = torch.tensor(ids[start + 1 : start + 1 + CHUNK])
             total -= scores[: len(targets)].gather(1, targets[:, None]).sum().item()
         return math.exp(total / (len(ids) - 1))

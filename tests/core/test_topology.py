@@ -7,11 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from afd_server.core.topology import (
+    ColumnShard,
     FFNParallel,
     Member,
     Placement,
     Role,
     Topology,
+    column_shard,
     spread_experts,
 )
 
@@ -125,7 +127,38 @@ def test_the_dense_layers_of_a_model_lie_with_different_workers():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("groups", [(), (3,), (0, 0), (-1,)])
+@given(spreads())
+def test_what_the_attention_side_holds_leaves_the_rest_where_it_was(spread):
+    by_layer, num_groups, *_ = spread
+    named = {(layer, expert) for layer in range(len(by_layer)) for expert in range(0, 50, 2)}
+    before, after = spread_experts(*spread), spread_experts(*spread, named)
+    assert after.attention_side == num_groups
+    for layer, num_experts in enumerate(by_layer):
+        for expert in range(num_experts):
+            expected = before.holders[layer][expert]
+            if (layer, expert) in named:
+                expected = (after.attention_side,)
+            assert after.holders[layer][expert] == expected
+        assert after.held_by(after.attention_side)[layer] == tuple(range(0, num_experts, 2))
+    with pytest.raises(AssertionError, match="has no slots"):
+        after.slots_of(after.attention_side)
+
+
+@pytest.mark.parametrize("groups", [(), (4,), (0, 0), (-1,), (0, 3)])
 def test_an_expert_without_a_holder_or_with_one_that_is_not_there_is_a_mistake(groups):
     with pytest.raises(AssertionError, match="layer 0, expert 1"):
         Placement((((0,), groups),), num_groups=3)
+
+
+@given(st.integers(1, 5000), st.integers(1, 40))
+def test_shards_cover_every_column_once_in_order(columns, num_parts):
+    num_parts = min(num_parts, columns)
+    shards = [column_shard(columns, part, num_parts) for part in range(num_parts)]
+    assert shards[0].start == 0
+    assert shards[-1].stop == columns
+    assert all(a.stop == b.start for a, b in zip(shards, shards[1:], strict=False))
+    assert all(shard.start < shard.stop for shard in shards)
+
+
+def test_shards_begin_at_whole_vectors_where_they_can():
+    assert column_shard(1536, 1, 5) == ColumnShard(256, 576)

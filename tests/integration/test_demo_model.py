@@ -46,6 +46,7 @@ def test_the_monolith_equals_transformers_on_a_fixed_prompt(demo_directory, tran
     from afd_server.core.model_spec import read_model_spec
     from afd_server.kernels.reference import REFERENCE, PagedRun, plan_paged_rows
     from afd_server.models.base import FFNShare, MicroBatch
+    from afd_server.models.head import Held
     from afd_server.models.llama import LLAMA
     from afd_server.models.monolith import run_monolith
     from afd_server.weights.checkpoint import Checkpoint
@@ -55,7 +56,7 @@ def test_the_monolith_equals_transformers_on_a_fixed_prompt(demo_directory, tran
     spec = read_model_spec(demo_directory)
     reader = PackedWeights(Checkpoint(demo_directory, torch.float32), REFERENCE, None)
     attention = LLAMA.attention(spec, reader, REFERENCE, 128)
-    ffn = [LLAMA.ffn(spec, reader, REFERENCE, FFNShare(p, 2)) for p in (0, 1)]
+    held = [Held(LLAMA, spec, reader, REFERENCE, FFNShare(p, 2)) for p in (0, 1)]
     ids = list(range(1000, 1048))
     kv = KVStore(spec, 4, 16, torch.float32).layers
     positions = list(range(len(ids)))
@@ -64,7 +65,7 @@ def test_the_monolith_equals_transformers_on_a_fixed_prompt(demo_directory, tran
         plan_paged_rows([PagedRun(0, len(ids), [0, 1, 2, 3])]),
         torch.tensor(positions), kv,
     )  # fmt: skip
-    logits = run_monolith(attention, ffn, batch)
+    logits = run_monolith(attention, held, batch)
     expected = transformers_model(torch.tensor([ids])).logits[0]
     assert (logits - expected).abs().max() <= 1e-4
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))

@@ -34,6 +34,7 @@ def greedy(model, ids, count):
         ("mixtral", ["--ffn-workers", 3, "--ffn-parallel", "expert"]),
         ("qwen3_moe", ["--ffn-workers", 4, "--ffn-parallel", "hybrid", "--attention-workers", 2]),
         ("qwen3_moe", ["--ffn-workers", 0]),
+        ("qwen3_moe", ["--ffn-workers", 2, "--lm-head", "ffn"]),
     ],
 )
 def test_servers_of_any_placement_give_transformers_tokens_and_count_experts(
@@ -45,6 +46,14 @@ def test_servers_of_any_placement_give_transformers_tokens_and_count_experts(
         counts = server.wait_for(lambda: counted(server, len(BODY["prompt"][0]) + len(got) - 1))
     assert got == greedy(reference, BODY["prompt"][0], 12)[: len(got)]
     assert counts
+
+
+def test_what_is_moved_to_the_other_side_leaves_the_tokens_as_they_are(short_dir):
+    directory, reference = tiny_routed("qwen3_moe", dense_layers=(0, 2))
+    moved = ("--dense-layers", "attention", "--lm-head", "ffn")
+    with serving(short_dir, directory, *LOCAL, "--quantization", "none", *moved) as server:
+        got = tokens_of(server)
+    assert got == greedy(reference, BODY["prompt"][0], 12)[: len(got)]
 
 
 def counted(server, num_tokens):
@@ -88,6 +97,12 @@ def test_a_request_outlives_an_expert_worker_whose_experts_others_have(short_dir
         ),
         ("routed", ["--ffn-workers", 81, "--ffn-parallel", "tensor"], "has only 80"),
         ("dense", ["--ffn-parallel", "expert"], "llama has no experts; use tensor or replicate"),
+        ("dense", ["--dense-layers", "attention"], "nothing is left for ffn_workers (1)"),
+        (
+            "dense",
+            ["--lm-head", "ffn", "--max-num-seqs", 65000, "--max-batch-tokens", 65001],
+            "max_num_seqs 65000 makes logits of 67340000 bytes, a message holds 67108864",
+        ),
     ],
 )
 def test_a_placement_that_does_not_fit_is_refused_with_what_would(

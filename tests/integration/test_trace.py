@@ -31,11 +31,15 @@ def test_a_trace_shows_every_layer_of_both_pools_and_the_metrics_count_them(serv
     assert set(pids) == {"attention/0", "ffn/0"}
     spans = [row for row in rows if row["ph"] == "X"]
     assert all(row["dur"] >= 0 and row["ts"] >= 0 and row["tid"] > 0 for row in spans)
-    for worker, name in (("attention/0", "attention"), ("ffn/0", "ffn")):
+    for worker, name, expected in (  # behind the three layers comes the head
+        ("attention/0", "attention", {0, 1, 2, 3}),
+        ("attention/0", "ffn", {3}),
+        ("ffn/0", "ffn", {0, 1, 2}),
+    ):
         layers = {
             s["args"]["layer"] for s in spans if (s["pid"], s["name"]) == (pids[worker], name)
         }
-        assert layers == {0, 1, 2}
+        assert layers == expected
     assert {span["name"] for span in spans} >= {"a_to_f", "f_to_a", "bubble", "sampling", "step"}
     for series in (
         "afd_attention_seconds_count", "afd_ffn_seconds_count", "afd_sampling_seconds_count",

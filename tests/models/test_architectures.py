@@ -8,6 +8,7 @@ from afd_server.core.model_spec import read_model_spec
 from afd_server.kernels.reference import REFERENCE, PagedRun, plan_paged_rows
 from afd_server.models.base import FFNShare, MicroBatch
 from afd_server.models.catalogue import ARCHITECTURES
+from afd_server.models.head import Held
 from afd_server.models.monolith import run_monolith
 from afd_server.weights.checkpoint import Checkpoint
 from afd_server.weights.packed import PackedWeights
@@ -27,7 +28,7 @@ class Monolith:
         architecture = ARCHITECTURES[self.spec.model_type]
         self.attention = architecture.attention(self.spec, weights, REFERENCE, 256)
         shares = [FFNShare(part, num_parts) for part in range(num_parts)]
-        self.ffn = [architecture.ffn(self.spec, weights, REFERENCE, share) for share in shares]
+        self.held = [Held(architecture, self.spec, weights, REFERENCE, share) for share in shares]
         self.kv = KVStore(self.spec, NUM_BLOCKS, BLOCK, torch.float32).layers
 
     def logits(self, ids, start=0):
@@ -35,7 +36,7 @@ class Monolith:
         rows = plan_paged_rows([PagedRun(start, len(ids), range(NUM_BLOCKS))])
         every = torch.arange(len(ids))
         batch = MicroBatch(torch.tensor(ids), positions, positions, rows, every, self.kv)
-        return run_monolith(self.attention, self.ffn, batch)
+        return run_monolith(self.attention, self.held, batch)
 
 
 def some_ids(count, seed):

@@ -13,6 +13,7 @@ from afd_server.core.topology import spread_experts
 from afd_server.kernels.reference import REFERENCE
 from afd_server.models.base import FFNShare
 from afd_server.models.catalogue import ARCHITECTURES
+from afd_server.models.head import Held
 from afd_server.models.routing import RoutedRows, join
 from afd_server.weights.checkpoint import Checkpoint
 from afd_server.weights.dummy import DummyWeights
@@ -87,10 +88,10 @@ def test_workers_read_their_own_experts_only_and_together_each_element_once(
     directory = spelled(name, spelling, tmp_path)
     spec = read_model_spec(directory)
     architecture = ARCHITECTURES[spec.model_type]
-    placement, ffn = spread_experts(spec.experts_by_layer, 3, 2, 1), RecordingReader(directory)
+    placement, ffn = spread_experts(spec.placed_by_layer, 3, 2, 1), RecordingReader(directory)
     for slot in range(6):
         share = FFNShare(slot % 2, 2, placement.experts_of(slot))
-        architecture.ffn(spec, PackedWeights(ffn, REFERENCE, None), REFERENCE, share)
+        Held(architecture, spec, PackedWeights(ffn, REFERENCE, None), REFERENCE, share)
     attention = RecordingReader(directory)
     architecture.attention(spec, PackedWeights(attention, REFERENCE, None), REFERENCE, 64)
     with safe_open(directory / "model.safetensors", framework="pt") as file:

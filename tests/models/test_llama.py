@@ -5,15 +5,14 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from afd_server.core.errors import ModelError
 from afd_server.core.model_spec import read_model_spec
 from afd_server.kernels.reference import REFERENCE, PagedRun, plan_paged_rows
-from afd_server.models.base import ColumnShard, FFNShare, MicroBatch, column_shard
+from afd_server.models.base import FFNShare, MicroBatch
+from afd_server.models.head import Held
 from afd_server.models.llama import LLAMA
 from afd_server.models.monolith import run_monolith
 from afd_server.weights.checkpoint import Checkpoint
@@ -50,10 +49,9 @@ def weights_of(reader):
 
 def halves(directory, num_parts=1):
     spec, reader = read_model_spec(directory), weights_of(Checkpoint(directory, torch.float32))
-    ffn = [
-        LLAMA.ffn(spec, reader, REFERENCE, FFNShare(part, num_parts)) for part in range(num_parts)
-    ]
-    return spec, LLAMA.attention(spec, reader, REFERENCE, 256), ffn
+    shares = [FFNShare(part, num_parts) for part in range(num_parts)]
+    held = [Held(LLAMA, spec, reader, REFERENCE, share) for share in shares]
+    return spec, LLAMA.attention(spec, reader, REFERENCE, 256), held
 
 
 def batch_of(spec, kv, ids, start=0, table=tuple(range(16))):
@@ -76,26 +74,26 @@ def empty_kv(spec):
 @pytest.mark.parametrize("num_parts", [1, 2, 5])
 def test_the_monolith_equals_transformers(shape, num_parts):
     directory, reference = tiny_llama(**shape)
-    spec, attention, ffn = halves(directory, num_parts)
+    spec, attention, held = halves(directory, num_parts)
     ids = torch.randint(
         3, spec.vocab_size, (150,), generator=torch.Generator().manual_seed(1)
     ).tolist()
-    logits = run_monolith(attention, ffn, batch_of(spec, empty_kv(spec), ids))
+    logits = run_monolith(attention, held, batch_of(spec, empty_kv(spec), ids))
     expected = reference(torch.tensor([ids])).logits[0]
     assert (logits - expected).abs().max() < 1e-4
     assert expected.std() > 0.1  # the comparison means something
 
 
 def test_chunks_and_single_tokens_give_the_bits_of_one_prefill():
-    spec, attention, ffn = halves(tiny_llama()[0])
+    spec, attention, held = halves(tiny_llama()[0])
     ids = torch.randint(
         3, spec.vocab_size, (90,), generator=torch.Generator().manual_seed(2)
     ).tolist()
-    whole = run_monolith(attention, ffn, batch_of(spec, empty_kv(spec), ids))
+    whole = run_monolith(attention, held, batch_of(spec, empty_kv(spec), ids))
     kv, start, parts = empty_kv(spec), 0, []
     for size in (1, 30, 16, 3, 1, 1, 38):
         parts.append(
-            run_monolith(attention, ffn, batch_of(spec, kv, ids[start : start + size], start))
+            run_monolith(attention, held, batch_of(spec, kv, ids[start : start + size], start))
         )
         start += size
     assert start == len(ids)
@@ -108,9 +106,9 @@ def test_each_half_reads_only_its_own_tensors_and_together_they_read_all():
     attention, ffn = RecordingReader(directory), RecordingReader(directory)
     LLAMA.attention(spec, weights_of(attention), REFERENCE, 64)
     for part in range(3):
-        LLAMA.ffn(spec, weights_of(ffn), REFERENCE, FFNShare(part, 3))
-    assert not any(".mlp." in name for name in attention.elements)
-    assert all(".mlp." in name for name in ffn.elements)
+        Held(LLAMA, spec, weights_of(ffn), REFERENCE, FFNShare(part, 3))
+    assert not any(".mlp." in name or "lm_head" in name for name in attention.elements)
+    assert all(".mlp." in name or "lm_head" in name for name in ffn.elements)
     with safe_open(directory / "model.safetensors", framework="pt") as file:
         sizes = {name: file.get_tensor(name).numel() for name in file.keys()}  # noqa: SIM118
     assert attention.elements | ffn.elements == sizes  # shards read each element once
@@ -187,20 +185,6 @@ def write_big_llama(directory, hidden, inner, layers, vocab):
             }
         )
     )  # fmt: skip
-
-
-@given(st.integers(1, 5000), st.integers(1, 40))
-def test_shards_cover_every_column_once_in_order(columns, num_parts):
-    num_parts = min(num_parts, columns)
-    shards = [column_shard(columns, part, num_parts) for part in range(num_parts)]
-    assert shards[0].start == 0
-    assert shards[-1].stop == columns
-    assert all(a.stop == b.start for a, b in zip(shards, shards[1:], strict=False))
-    assert all(shard.start < shard.stop for shard in shards)
-
-
-def test_shards_begin_at_whole_vectors_where_they_can():
-    assert column_shard(1536, 1, 5) == ColumnShard(256, 576)
 
 
 def test_a_missing_tensor_is_named_with_its_shape(tmp_path):

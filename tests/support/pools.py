@@ -48,6 +48,8 @@ class Pools:
         num_lanes: int | None = 2,
         parallel: FFNParallel = FFNParallel.TENSOR,
         num_replicas: int = 1,
+        dense_layers: Role = Role.FFN,
+        lm_head: Role = Role.ATTENTION,
         numerics: Numerics = EXACT,
         link: Callable[[str], Link] | None = None,
         faults: Faults | None = None,
@@ -84,7 +86,10 @@ class Pools:
                 resend_s,
             ),  # fmt: skip
             "ffn": replace(
-                ffn_config(parallel, num_ffn, num_replicas), max_gather_rows=max_gather_rows
+                ffn_config(parallel, num_ffn, num_replicas),
+                max_gather_rows=max_gather_rows,
+                dense_layers=dense_layers,
+                lm_head=lm_head,
             ),
         }
         self._model_spec = read_model_spec(model)

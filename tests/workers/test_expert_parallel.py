@@ -202,7 +202,8 @@ def rows_for(experts):
         (1, rows_for([2, 8]), "part"),
         (1, rows_for([2, -2]), "part"),
         (1, rows_for([-1, -1]), "range"),
-        (3, rows_for([2, 5]), "range"),
+        (4, rows_for([2, 5]), "range"),
+        (3, to_payload(torch.ones(1, 96)), "part"),  # the head, held by the attention side
         (1, to_payload(torch.ones(1, 96)), "shape"),
         (1, to_payload(torch.ones(1, 96 * 4 + 16)), "dtype"),
         (1, to_payload(torch.ones(1, 96 * 4 + 24, dtype=torch.uint8)), "shape"),

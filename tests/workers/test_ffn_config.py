@@ -1,9 +1,13 @@
-"""How many groups, shards and replicas each way to spread FFNs makes."""
+"""How many groups, shards and replicas each way to spread FFNs makes, and who holds what."""
+
+from dataclasses import replace
 
 import pytest
 
-from afd_server.core.topology import FFNParallel
-from afd_server.workers.config import ffn_config
+from afd_server.core.model_spec import read_model_spec
+from afd_server.core.topology import FFNParallel, Role
+from afd_server.workers.config import ffn_config, placement_of
+from support.experts import tiny_routed
 
 
 @pytest.mark.parametrize(
@@ -21,3 +25,34 @@ def test_workers_make_groups_of_shards(parallel, num_workers, shards_groups_repl
     assert (config.num_parts, config.num_groups, config.num_replicas) == shards_groups_replicas
     if num_workers:
         assert config.num_parts * config.num_groups == num_workers
+
+
+@pytest.fixture(scope="module")
+def spec():
+    return read_model_spec(tiny_routed("qwen3_moe", dense_layers=(0, 2))[0])
+
+
+ALL = tuple(range(8))
+
+
+def test_dense_layers_are_held_by_the_pool_that_the_setting_names(spec):
+    config = ffn_config(FFNParallel.TENSOR, 2)
+    placement = placement_of(config, spec)
+    assert placement.experts_of(0) == placement.experts_of(1) == ((0,), ALL, (0,), ())
+    assert placement.held_by(placement.attention_side) == ((), (), (), (0,))
+    placement = placement_of(replace(config, dense_layers=Role.ATTENTION), spec)
+    assert placement.experts_of(0) == placement.experts_of(1) == ((), ALL, (), ())
+    assert placement.held_by(placement.attention_side) == ((0,), (), (0,), (0,))
+
+
+def test_the_head_comes_behind_the_layers_and_is_held_by_the_pool_that_the_setting_names(spec):
+    config = replace(ffn_config(FFNParallel.EXPERT, 3, num_replicas=2), lm_head=Role.FFN)
+    placement = placement_of(config, spec)
+    assert placement.held_by(placement.attention_side) == ((), (), (), ())
+    assert [placement.experts_of(slot)[-1] for slot in range(3)] == [(0,), (0,), ()]
+
+
+def test_colocated_workers_hold_everything(spec):
+    config = replace(ffn_config(FFNParallel.COLOCATED, 0), lm_head=Role.FFN)
+    placement = placement_of(config, spec)
+    assert placement.held_by(placement.attention_side) == ((0,), ALL, (0,), (0,))

@@ -35,8 +35,8 @@ NUMERICS = [
 
 @functools.cache
 def spec_and_whole(numerics, num_shards):
-    spec, _, ffn = load_halves(tiny_routed("mixtral")[0], numerics, num_shards)
-    return spec, ffn
+    spec, _, held = load_halves(tiny_routed("mixtral")[0], numerics, num_shards)
+    return spec, held
 
 
 @functools.cache
@@ -67,27 +67,39 @@ def sum_over(call, placement, numerics, rng):
     group_of = [rng.choice(groups) for groups in placement.holders[LAYER]]
     shares = cut(call, group_of)
     assert shares is not None
-    asked = [(i, shard) for i in range(len(shares)) for shard in range(placement.num_shards)]
+    asked = [
+        (i, shard)
+        for i, share in enumerate(shares)
+        for shard in range(num_shards(placement, share))
+    ]
     rng.shuffle(asked)
     answers = {}
     for i, shard in asked:
         share = shares[i]
-        held = placement.experts_of(placement.slots_of(share.group)[shard])[LAYER]
-        half = half_of(numerics, shard, placement.num_shards, held)
+        held = placement.held_by(share.group)[LAYER]
+        half = half_of(numerics, shard, num_shards(placement, share), held)
         answers[i, shard] = half.partial_sum(LAYER, share.rows)
         assert answers[i, shard].shape == (share.num_answers, 96)
     by_share = [
-        [answers[i, shard] for shard in range(placement.num_shards)] for i in range(len(shares))
+        [answers[i, shard] for shard in range(num_shards(placement, share))]
+        for i, share in enumerate(shares)
     ]
     return put_together(call, shares, by_share)
 
 
+def num_shards(placement, share):
+    return 1 if share.group == placement.attention_side else placement.num_shards
+
+
 @st.composite
 def placements(draw):
-    num_groups = draw(st.integers(1, 5))
+    """Return any placement, of whole experts also with some at the attention side."""
+    num_groups, num_shards = draw(st.integers(1, 5)), draw(st.sampled_from([1, 2]))
     groups = st.sets(st.integers(0, num_groups - 1), min_size=1).map(sorted).map(tuple)
+    if num_shards == 1:
+        groups |= st.just((num_groups,))
     layer = st.lists(groups, min_size=EXPERTS, max_size=EXPERTS).map(tuple)
-    return Placement((draw(layer),) * 3, num_groups, draw(st.sampled_from([1, 2])))
+    return Placement((draw(layer),) * 3, num_groups, num_shards)
 
 
 @pytest.mark.parametrize("numerics", NUMERICS, ids=lambda n: f"{n.kernels}-{n.weights}")
@@ -98,7 +110,7 @@ def test_any_placement_replica_and_order_of_answers_gives_the_bits_of_the_whole(
 ):
     call = call_of(numerics, random_logits(tokens))
     _, whole = spec_and_whole(numerics, placement.num_shards)
-    expected = add_in_part_order([half.partial_sum(LAYER, call.rows) for half in whole])
+    expected = add_in_part_order([held.answer(LAYER, call.rows) for held in whole])
     assert torch.equal(sum_over(call, placement, numerics, rng), expected)
 
 
@@ -120,8 +132,21 @@ def test_one_token_and_all_tokens_on_the_same_experts_give_the_bits_of_the_whole
         logits = torch.zeros(tokens, EXPERTS)
         logits[:, 5] = logits[:, 2] = 4.0
         call = call_of(EXACT, logits)
-        expected = spec_and_whole(EXACT, 1)[1][0].partial_sum(LAYER, call.rows)
+        expected = spec_and_whole(EXACT, 1)[1][0].answer(LAYER, call.rows)
         assert torch.equal(sum_over(call, ONE_EACH, EXACT, random.Random(1)), expected)
+
+
+def test_an_expert_of_the_attention_side_is_not_cut_and_added_with_the_first_shard():
+    logits = torch.zeros(5, EXPERTS)
+    logits[:, 2] = logits[:, 5] = 4.0
+    call = call_of(EXACT, logits)
+    holders = tuple((1,) if expert == 5 else (0,) for expert in range(EXPERTS))
+    remote, own = cut(call, [groups[0] for groups in holders])
+    shards = [half_of(EXACT, s, 2, (2,)).partial_sum(LAYER, remote.rows) for s in (0, 1)]
+    whole = half_of(EXACT, 0, 1, (5,)).partial_sum(LAYER, own.rows)
+    expected = add_in_part_order([add_in_part_order([shards[0], whole]), shards[1]])
+    placement = Placement((holders,) * 3, num_groups=1, num_shards=2)
+    assert torch.equal(sum_over(call, placement, EXACT, random.Random(2)), expected)
 
 
 def test_a_call_for_one_group_travels_as_it_is():

@@ -16,6 +16,7 @@ from afd_server.core.topology import FFNParallel, Role
 from afd_server.kernels.reference import PagedRun, plan_paged_rows
 from afd_server.models.base import FFNShare, MicroBatch
 from afd_server.models.catalogue import ARCHITECTURES
+from afd_server.models.head import Held
 from afd_server.models.monolith import run_monolith
 from afd_server.transport.inproc import Faults
 from afd_server.transport.messages import DType, Payload, submit_of
@@ -64,7 +65,7 @@ class Monolith:
         self.sampler = Sampler(kernels)
         architecture = ARCHITECTURES[self.spec.model_type]
         self.attention = architecture.attention(self.spec, reader, kernels, 256)
-        self.ffn = architecture.ffn(self.spec, reader, kernels, FFNShare())
+        self.held = Held(architecture, self.spec, reader, kernels, FFNShare())
 
     def generate(self, request: Request) -> tuple[list[int], list[torch.Tensor]]:
         kv = KVStore(self.spec, 16, 16, self.kv_dtype).layers
@@ -79,7 +80,7 @@ class Monolith:
                 torch.tensor([len(positions) - 1]),
                 kv,
             )
-            logits.append(run_monolith(self.attention, [self.ffn], batch)[0])
+            logits.append(run_monolith(self.attention, [self.held], batch)[0])
             computed = len(ids)
             ids.append(self.sampler.sample(logits[-1], request.sampling, len(ids)))
         return ids[len(request.prompt_ids) :], logits

@@ -38,29 +38,36 @@ def stage(event):
     return StageId(event.step, event.lane, event.layer)
 
 
+@pytest.mark.parametrize("lm_head", [Role.ATTENTION, Role.FFN])
 @pytest.mark.parametrize("num_ffn", [1, 2])
-def test_every_stage_of_every_step_is_recorded_once(num_ffn):
-    pools = Pools(tiny_llama()[0], num_ffn=num_ffn)
+def test_every_stage_of_every_step_is_recorded_once(num_ffn, lm_head):
+    pools = Pools(tiny_llama()[0], num_ffn=num_ffn, lm_head=lm_head)
     pools.run(requests())
     (attention,) = events_of(pools, Role.ATTENTION)
     steps = of_kind(attention, EventKind.STEP)
     places = {(event.step, event.lane): event.rows for event in steps}
     assert len(places) == len(steps) > 4
     assert {event.lane for event in steps} == {0, 1}
-    expected = Counter(
+    layers = Counter(
         StageId(step, lane, layer) for step, lane in places for layer in range(NUM_LAYERS)
     )
+    sampled = {(e.step, e.lane): e.rows for e in of_kind(attention, EventKind.SAMPLE) if e.rows}
+    heads = Counter(StageId(step, lane, NUM_LAYERS) for step, lane in sampled)
     stages = of_kind(attention, EventKind.ATTENTION)
-    assert Counter(map(stage, stages)) == expected
-    assert all(event.rows == places[event.step, event.lane] for event in stages)
+    assert Counter(map(stage, stages)) == layers + heads
+    for event in stages:
+        rows = sampled if event.layer == NUM_LAYERS else places
+        assert event.rows == rows[event.step, event.lane]
+    expected = layers + heads if lm_head is Role.FFN else layers
     for kind in (EventKind.A_TO_F, EventKind.F_TO_A):
         calls = Counter((stage(event), event.peer) for event in of_kind(attention, kind))
         assert calls == Counter((s, peer) for s in expected for peer in range(num_ffn))
     for ffn in events_of(pools, Role.FFN):
         computed = of_kind(ffn, EventKind.FFN) + of_kind(ffn, EventKind.GATHERED)
         assert Counter(map(stage, computed)) == expected
-    sampled = of_kind(attention, EventKind.SAMPLE)
-    assert sum(event.rows for event in sampled) == 3 * 4
+    assert sum(sampled.values()) == 3 * 4
+    here = Counter(map(stage, of_kind(attention, EventKind.FFN)))
+    assert here == (heads if lm_head is Role.ATTENTION else Counter())
 
 
 def test_a_gathered_call_is_recorded_with_its_own_worker():
@@ -86,8 +93,9 @@ def test_stages_follow_each_other_within_their_step():
         assert step.begin_s <= min(e.begin_s for e in mine)
         assert step.end_s >= max(e.end_s for e in mine)
         stages = of_kind(mine, EventKind.ATTENTION)
-        assert [e.layer for e in stages] == list(range(NUM_LAYERS))
-        for sent, call in zip(stages, of_kind(mine, EventKind.A_TO_F), strict=True):
+        (sampling,) = of_kind(mine, EventKind.SAMPLE)
+        assert [e.layer for e in stages] == list(range(NUM_LAYERS + (sampling.rows > 0)))
+        for sent, call in zip(stages[:NUM_LAYERS], of_kind(mine, EventKind.A_TO_F), strict=True):
             assert sent.end_s <= call.begin_s
 
 
@@ -128,6 +136,6 @@ def test_a_colocated_worker_records_its_ffn_stages_and_no_transfers():
     (events,) = events_of(pools, Role.ATTENTION)
     stages = Counter(map(stage, of_kind(events, EventKind.ATTENTION)))
     assert Counter(map(stage, of_kind(events, EventKind.FFN))) == stages
-    assert len(stages) == NUM_LAYERS * len(of_kind(events, EventKind.STEP))
+    assert len(stages) == (NUM_LAYERS + 1) * len(of_kind(events, EventKind.STEP))
     for kind in (EventKind.A_TO_F, EventKind.F_TO_A, EventKind.WAIT):
         assert not of_kind(events, kind)

@@ -42,7 +42,8 @@ class Calibration:
         scheduler: of the worker; has no sequence in a lane until the calibration is over.
         kv: the blocks.
         max_num_seqs, max_model_len: of the worker's requests.
-        vocab_size, num_layers: of the model.
+        vocab_size: of the model.
+        num_layers: of the model, that FFN workers hold a part of.
         num_lanes: how many there are to be; None to choose.
         num_replicas: FFN workers that take turns at what one of them could do.
         timeline: where the worker and its FFN client record their stages.
@@ -114,15 +115,19 @@ class Calibration:
 
     def commit(self, plan: StepPlan, seconds: float) -> None:
         """Take in a finished step: how long it took, and what the timeline says of its stages."""
+        load = load_of(plan, ())
+        if self._num_steps >= self._num_warm:
+            self._seconds[load] = min(seconds, self._seconds.get(load, seconds))
+            if self._num_lanes is None and load.prefill == 0:
+                self._note_stages(len(plan.sequences))
+        self._num_steps += 1
+
+    def _note_stages(self, num_rows: int) -> None:
         events = list(read_events(self._timeline.since(self._num_recorded)))
         is_whole = len(events) == self._timeline.num_recorded - self._num_recorded
         times = stage_times(events, self._num_layers) if is_whole else None
-        if self._num_steps >= self._num_warm:
-            load = load_of(plan, ())
-            self._seconds[load] = min(seconds, self._seconds.get(load, seconds))
-            if times is not None and load.prefill == 0:
-                self._measured[len(plan.sequences)].append(times)
-        self._num_steps += 1
+        if times is not None:
+            self._measured[num_rows].append(times)
 
     def choose(self, num_attention: int) -> int:
         """Return the number of lanes for each of so many attention workers, and log why."""

@@ -1,7 +1,10 @@
-"""The attention side of A→F→A: dispatches calls, keeps them until complete, adds them up."""
+"""The attention side of A→F→A: dispatches calls, keeps them until complete, adds them up.
+
+What the attention side holds itself is computed here while the rest of a call is out.
+"""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,9 +12,11 @@ from torch import Tensor
 
 from afd_server.core.clock import Clock
 from afd_server.core.errors import ProtocolError, WorkerFailed
+from afd_server.core.model_spec import ModelSpec
 from afd_server.core.stage import StageId
-from afd_server.core.topology import Member, Placement, Role
+from afd_server.core.topology import Member, Placement, Role, column_shard
 from afd_server.models.base import FFNCall
+from afd_server.models.head import Held
 from afd_server.telemetry.timeline import EventKind, Timeline
 from afd_server.transport.endpoint import Endpoint, Received
 from afd_server.transport.messages import Combine, Dispatch, Payload
@@ -30,7 +35,7 @@ class _Part:
     incarnation: str
     payload: Payload
     num_rows: int
-    num_answers: int
+    answer_shape: tuple[int, int]
     partial: Tensor | None = None
 
 
@@ -39,8 +44,8 @@ class _PendingCall:
     """One lane's call in flight. The input is kept so that any part can be sent again.
 
     `epoch` is that of its assignment; resends carry the newest one. `live_since_s` is since when
-    the worker has had live sequences without a break. Without parts it waits for a topology that
-    has its experts.
+    the worker has had live sequences without a break. Without shares it waits for a topology that
+    has its experts. `own` answers the share of the attention side.
     """
 
     stage: StageId
@@ -48,14 +53,15 @@ class _PendingCall:
     live_since_s: float
     epoch: int = 0
     sent_s: float | None = None  # None once it was sent again: which one is answered is unknown
-    shares: Sequence[Share] = ()
+    shares: Sequence[Share] | None = None
     parts: dict[int, _Part] = field(default_factory=dict)  # by the worker's slot
+    own: Tensor | None = None
     resend_at: float = 0.0
 
     @property
     def is_complete(self) -> bool:
         """Tell whether every part was answered."""
-        if not self.parts:
+        if self.shares is None:
             return False
         return all(part.partial is not None for part in self.parts.values())
 
@@ -66,14 +72,16 @@ class FFNClient:
     A call is keyed by (own incarnation, epoch, step, lane, layer, part), so it may be sent any
     number of times: the first valid answer to each part counts (invariant I5). A part is what the
     worker of one slot is asked for; a worker that holds nothing of a call is not asked. Partial
-    sums are [answers, hidden_size] of `dtype`.
+    sums are [answers, hidden_size] of `dtype`, logits [rows, part of the vocabulary] float32. `own`
+    is what the attention side holds itself.
     """
 
     def __init__(
         self,
         placement: Placement,
         slot: int,
-        hidden_size: int,
+        own: Held,
+        spec: ModelSpec,
         dtype: torch.dtype,
         endpoint: Endpoint,
         clock: Clock,
@@ -81,7 +89,8 @@ class FFNClient:
         resend_s: float,
     ) -> None:
         self._placement = placement
-        self._hidden_size = hidden_size
+        self._own = own
+        self._spec = spec
         self._dtype = dtype
         self._slot = slot
         self._endpoint = endpoint
@@ -90,6 +99,7 @@ class FFNClient:
         self._resend_s = resend_s
         self._peer_clocks: dict[str, PeerClock] = {}  # by incarnation
         self._pending: dict[int, _PendingCall] = {}  # by lane
+        self._pool: dict[int, str] = {}  # incarnations by slot, of an epoch
         self._groups: dict[tuple[int, int], list[int | None]] = {}  # by layer and turn, of an epoch
         self.counters: Counter[str] = Counter()
 
@@ -99,16 +109,16 @@ class FFNClient:
         return self.counters["resends"]
 
     def dispatch(self, stage: StageId, call: FFNCall, live_since_s: float) -> bool:
-        """Send a lane's call on its way; the lane has no other one.
+        """Send a lane's call on its way and compute what is held here; the lane has no other one.
 
         Returns:
-            False: its sum is not there yet.
+            Whether its sum is there already: nothing of it had to travel.
         """
         assert stage.lane not in self._pending, f"lane {stage.lane} already waits"
         pending = _PendingCall(stage, call, live_since_s)
         self._pending[stage.lane] = pending
         self._assign(pending)
-        return False
+        return pending.is_complete
 
     def accept(self, received: Received, combine: Combine) -> int | None:
         """Take in an answer.
@@ -137,10 +147,12 @@ class FFNClient:
             pending.resend_at = self._clock.now() + RETRY_REFUSED_S
             return None
         try:
-            partial = to_tensor(combine.partial, self._dtype)
+            partial = to_tensor(
+                combine.partial, torch.float32 if pending.call.is_head else self._dtype
+            )
         except ProtocolError:
             partial = None
-        if partial is None or partial.shape != (part.num_answers, self._hidden_size):
+        if partial is None or partial.shape != part.answer_shape:
             self.counters["bad_partial"] += 1  # the resend timer asks again
             return None
         part.partial = partial
@@ -150,22 +162,22 @@ class FFNClient:
     def take(self, lane: int) -> Tensor:
         """Return the sum of a complete call, [tokens, hidden] in its dtype, and forget the call."""
         pending = self._pending.pop(lane)
-        answers = [
-            [self._answer(pending, slot) for slot in self._placement.slots_of(share.group)]
-            for share in pending.shares
-        ]
+        assert pending.shares is not None, f"lane {lane} has not been assigned"
+        answers = [self._answers(pending, share.group) for share in pending.shares]
         return put_together(pending.call, pending.shares, answers)
 
     def reassign(self) -> None:
         """Follow a new topology: calls that waited for a lost worker start over."""
-        find = self._endpoint.topology.find
+        topology = self._endpoint.topology
+        find = topology.find
+        self._pool = {member.slot: member.incarnation for member in topology.pool(Role.FFN)}
         self._groups = {}
         self._peer_clocks = {inc: c for inc, c in self._peer_clocks.items() if find(inc)}
         for pending in self._pending.values():
             if pending.is_complete:
                 continue  # its lane is about to take the sum
             alive = all(find(part.incarnation) for part in pending.parts.values())
-            if not pending.parts or not alive:
+            if pending.shares is None or not alive:
                 self._assign(pending)
 
     def resend_due(self) -> None:
@@ -186,11 +198,15 @@ class FFNClient:
         ]
         return max(0.0, min(due) - self._clock.now()) if due else None
 
-    @staticmethod
-    def _answer(pending: _PendingCall, slot: int) -> Tensor:
-        partial = pending.parts[slot].partial
-        assert partial is not None, f"the sum of lane {pending.stage.lane} is not complete"
-        return partial
+    def _answers(self, pending: _PendingCall, group: int) -> list[Tensor]:
+        """Return what a group answered, by column shard."""
+        if group == self._placement.attention_side:
+            answers = [pending.own]
+        else:
+            answers = [pending.parts[slot].partial for slot in self._placement.slots_of(group)]
+        there = [answer for answer in answers if answer is not None]
+        assert len(there) == len(answers), f"the sum of lane {pending.stage.lane} is not complete"
+        return there
 
     def _record_transfers(
         self, pending: _PendingCall, part: _Part, ffn: Member, combine: Combine
@@ -208,24 +224,41 @@ class FFNClient:
         record(EventKind.F_TO_A, back_s - back_again_s, back_s, pending.stage, rows, ffn.slot)
 
     def _assign(self, pending: _PendingCall) -> None:
-        """Choose the workers of a call under the present topology and send all parts.
+        """Choose who computes a call under the present topology, send its parts, compute the rest.
 
         While the topology lacks one of its experts the call simply waits for the next one.
         """
-        topology, call = self._endpoint.topology, pending.call
-        pool = {member.slot: member.incarnation for member in topology.pool(Role.FFN)}
-        pending.epoch = topology.epoch
-        pending.shares = cut(call, self._groups_of(call.layer, pending.stage.lane, pool)) or ()
+        call, placement = pending.call, self._placement
+        pending.epoch = self._endpoint.topology.epoch
+        pending.shares = cut(call, self._groups_of(call.layer, pending.stage.lane))
         pending.parts = {}
-        for share in pending.shares:
+        own = None
+        for share in pending.shares or ():
+            if share.group == placement.attention_side:
+                own = share
+                continue
             payload = to_payload(share.rows)
-            for slot in self._placement.slots_of(share.group):
-                pending.parts[slot] = _Part(
-                    pool[slot], payload, share.rows.shape[0], share.num_answers
-                )
-        self._send(pending)
+            for shard, slot in enumerate(placement.slots_of(share.group)):
+                shape = (share.num_answers, self._answer_width(call, shard))
+                pending.parts[slot] = _Part(self._pool[slot], payload, share.rows.shape[0], shape)
+        if pending.parts:
+            self._send(pending)
+        if own is not None and pending.own is None:  # it is the same whoever else is there
+            pending.own = self._compute(pending.stage, own.rows)
 
-    def _groups_of(self, layer: int, lane: int, pool: Mapping[int, str]) -> Sequence[int | None]:
+    def _answer_width(self, call: FFNCall, shard: int) -> int:
+        if not call.is_head:
+            return self._spec.hidden_size
+        part = column_shard(self._spec.vocab_size, shard, self._placement.num_shards)
+        return part.stop - part.start
+
+    def _compute(self, stage: StageId, rows: Tensor) -> Tensor:
+        begin_s = self._clock.now()
+        answers = self._own.answer(stage.layer, rows)
+        self._timeline.record(EventKind.FFN, begin_s, self._clock.now(), stage, rows.shape[0])
+        return answers
+
+    def _groups_of(self, layer: int, lane: int) -> Sequence[int | None]:
         """Return the group to ask for each expert of a layer: its live holders take turns.
 
         Turns go by this worker's slot and the lane, so that one call asks few groups.
@@ -237,8 +270,8 @@ class FFNClient:
             alive = {
                 group
                 for group in range(placement.num_groups)
-                if all(slot in pool for slot in placement.slots_of(group))
-            }
+                if all(slot in self._pool for slot in placement.slots_of(group))
+            } | {placement.attention_side}
             groups = self._groups[layer, turn] = []
             for holders in placement.holders[layer]:
                 there = [group for group in holders if group in alive]

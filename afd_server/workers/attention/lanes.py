@@ -36,18 +36,18 @@ class Lane:
         block_size: int,
         begin_s: float,
     ) -> tuple[StageId, FFNCall]:
-        """Begin a step and run it to its first FFN call."""
+        """Begin a step and run it to its first call."""
         assert self._plan is None, f"lane {self.index} is busy"
         self._plan = plan
         self.begun_s = begin_s
         self._forward = forward(model, micro_batch(plan, kv, block_size))
         return self._staged(next(self._forward))
 
-    def resume(self, ffn_output: Tensor) -> Outcome:
-        """Go on with a layer's FFN output, [tokens, hidden], to the next call or the end."""
+    def resume(self, answer: Tensor) -> Outcome:
+        """Go on with the answer to the latest call, to the next one or the end."""
         assert self._plan is not None and self._forward is not None, f"lane {self.index} is idle"
         try:
-            return self._staged(self._forward.send(ffn_output))
+            return self._staged(self._forward.send(answer))
         except StopIteration as stop:
             plan, self._plan, self._forward = self._plan, None, None
             return StepResult(plan, self._sample_all(plan, stop.value))
@@ -56,8 +56,10 @@ class Lane:
         assert self._plan is not None
         return StageId(self._plan.step, self.index, call.layer), call
 
-    def _sample_all(self, plan: StepPlan, logits: Tensor) -> tuple[Sampled, ...]:
+    def _sample_all(self, plan: StepPlan, logits: Tensor | None) -> tuple[Sampled, ...]:
         """Sample each row of [rows, vocab] for the sequence that asked for it, in plan order."""
+        if logits is None:
+            return ()
         sampling = [planned for planned in plan.sequences if planned.samples]
         return tuple(map(self._sample, logits, sampling))
 

@@ -1,5 +1,7 @@
 """Cuts an FFN call up among the groups that hold its experts, and puts the answers together.
 
+One of them may be the attention worker itself.
+
 Knows nothing of messages: which group computes what, and which row of an answer means what.
 """
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from afd_server.models.base import FFNCall
-from afd_server.models.forward import add_in_part_order
+from afd_server.models.forward import add_in_part_order, join_parts
 from afd_server.models.routing import (
     CHOICE_BYTES,
     ELSEWHERE,
@@ -20,11 +22,11 @@ from afd_server.models.routing import (
 
 
 class Share(NamedTuple):
-    """What every worker of a group is sent of a call.
+    """What every worker of a group has to compute of a call.
 
     Attributes:
         group: of the placement.
-        rows: what travels.
+        rows: what travels, unless the group is `Placement.attention_side`.
         places: [answers] int64: token · chosen + choice of each row that is answered, see
             `answers_of`; None if the group got the call as it is, and answers each row with one.
         num_answers: rows of an answer.
@@ -76,25 +78,32 @@ def _share(call: FFNCall, experts: Tensor, groups: Tensor, group: int) -> Share:
 def put_together(
     call: FFNCall, shares: Sequence[Share], answers: Sequence[Sequence[Tensor]]
 ) -> Tensor:
-    """Add the answers up: in each column shard by expert, then shard by shard.
+    """Join the answers: in each column shard by expert, then shard by shard.
 
     Args:
         call: as it was cut.
         shares: from `cut`.
-        answers: for each share the partial sums of the group's workers, by column shard.
+        answers: for each share those of the group's workers, by column shard. What is not cut, at
+            the attention side, is added with the first shard.
 
     Returns:
-        [tokens, hidden], in the dtype of the answers.
+        [tokens, hidden], or logits of the head's call, in the dtype of the answers.
     """
     if shares[0].places is None:
-        return add_in_part_order(answers[0])
-    places = torch.cat([share.places for share in shares if share.places is not None])
+        return join_parts(call, answers[0])
+    shards = []
+    for shard in range(max(map(len, answers))):
+        there = [(s, a[shard]) for s, a in zip(shares, answers, strict=True) if shard < len(a)]
+        shards.append(_add_by_expert(call, there))
+    return add_in_part_order(shards)
+
+
+def _add_by_expert(call: FFNCall, answers: Sequence[tuple[Share, Tensor]]) -> Tensor:
+    """Add the answers of one column shard to shares of a routed call, [tokens, hidden]."""
+    places = torch.cat([share.places for share, _ in answers if share.places is not None])
     # the last row of what is added is zero: the answer to a choice that was summed with another
     index = torch.full((call.rows.shape[0] * call.num_chosen,), places.shape[0])
     index[places] = torch.arange(places.shape[0])
-    by_choice = index.view(-1, call.num_chosen).unbind(1)
-    zero = answers[0][0].new_zeros(1, answers[0][0].shape[1])
-    shards = [torch.cat([*of_shard, zero]) for of_shard in zip(*answers, strict=True)]
-    return add_in_part_order(
-        [add_in_part_order([shard[choice] for choice in by_choice]) for shard in shards]
-    )
+    first = answers[0][1]
+    rows = torch.cat([*(answer for _, answer in answers), first.new_zeros(1, first.shape[1])])
+    return add_in_part_order([rows[i] for i in index.view(-1, call.num_chosen).unbind(1)])

@@ -7,10 +7,8 @@ import logging
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from afd_server.core.batch import Emitted, StepPlan, StepResult
 from afd_server.core.clock import Clock
@@ -43,51 +41,13 @@ from afd_server.transport.messages import (
 )
 from afd_server.workers.attention.calibration import Calibration
 from afd_server.workers.attention.expert_counts import ExpertCounts
+from afd_server.workers.attention.ffn_client import FFNClient
 from afd_server.workers.attention.kv_store import KVStore
 from afd_server.workers.attention.lanes import Lane, Outcome
 from afd_server.workers.attention.sampler import Sampler
 from afd_server.workers.tensors import events_payload
 
 log = logging.getLogger(__name__)
-
-
-class FFNPath(Protocol):
-    """The way to the FFN half, over the wire (`FFNClient`) or beside (`ColocatedFFN`)."""
-
-    @property
-    def num_resends(self) -> int:
-        """Return how often something was sent again."""
-        ...
-
-    def dispatch(self, stage: StageId, call: FFNCall, live_since_s: float) -> bool:
-        """Take a lane's call; tell whether its sum is there already.
-
-        Args:
-            stage: of the call.
-            call: what to compute.
-            live_since_s: since when the worker has had live sequences without a break.
-        """
-        ...
-
-    def accept(self, received: Received, combine: Combine) -> int | None:
-        """Take in an answer; return the lane whose call is complete now, or None."""
-        ...
-
-    def take(self, lane: int) -> Tensor:
-        """Return the sum of a complete call, [tokens, hidden]."""
-        ...
-
-    def reassign(self) -> None:
-        """Follow a new topology."""
-        ...
-
-    def resend_due(self) -> None:
-        """Send again what has gone unanswered for too long."""
-        ...
-
-    def next_resend_s(self) -> float | None:
-        """Return the seconds until `resend_due` has something to do; None if nothing waits."""
-        ...
 
 
 class AttentionWorker:
@@ -102,7 +62,7 @@ class AttentionWorker:
             there is an FFN pool. Until then one lane runs its steps, and requests wait.
         vocab_size: token ids at or above it are refused.
         max_model_len: so are sequences of this length.
-        ffn: reaches the FFN half.
+        ffn: has FFN calls computed.
         expert_counts: takes every call.
         endpoint: towards the gateway.
         clock: dates what goes into the timeline.
@@ -118,7 +78,7 @@ class AttentionWorker:
         num_lanes: int | Calibration,
         vocab_size: int,
         max_model_len: int,
-        ffn: FFNPath,
+        ffn: FFNClient,
         expert_counts: ExpertCounts,
         endpoint: Endpoint,
         clock: Clock,

@@ -14,7 +14,7 @@ from afd_server.core.errors import ProtocolError
 from afd_server.core.model_spec import ModelSpec
 from afd_server.core.stage import StageId
 from afd_server.kernels.table import RowFormat
-from afd_server.models.base import FFNHalf
+from afd_server.models.head import Held
 from afd_server.models.routing import CHOICE_BYTES, ELSEWHERE, answers_of, experts_of
 from afd_server.policy.gather import gather
 from afd_server.telemetry.timeline import EventKind, Timeline
@@ -45,13 +45,13 @@ class _WaitingCall:
 
 
 class FFNWorker:
-    """One part of the FFN half behind an endpoint.
+    """One part of the FFNs, and of the head, behind an endpoint.
 
     Args:
-        model: the part's weights.
+        held: the part's weights.
         spec: of the model, to check calls against.
         slot: which part this is; calls for another are refused.
-        held: the experts of each layer that this part has.
+        experts: which of each layer this part has; the last are those of the head.
         row_format: of the rows that calls carry.
         endpoint: towards the attention pool.
         max_gather_rows: most rows computed together.
@@ -61,20 +61,21 @@ class FFNWorker:
 
     def __init__(
         self,
-        model: FFNHalf,
+        held: Held,
         spec: ModelSpec,
         slot: int,
-        held: Sequence[Sequence[int]],
+        experts: Sequence[Sequence[int]],
         row_format: RowFormat,
         endpoint: Endpoint,
         max_gather_rows: int,
         clock: Clock,
         timeline: Timeline,
     ) -> None:
-        self._model = model
+        self._held = held
         self._spec = spec
         self._slot = slot
-        self._held = [frozenset((*experts, ELSEWHERE)) for experts in held]
+        self._num_chosen = [*map(spec.num_chosen, range(spec.num_layers)), 0]
+        self._experts = [frozenset((*of_layer, ELSEWHERE)) for of_layer in experts]
         self._row_format = row_format
         self._endpoint = endpoint
         self._max_gather_rows = max_gather_rows
@@ -127,9 +128,9 @@ class FFNWorker:
         self._record_wait(begin_s)
         group = gather(self._waiting.values(), self._max_gather_rows)[0]
         rows = torch.cat([call.activations for call in group])
-        partials = self._model.partial_sum(group[0].layer, rows)
+        answers = self._held.answer(group[0].layer, rows)
         end_s = self._clock.now()
-        by_call = torch.split(partials, [call.num_answers for call in group])
+        by_call = torch.split(answers, [call.num_answers for call in group])
         for call, partial in zip(group, by_call, strict=True):
             source, epoch, step, lane, layer, part = call.key
             taken_us, held_us = int(call.taken_s * 1e6), int((end_s - call.taken_s) * 1e6)
@@ -199,11 +200,11 @@ class FFNWorker:
     def _checked(self, dispatch: Dispatch) -> Tensor:
         if dispatch.part != self._slot:
             raise ProtocolError(f"part {dispatch.part}, this is {self._slot}", "part")
-        if dispatch.layer >= self._spec.num_layers:
+        if dispatch.layer >= len(self._experts):
             raise ProtocolError(f"layer {dispatch.layer} of {self._spec.num_layers}", "range")
         shape = dispatch.activations.shape
         width, dtype = self._row_format.size(self._spec.hidden_size), self._row_format.dtype
-        num_chosen = self._spec.num_chosen(dispatch.layer)
+        num_chosen = self._num_chosen[dispatch.layer]
         if num_chosen:
             width, dtype = width * dtype.itemsize + num_chosen * CHOICE_BYTES, torch.uint8
         if len(shape) != 2 or shape[0] == 0 or shape[1] != width:
@@ -212,7 +213,7 @@ class FFNWorker:
 
     def _num_answers(self, layer: int, activations: Tensor) -> int:
         """Return how many rows a checked call will be answered with."""
-        num_chosen, held = self._spec.num_chosen(layer), self._held[layer]
+        num_chosen, held = self._num_chosen[layer], self._experts[layer]
         if not num_chosen:
             if len(held) == 1:
                 raise ProtocolError(f"layer {layer} is held by others", "part")
