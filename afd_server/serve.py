@@ -31,7 +31,7 @@ from afd_server.core.errors import AddressInUse, ConfigError, WorkerFailed
 from afd_server.core.model_spec import ModelSpec, read_model_spec
 from afd_server.core.topology import FFNParallel, Role
 from afd_server.gateway.config import GatewaySpec
-from afd_server.policy.blocks import num_kv_blocks
+from afd_server.policy.blocks import longest_fitting, num_kv_blocks
 from afd_server.transport.codec import MAX_PAYLOAD_BYTES
 from afd_server.transport.endpoint import Endpoint, Identity
 from afd_server.transport.ring import why_unavailable
@@ -233,13 +233,20 @@ class _Plan:
                 f"{model.max_position} tokens"
             )
         blocks = num_kv_blocks(
-            model.kv_elements_per_token * ITEM_BYTES[self.numerics.kv],
+            model.kv_elements_per_slot * ITEM_BYTES[self.numerics.kv],
             config.block_size,
             config.kv_cache_mb * 2**20,
         )
-        if blocks * config.block_size < self.max_model_len:
+        longest = longest_fitting(
+            blocks,
+            config.block_size,
+            tuple(group.window for group in model.kv_groups),
+            config.max_batch_tokens,
+            self.max_model_len,
+        )
+        if longest < self.max_model_len:
             raise ConfigError(
-                f"kv_cache_mb {config.kv_cache_mb} holds {blocks * config.block_size} tokens, but "
+                f"kv_cache_mb {config.kv_cache_mb} holds {longest} tokens, but "
                 f"max_model_len is {self.max_model_len}; raise the first or lower the second"
             )
         if config.max_batch_tokens <= config.max_num_seqs:

@@ -23,6 +23,7 @@ from afd_server.core.attention_spec import (
 from afd_server.core.config_fields import Config, integer, number, refuse_unless
 from afd_server.core.errors import ModelError
 from afd_server.core.expert_spec import ExpertSpec, mixtral_experts, qwen3_moe_experts
+from afd_server.core.kv_groups import KVGroup, kv_groups
 
 _ATTENTION: dict[str, Callable[[Config], tuple[AttentionSpec, ...]]] = {
     "llama": parse_llama,
@@ -93,6 +94,19 @@ class ModelSpec:
     def kv_elements_per_token(self) -> int:
         """Return the keys and values of one token over all layers, in elements."""
         return sum(layer.kv.elements for layer in self.attention)
+
+    @property
+    def kv_groups(self) -> tuple[KVGroup, ...]:
+        """Return which layers share block tables."""
+        return kv_groups(self.attention)
+
+    @property
+    def kv_elements_per_slot(self) -> int:
+        """Return what one position takes in a block: of the layers of the largest group."""
+        return max(
+            sum(self.attention[layer].kv.elements for layer in group.layers)
+            for group in self.kv_groups
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from afd_server.core.batch import Emitted, PlannedSequence, Sampled, StepPlan, S
 from afd_server.core.errors import ConfigError
 from afd_server.core.request import FinishReason, Request
 from afd_server.core.sequence import Sequence, SequenceState
-from afd_server.policy.blocks import BlockPool
+from afd_server.policy.blocks import BlockPool, longest_fitting
 from afd_server.policy.prefix import extend_chain
+from afd_server.policy.tables import BlockTables
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class SchedulerConfig:
         num_blocks: KV blocks of the worker.
         block_size: token positions in a block.
         prefix_caching: whether sequences take over blocks that others have computed.
+        windows: of each KV group, in positions; None sees all.
     """
 
     max_model_len: int
@@ -35,6 +37,7 @@ class SchedulerConfig:
     num_blocks: int
     block_size: int
     prefix_caching: bool
+    windows: tuple[int | None, ...] = (None,)
 
     def __post_init__(self) -> None:
         if self.max_batch_tokens <= self.max_num_seqs:
@@ -42,9 +45,16 @@ class SchedulerConfig:
                 f"max_batch_tokens {self.max_batch_tokens} leaves no room for prefill beside "
                 f"max_num_seqs {self.max_num_seqs} decoding sequences; make it larger"
             )
-        if self.num_blocks * self.block_size < self.max_model_len:
+        longest = longest_fitting(
+            self.num_blocks,
+            self.block_size,
+            self.windows,
+            self.max_batch_tokens,
+            self.max_model_len,
+        )
+        if longest < self.max_model_len:
             raise ConfigError(
-                f"the KV cache holds {self.num_blocks * self.block_size} tokens, less than one "
+                f"the KV cache holds {longest} tokens, less than one "
                 f"sequence of max_model_len {self.max_model_len}; give it more memory or shorten "
                 "max_model_len"
             )
@@ -64,6 +74,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self.blocks = BlockPool(config.num_blocks, config.block_size)
+        self._tables = BlockTables(self.blocks, config.windows, config.max_batch_tokens)
         self._waiting: deque[Sequence] = deque()  # oldest first
         self._running: list[Sequence] = []  # own blocks, oldest first
         self._in_lane: dict[int, list[Sequence]] = {}
@@ -94,7 +105,7 @@ class Scheduler:
         """Queue a request. A second `Submit` of the same attempt changes nothing."""
         if (request.key, request.attempt) in self._by_key:
             return
-        sequence = Sequence(request, self._num_arrivals)
+        sequence = Sequence(request, self._num_arrivals, len(self._config.windows))
         assert len(sequence.token_ids) < self._config.max_model_len, "the gateway refuses these"
         self._num_arrivals += 1
         self._by_key[request.key, request.attempt] = sequence
@@ -164,6 +175,7 @@ class Scheduler:
             sequence.state = SequenceState.RUNNING
             sequence.num_computed += len(planned.token_ids)
             self._hand_on(sequence, planned.start)
+            self._tables.leave(sequence.tables, sequence.num_computed)
             token = next(sampled) if planned.samples else None
             if sequence.cancelled:
                 self._end(sequence, FinishReason.CANCELLED)
@@ -177,7 +189,8 @@ class Scheduler:
         while self._waiting and len(self._running) < self._config.max_num_seqs:
             sequence = self._waiting[0]
             self._take_over(sequence)
-            if not self.blocks.grow(sequence.block_ids, len(sequence.token_ids)):
+            num_computed, num_tokens = sequence.num_computed, len(sequence.token_ids)
+            if not self._tables.admit(sequence.tables, num_computed, num_tokens):
                 self.blocks.free(sequence.forget_computed())
                 return
             self._waiting.popleft()
@@ -195,13 +208,9 @@ class Scheduler:
         size = self.blocks.block_size
         first, stop = sequence.num_computed // size, (len(sequence.token_ids) - 1) // size
         self._name_blocks(sequence, stop)
-        for index in range(first, stop):
-            block = self.blocks.share(sequence.chain[index])
-            if block is None:
-                return
-            self.blocks.free(sequence.block_ids[index : index + 1])
-            sequence.block_ids[index : index + 1] = [block]
-            sequence.num_computed = (index + 1) * size
+        hit = self._tables.take_over(sequence.tables, sequence.chain, first, stop)
+        if hit > first:
+            sequence.num_computed = hit * size
 
     def _is_under_way(self, sequence: Sequence) -> bool:
         """Tell whether a lane is computing the next block of a sequence for another one.
@@ -225,9 +234,7 @@ class Scheduler:
         size = self.blocks.block_size
         first, stop = start // size, sequence.num_computed // size
         self._name_blocks(sequence, stop)
-        for index in range(first, stop):
-            block = sequence.block_ids[index]
-            sequence.block_ids[index] = self.blocks.enter(sequence.chain[index], block)
+        self._tables.hand_on(sequence.tables, sequence.chain, first, stop)
 
     def _name_blocks(self, sequence: Sequence, num_blocks: int) -> None:
         salt, size = sequence.request.salt, self.blocks.block_size
@@ -248,7 +255,7 @@ class Scheduler:
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """Find blocks for the first `num_tokens` of a sequence, preempting younger ones."""
-        while not self.blocks.grow(sequence.block_ids, num_tokens):
+        while not self._tables.grow(sequence.tables, num_tokens):
             idle = [s for s in self._running if s.state is SequenceState.RUNNING]
             youngest = idle[-1]  # `sequence` is one of them
             if youngest is sequence and len(idle) < len(self._running):
@@ -288,8 +295,7 @@ class Scheduler:
             self._waiting.remove(sequence)
         else:
             self._running.remove(sequence)
-        self.blocks.free(sequence.block_ids)
-        sequence.block_ids = []
+        self.blocks.free(sequence.release())
         sequence.state = SequenceState.FINISHED
         sequence.finish = finish
         del self._by_key[sequence.request.key, sequence.request.attempt]
@@ -303,7 +309,7 @@ def _planned(sequence: Sequence, num_tokens: int) -> PlannedSequence:
         attempt=sequence.request.attempt,
         token_ids=tuple(sequence.token_ids[start:stop]),
         start=start,
-        block_ids=tuple(sequence.block_ids),
+        block_tables=tuple(tuple(table.block_ids) for table in sequence.tables),
         samples=stop == len(sequence.token_ids),
         sampling=sequence.request.sampling,
         history=sequence.history,

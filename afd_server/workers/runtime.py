@@ -252,7 +252,7 @@ def build_attention_worker(
     """
     config, dtype = spec.attention, row_dtype(spec.numerics)
     kv_dtype = TORCH_DTYPES[spec.numerics.kv]
-    token_bytes = model_spec.kv_elements_per_token * kv_dtype.itemsize
+    token_bytes = model_spec.kv_elements_per_slot * kv_dtype.itemsize
     num_blocks = num_kv_blocks(token_bytes, config.block_size, config.kv_cache_bytes)
     if num_blocks < 1:
         raise ConfigError(f"kv_cache_bytes {config.kv_cache_bytes} is less than one block")
@@ -265,6 +265,7 @@ def build_attention_worker(
             num_blocks=num_blocks,
             block_size=config.block_size,
             prefix_caching=config.prefix_caching,
+            windows=tuple(group.window for group in model_spec.kv_groups),
         )
     )
     placement = placement_of(spec.ffn, model_spec)
@@ -272,7 +273,7 @@ def build_attention_worker(
     weights = _weights(spec, kernels, FFNShare() if colocated else None)
     architecture = ARCHITECTURES[model_spec.model_type]
     model = architecture.attention(model_spec, weights, kernels, config.max_model_len)
-    kv = KVStore(model_spec, num_blocks, config.block_size, kv_dtype)
+    kv = KVStore(model_spec, num_blocks, config.block_size, kv_dtype, model_spec.kv_groups)
     timeline = Timeline()
     ffn: FFNPath = FFNClient(
         placement,

@@ -2,6 +2,7 @@
 
 import torch
 
+from afd_server.core.kv_groups import KVGroup
 from afd_server.core.model_spec import read_model_spec
 from afd_server.workers.attention.kv_store import KVStore
 from support.families import family
@@ -41,3 +42,16 @@ def test_latent_attention_caches_the_latent_and_one_rotated_key():
         keys[2, 0, 1] = torch.arange(56)
         assert values[2, 0, 1].tolist() == list(range(40))
         assert keys.untyped_storage().nbytes() == 5 * 4 * 56 * 2  # and nothing beside
+
+
+def test_layers_of_different_groups_share_memory_and_layers_of_one_do_not():
+    spec = read_model_spec(family("step3p5").directory)
+    groups = (KVGroup((0, 3), None), KVGroup((1, 2), 21))
+    store = KVStore(spec, num_blocks=5, block_size=4, dtype=torch.float32, groups=groups)
+    assert store.group_of == (0, 1, 1, 0)
+    places = [layer.keys.data_ptr() for layer in store.layers]
+    assert places[0] == places[1] != places[2] == places[3]
+    whole = KVStore(spec, num_blocks=5, block_size=4, dtype=torch.float32)
+    assert whole.group_of == (0, 0, 0, 0)
+    assert len({layer.keys.data_ptr() for layer in whole.layers}) == 4
+    assert spec.kv_elements_per_token == 4 * spec.kv_elements_per_slot

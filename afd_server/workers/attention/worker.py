@@ -226,7 +226,7 @@ class AttentionWorker:
             self._live_since_s = begin_s
         self._num_rows += plan.num_tokens
         planned_s = self._clock.now()
-        outcome = lane.start(plan, self._model, self._kv.layers, self._kv.block_size, begin_s)
+        outcome = lane.start(plan, self._model, self._kv, begin_s)
         self._go_on(lane, planned_s, outcome)
 
     def _go_on(self, lane: Lane, begin_s: float, outcome: Outcome) -> None:
