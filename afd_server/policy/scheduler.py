@@ -309,7 +309,7 @@ def _planned(sequence: Sequence, num_tokens: int) -> PlannedSequence:
         attempt=sequence.request.attempt,
         token_ids=tuple(sequence.token_ids[start:stop]),
         start=start,
-        block_tables=tuple(tuple(table.block_ids) for table in sequence.tables),
+        block_tables=tuple([tuple(table.block_ids) for table in sequence.tables]),
         samples=stop == len(sequence.token_ids),
         sampling=sequence.request.sampling,
         history=sequence.history,

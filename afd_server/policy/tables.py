@@ -66,6 +66,8 @@ class BlockTables:
         Returns:
             How many blocks are computed now.
         """
+        if first == stop:
+            return first  # decoding: nothing to look for, in every step
         hit = first
         while hit < stop and all(self._holds(group, chain[hit]) for group in self._full):
             hit += 1
@@ -88,8 +90,8 @@ class BlockTables:
         self, tables: list[BlockTable], chain: Sequence[bytes], first: int, stop: int
     ) -> None:
         """Let others find the blocks first … stop − 1, which the sequence has just filled."""
-        for group, table in enumerate(tables):
-            for index in range(first, stop):
+        for index in range(first, stop):
+            for group, table in enumerate(tables):
                 name, block = _name(group, chain[index]), table.block_ids[index]
                 table.block_ids[index] = self._pool.enter(name, block)
 
@@ -98,12 +100,15 @@ class BlockTables:
         return max(window - 1, num_computed) + self._max_batch_tokens
 
     def _grow(self, tables: list[BlockTable], ends: Sequence[int]) -> bool:
-        pool, pairs = self._pool, list(zip(tables, ends, strict=True))
-        if sum(max(0, pool.blocks_for(end) - len(t.block_ids)) for t, end in pairs) > pool.num_free:
+        pool, missing = self._pool, 0
+        for table, end in zip(tables, ends, strict=True):
+            missing += max(0, pool.blocks_for(end) - len(table.block_ids))
+        if missing > pool.num_free:
             return False
-        for table, end in pairs:
-            grown = pool.grow(table.block_ids, end)
-            assert grown, "there were enough free blocks"
+        if missing:  # which is seldom: in most steps blocks are long enough
+            for table, end in zip(tables, ends, strict=True):
+                grown = pool.grow(table.block_ids, end)
+                assert grown, "there were enough free blocks"
         return True
 
     def _num_left(self, group: int, num_computed: int) -> int:

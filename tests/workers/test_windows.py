@@ -1,6 +1,7 @@
 """Blocks that left a window are given back, and no bit of any logits changes."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,6 +101,30 @@ def test_a_pool_too_small_for_all_keys_and_values_serves_a_long_sequence(monkeyp
     with pytest.raises(ConfigError, match="the KV cache holds 112 tokens"):
         Pools(step3p5(), kv_cache_bytes=num_bytes, max_model_len=240)
     assert Pools(step3p5()).run([request]) == [pools.tokens[request.key]]
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2_windows", "qwen3_windows", "mixtral_windows", "qwen3_moe_windows"]
+)
+def test_other_models_with_windows_give_blocks_back_too(name, logits_of, monkeypatch):
+    requests, directory = requests_of(4, num_output=12), family(name).directory
+    pools = Pools(directory)
+    tokens, found, most = pools.run(requests), dict(logits_of), []
+    request = replace(requests_of(1, num_output=100)[0], key=99)
+    pools.submit(request)
+    while request.key not in pools.finish:
+        pools.turn()
+        most += [sum(len(t.owned) for t in s.tables) for s in scheduler_of(pools)._running]
+    scheduler = scheduler_of(pools)
+    num_blocks = (len(request.prompt_ids) + 100) // BLOCK
+    num_full = scheduler._config.windows.count(None)
+    num_sliding = len(scheduler._config.windows) - num_full
+    assert num_sliding > 0
+    assert max(most) <= num_full * (num_blocks + 1) + num_sliding * MOST_HELD
+    logits_of.clear()
+    keep_everything(monkeypatch)
+    assert Pools(directory, num_lanes=1).run(requests) == tokens
+    assert all(torch.equal(found[place], logits) for place, logits in logits_of.items())
 
 
 def test_the_next_turn_of_a_chat_finds_the_turns_before_it():
