@@ -43,7 +43,6 @@ from afd_server.workers.config import AttentionConfig, Numerics, WorkerSpec, ffn
 log = logging.getLogger(__name__)
 
 NATIVE_LIBRARIES = Path(__file__).parent / "kernels" / "native"
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 LONGEST_TEMP_DIR = 24  # a path of a socket of Ray's, some 80 bytes below it, must fit into 107
 
 
@@ -233,7 +232,7 @@ class _Plan:
                 f"{model.max_position} tokens"
             )
         blocks = num_kv_blocks(
-            model.kv_elements_per_slot * ITEM_BYTES[self.numerics.kv],
+            model.kv_slot_bytes(self.numerics.kv),
             config.block_size,
             config.kv_cache_mb * 2**20,
         )

@@ -5,9 +5,16 @@ Knows nothing of tensors, nor of the rest of the model.
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from afd_server.core.config_fields import Config, integer, number, refuse_unless
 from afd_server.core.errors import ModelError
+
+KVFormat = Literal["float32", "bfloat16", "int8"]
+
+# int8 keeps a float32 scale before each head's key and value.
+KV_SCALE_BYTES = 4
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +34,11 @@ class KVShape:
     def elements(self) -> int:
         """Return the memory of one token in one layer."""
         return self.num_heads * (self.key_dim + (0 if self.value_in_key else self.value_dim))
+
+    def num_bytes(self, kv_format: KVFormat) -> int:
+        """Return the same in bytes of a format, with its scales."""
+        num_scales = self.num_heads * (1 if self.value_in_key else 2) * (kv_format == "int8")
+        return self.elements * _ITEM_BYTES[kv_format] + num_scales * KV_SCALE_BYTES
 
 
 @dataclass(frozen=True, slots=True)

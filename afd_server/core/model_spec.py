@@ -11,6 +11,7 @@ from typing import Any, Literal  # Any: values of a stranger's JSON, checked fie
 
 from afd_server.core.attention_spec import (
     AttentionSpec,
+    KVFormat,
     parse_deepseek_v3,
     parse_llama,
     parse_mixtral,
@@ -100,11 +101,10 @@ class ModelSpec:
         """Return which layers share block tables."""
         return kv_groups(self.attention)
 
-    @property
-    def kv_elements_per_slot(self) -> int:
+    def kv_slot_bytes(self, kv_format: KVFormat) -> int:
         """Return what one position takes in a block: of the layers of the largest group."""
         return max(
-            sum(self.attention[layer].kv.elements for layer in group.layers)
+            sum(self.attention[layer].kv.num_bytes(kv_format) for layer in group.layers)
             for group in self.kv_groups
         )
 

@@ -252,8 +252,8 @@ def build_attention_worker(
     """
     config, dtype = spec.attention, row_dtype(spec.numerics)
     kv_dtype = TORCH_DTYPES[spec.numerics.kv]
-    token_bytes = model_spec.kv_elements_per_slot * kv_dtype.itemsize
-    num_blocks = num_kv_blocks(token_bytes, config.block_size, config.kv_cache_bytes)
+    slot_bytes = model_spec.kv_slot_bytes(spec.numerics.kv)
+    num_blocks = num_kv_blocks(slot_bytes, config.block_size, config.kv_cache_bytes)
     if num_blocks < 1:
         raise ConfigError(f"kv_cache_bytes {config.kv_cache_bytes} is less than one block")
     scheduler = Scheduler(

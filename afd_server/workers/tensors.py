@@ -15,7 +15,7 @@ from afd_server.telemetry.timeline import EVENT_BYTES, Timeline
 from afd_server.transport.messages import DType, Payload
 from afd_server.workers.config import Numerics
 
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 _WIRE = {
     torch.uint8: DType.UINT8,

@@ -17,8 +17,8 @@ from support.experts import tiny_routed
 from support.logits import record_logits
 from support.pools import Pools
 
-NATIVE = Numerics("native", "int8", "bfloat16")
-BLOCK_BYTES = 16 * 384  # of the tiny model's keys and values in bfloat16
+# of the tiny models' keys and values: 12 heads of 16 elements a token
+BLOCK_BYTES = {"bfloat16": 16 * 12 * 32, "int8": 16 * 12 * (16 + 4)}
 Outcome = tuple[list[int], list[str]]  # token ids, a digest of each step's logits
 
 
@@ -37,6 +37,7 @@ class Company:
     num_blocks: int
     max_num_seqs: int
     prefix_caching: bool
+    kv: str = "bfloat16"
 
     @property
     def num_parts(self) -> int:
@@ -44,9 +45,9 @@ class Company:
         return shared.get(self.parallel, 1)
 
     @property
-    def bits(self) -> tuple[bool, int]:
+    def bits(self) -> tuple[bool, int, str]:
         """Return all that the bits of a request may depend on."""
-        return self.is_routed, self.num_parts
+        return self.is_routed, self.num_parts, self.kv
 
     def pools(self) -> Pools:
         return Pools(
@@ -56,10 +57,10 @@ class Company:
             parallel=self.parallel,
             num_replicas=self.num_replicas,
             num_lanes=self.num_lanes,
-            numerics=NATIVE,
+            numerics=Numerics("native", "int8", self.kv),
             max_batch_tokens=self.max_batch_tokens,
             max_gather_rows=self.max_gather_rows,
-            kv_cache_bytes=self.num_blocks * BLOCK_BYTES,
+            kv_cache_bytes=self.num_blocks * BLOCK_BYTES[self.kv],
             max_num_seqs=self.max_num_seqs,
             prefix_caching=self.prefix_caching,
         )
@@ -87,6 +88,7 @@ def any_company(rng: random.Random) -> Company:
         num_blocks=rng.choice([16, 18, 300]),  # 16 hold one sequence of the longest kind
         max_num_seqs=max_num_seqs,
         prefix_caching=rng.random() < 0.7,
+        kv=rng.choice(list(BLOCK_BYTES)),
     )
 
 
@@ -142,15 +144,15 @@ def num_comparisons(pytestconfig):
 def test_company_changes_no_bit(num_comparisons, pytestconfig, monkeypatch):
     rng, runs = random.Random(20250727), Runs(monkeypatch)
     requests = population(rng)
-    alone: dict[tuple[int, bool, int], Outcome] = {}
+    alone: dict[tuple[int, bool, int, str], Outcome] = {}
     num_compared = 0
     while num_compared < num_comparisons:
         company = any_company(rng)
         chosen = rng.sample(requests, rng.randint(1, 32))
         for request in chosen:
             if (request.key, *company.bits) not in alone:
-                is_routed, num_parts = company.bits
-                single = replace(ALONE, is_routed=is_routed, num_ffn=num_parts)
+                is_routed, num_parts, kv = company.bits
+                single = replace(ALONE, is_routed=is_routed, num_ffn=num_parts, kv=kv)
                 (alone[request.key, *company.bits],) = runs.outcomes(single, [request])
         for request, outcome in zip(chosen, runs.outcomes(company, chosen), strict=True):
             assert outcome == alone[request.key, *company.bits], f"{request} in {company}"

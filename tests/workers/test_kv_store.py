@@ -1,5 +1,6 @@
 """The memory of the blocks is what the model's spec says a token takes."""
 
+import pytest
 import torch
 
 from afd_server.core.kv_groups import KVGroup
@@ -54,4 +55,17 @@ def test_layers_of_different_groups_share_memory_and_layers_of_one_do_not():
     whole = KVStore(spec, num_blocks=5, block_size=4, dtype=torch.float32)
     assert whole.group_of == (0, 0, 0, 0)
     assert len({layer.keys.data_ptr() for layer in whole.layers}) == 4
-    assert spec.kv_elements_per_token == 4 * spec.kv_elements_per_slot
+    assert spec.kv_slot_bytes("float32") == 4 * spec.kv_elements_per_token // 4  # one layer of four
+
+
+@pytest.mark.parametrize(
+    ("name", "num_vectors", "token_bytes"),
+    [("qwen3", 2, 3 * 4 * 36), ("mfa_kr", 1, 3 * 36), ("deepseek_v3", 1, 3 * 60)],
+)
+def test_int8_takes_a_byte_an_element_and_a_scale_for_each_head(name, num_vectors, token_bytes):
+    spec = read_model_spec(family(name).directory)
+    layers = KVStore(spec, num_blocks=5, block_size=4, dtype=torch.int8).layers
+    assert spec.kv_slot_bytes("int8") == token_bytes
+    memory = sum(layer.keys.nbytes for layer in layers)
+    memory += sum(layer.values.nbytes for layer in layers) * (num_vectors - 1)
+    assert memory == 5 * 4 * token_bytes

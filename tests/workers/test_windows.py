@@ -8,7 +8,7 @@ import torch
 
 from afd_server.core.errors import ConfigError
 from afd_server.core.kv_groups import KVGroup
-from afd_server.core.model_spec import ModelSpec
+from afd_server.core.model_spec import ModelSpec, read_model_spec
 from afd_server.core.request import Request, SamplingParams
 from afd_server.workers.config import Numerics
 from support.families import family
@@ -16,7 +16,7 @@ from support.logits import record_logits
 from support.pools import Pools
 
 TOKEN_BYTES = 4 * 2 * 64 * 4  # four layers with two heads of 32 elements, keys and values, float32
-NATIVE = Numerics("native", "int8", "float32")
+NUMERICS = [Numerics("reference", "float32", "float32"), Numerics("native", "int8", "int8")]
 WINDOW, BLOCK, ROWS = 21, 16, 24
 MOST_HELD = 2 + 3  # blocks: of 20 positions before a row, of 24 rows that begin anywhere in one
 
@@ -54,25 +54,28 @@ def scheduler_of(pools):
     return pools.workers[pools.attention()]._scheduler
 
 
-@pytest.mark.parametrize("numerics", [Numerics("reference", "float32", "float32"), NATIVE])
+@pytest.mark.parametrize("numerics", NUMERICS, ids=["float32", "int8"])
 @pytest.mark.parametrize(
     "settings",
     [
         {"num_lanes": 1, "prefix_caching": False},
         {"num_lanes": 2},
         {"num_lanes": 3, "max_batch_tokens": 200},
-        {"num_lanes": 2, "kv_cache_bytes": 36 * BLOCK * TOKEN_BYTES // 4},
+        {"num_lanes": 2, "num_blocks": 36},
     ],
 )
 def test_giving_blocks_back_changes_no_bit_of_any_logits(
     settings, numerics, logits_of, monkeypatch
 ):
-    requests = requests_of()
-    pools = Pools(step3p5(), numerics=numerics, **settings)
+    requests, spec = requests_of(), read_model_spec(step3p5())
+    num_blocks = settings.get("num_blocks", 400)
+    kv_cache_bytes = num_blocks * BLOCK * spec.kv_slot_bytes(numerics.kv)
+    settings = {name: value for name, value in settings.items() if name != "num_blocks"}
+    pools = Pools(step3p5(), numerics=numerics, kv_cache_bytes=kv_cache_bytes, **settings)
     tokens, found = pools.run(requests), dict(logits_of)
     scheduler = scheduler_of(pools)
     assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
-    assert ("kv_cache_bytes" in settings) == (scheduler.num_preemptions > 0)
+    assert (num_blocks < 400) == (scheduler.num_preemptions > 0)
     assert (scheduler.num_hit_tokens > 0) == settings.get("prefix_caching", True)
     logits_of.clear()
     keep_everything(monkeypatch)

@@ -9,6 +9,7 @@ import torch
 from afd_server.core.attention_spec import KVShape
 from afd_server.core.kv_groups import KVGroup
 from afd_server.core.model_spec import ModelSpec
+from afd_server.kernels.kv_format import stored_size
 from afd_server.kernels.table import KVLayer
 
 
@@ -20,7 +21,7 @@ class KVStore:
     Args:
         spec: says what each layer caches.
         num_blocks, block_size: of the pool.
-        dtype: of keys and values.
+        dtype: of keys and values as they are stored (`kernels.kv_format`).
         groups: the first layers of each group are in the same memory, the second ones in the
             next and so on, as a block belongs to one group at a time. None: one group.
     """
@@ -49,11 +50,13 @@ class KVStore:
 
 
 def _map_layer(kv: KVShape, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVLayer:
-    memory = mmap.mmap(-1, num_blocks * block_size * kv.elements * dtype.itemsize)
-    elements = torch.frombuffer(memory, dtype=dtype)
     shape = (num_blocks, kv.num_heads, block_size)
-    num_keys = math.prod(shape) * kv.key_dim
-    keys = elements[:num_keys].view(*shape, kv.key_dim)
+    key_size, value_size = stored_size(kv.key_dim, dtype), stored_size(kv.value_dim, dtype)
+    size = key_size + (0 if kv.value_in_key else value_size)
+    memory = mmap.mmap(-1, math.prod(shape) * size * dtype.itemsize)
+    elements = torch.frombuffer(memory, dtype=dtype)
+    num_keys = math.prod(shape) * key_size
+    keys = elements[:num_keys].view(*shape, key_size)
     if kv.value_in_key:
-        return KVLayer(keys, keys[..., : kv.value_dim])
-    return KVLayer(keys, elements[num_keys:].view(*shape, kv.value_dim))
+        return KVLayer(keys, keys[..., :value_size])
+    return KVLayer(keys, elements[num_keys:].view(*shape, value_size))
