@@ -55,7 +55,7 @@ def test_layers_of_different_groups_share_memory_and_layers_of_one_do_not():
     whole = KVStore(spec, num_blocks=5, block_size=4, dtype=torch.float32)
     assert whole.group_of == (0, 0, 0, 0)
     assert len({layer.keys.data_ptr() for layer in whole.layers}) == 4
-    assert spec.kv_slot_bytes("float32") == 4 * spec.kv_elements_per_token // 4  # one layer of four
+    assert spec.kv_slot_bytes("float32") == spec.kv_elements_per_token  # a layer of four, 4 bytes
 
 
 @pytest.mark.parametrize(

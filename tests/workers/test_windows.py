@@ -18,7 +18,8 @@ from support.pools import Pools
 TOKEN_BYTES = 4 * 2 * 64 * 4  # four layers with two heads of 32 elements, keys and values, float32
 NUMERICS = [Numerics("reference", "float32", "float32"), Numerics("native", "int8", "int8")]
 WINDOW, BLOCK, ROWS = 21, 16, 24
-MOST_HELD = 2 + 3  # blocks: of 20 positions before a row, of 24 rows that begin anywhere in one
+# blocks: of the positions before a row, and of the rows of a step, which begin anywhere in one
+MOST_HELD = -(-(WINDOW - 1) // BLOCK) + -(-(ROWS + BLOCK - 1) // BLOCK)
 
 
 @pytest.fixture
@@ -56,21 +57,19 @@ def scheduler_of(pools):
 
 @pytest.mark.parametrize("numerics", NUMERICS, ids=["float32", "int8"])
 @pytest.mark.parametrize(
-    "settings",
+    ("num_blocks", "settings"),
     [
-        {"num_lanes": 1, "prefix_caching": False},
-        {"num_lanes": 2},
-        {"num_lanes": 3, "max_batch_tokens": 200},
-        {"num_lanes": 2, "num_blocks": 36},
+        (400, {"num_lanes": 1, "prefix_caching": False}),
+        (400, {"num_lanes": 2}),
+        (400, {"num_lanes": 3, "max_batch_tokens": 200}),
+        (36, {"num_lanes": 2}),
     ],
 )
 def test_giving_blocks_back_changes_no_bit_of_any_logits(
-    settings, numerics, logits_of, monkeypatch
+    num_blocks, settings, numerics, logits_of, monkeypatch
 ):
     requests, spec = requests_of(), read_model_spec(step3p5())
-    num_blocks = settings.get("num_blocks", 400)
     kv_cache_bytes = num_blocks * BLOCK * spec.kv_slot_bytes(numerics.kv)
-    settings = {name: value for name, value in settings.items() if name != "num_blocks"}
     pools = Pools(step3p5(), numerics=numerics, kv_cache_bytes=kv_cache_bytes, **settings)
     tokens, found = pools.run(requests), dict(logits_of)
     scheduler = scheduler_of(pools)
