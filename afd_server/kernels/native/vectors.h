@@ -151,10 +151,23 @@ inline void store_rounded(float* to, const float* from, int64_t count) {
   memcpy(to, from, count * sizeof(float));
 }
 
+// GCC 12 converts int8 element by element unless it is told the instruction.
 inline v16 load(const int8_t* from) {
-  b16 value;
-  memcpy(&value, from, sizeof value);
-  return __builtin_convertvector(__builtin_convertvector(value, i16), v16);
+  v16 wide;
+#if defined(__AVX512F__)
+  __m128i bytes;
+  memcpy(&bytes, from, sizeof bytes);
+  wide = (v16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#elif defined(__AVX2__)
+  for (int i = 0; i < 2; i++) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 8 * i));
+    const __m256 half = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+    memcpy(reinterpret_cast<float*>(&wide) + 8 * i, &half, sizeof half);
+  }
+#else
+  for (int i = 0; i < 16; i++) wide[i] = from[i];
+#endif
+  return wide;
 }
 
 // Elements before a stored key or value: in int8 those of its float32 scale.
