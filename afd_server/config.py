@@ -92,7 +92,7 @@ class ServeConfig:
         "auto", "of weights and activations in products; auto: int8 with float32 where the native "
         "kernels were built"
     )  # fmt: skip
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16"] = _setting(
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = _setting(
         "auto", "of keys and values; auto: bfloat16 with int8 products, else as dtype"
     )
     launcher: Literal["ray", "local"] = _setting(

@@ -40,7 +40,7 @@ from afd_server.costmodel.pipeline import CONTEXT_TOKENS
 from afd_server.costmodel.pools import PoolSizes, choose_pools
 from afd_server.costmodel.stages import estimate_stages
 from afd_server.gateway.config import GatewaySpec
-from afd_server.policy.blocks import num_kv_blocks
+from afd_server.policy.blocks import longest_fitting, num_kv_blocks
 from afd_server.transport.codec import MAX_PAYLOAD_BYTES
 from afd_server.transport.endpoint import Endpoint, Identity
 from afd_server.transport.ring import why_unavailable
@@ -52,7 +52,6 @@ from afd_server.workers.config import AttentionConfig, Numerics, WorkerSpec, ffn
 log = logging.getLogger(__name__)
 
 NATIVE_LIBRARIES = Path(__file__).parent / "kernels" / "native"
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 LONGEST_TEMP_DIR = 24  # a path of a socket of Ray's, some 80 bytes below it, must fit into 107
 
 
@@ -250,13 +249,20 @@ class _Plan:
                 f"{model.max_position} tokens"
             )
         blocks = num_kv_blocks(
-            model.kv_elements_per_token * ITEM_BYTES[self.numerics.kv],
+            model.kv_slot_bytes(self.numerics.kv),
             config.block_size,
             config.kv_cache_mb * 2**20,
         )
-        if blocks * config.block_size < self.max_model_len:
+        longest = longest_fitting(
+            blocks,
+            config.block_size,
+            tuple(group.window for group in model.kv_groups),
+            config.max_batch_tokens,
+            self.max_model_len,
+        )
+        if longest < self.max_model_len:
             raise ConfigError(
-                f"kv_cache_mb {config.kv_cache_mb} holds {blocks * config.block_size} tokens, but "
+                f"kv_cache_mb {config.kv_cache_mb} holds {longest} tokens, but "
                 f"max_model_len is {self.max_model_len}; raise the first or lower the second"
             )
         if config.max_batch_tokens <= config.max_num_seqs:
@@ -387,8 +393,8 @@ def _pool_sizes(
     if parallel is FFNParallel.COLOCATED:
         log.info("%d cores: %d colocated attention workers", cores, num_workers)
         return PoolSizes(num_workers, 0)
-    rows, item_bytes = -(-config.max_num_seqs // 2), ITEM_BYTES[numerics.kv]
-    times = estimate_stages(model, numerics.weights, item_bytes, rows, CONTEXT_TOKENS)
+    rows = -(-config.max_num_seqs // 2)
+    times = estimate_stages(model, numerics.weights, numerics.kv, rows, CONTEXT_TOKENS)
     unit = config.expert_shards if parallel is FFNParallel.HYBRID else 1
     by_expert = parallel in (FFNParallel.EXPERT, FFNParallel.HYBRID)
     least = unit * (config.expert_replicas if by_expert else 1)

@@ -4,10 +4,17 @@ Knows nothing of tensors, nor of the rest of the model.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from afd_server.core.config_fields import Config, by_layer, integer, number, refuse_unless
 from afd_server.core.errors import ModelError
+
+KVFormat = Literal["float32", "bfloat16", "int8"]
+
+# int8 keeps a float32 scale before each head's key and value.
+KV_SCALE_BYTES = 4
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +34,11 @@ class KVShape:
     def elements(self) -> int:
         """Return the memory of one token in one layer."""
         return self.num_heads * (self.key_dim + (0 if self.value_in_key else self.value_dim))
+
+    def num_bytes(self, kv_format: KVFormat) -> int:
+        """Return the same in bytes of a format, with its scales."""
+        num_scales = self.num_heads * (1 if self.value_in_key else 2) * (kv_format == "int8")
+        return self.elements * _ITEM_BYTES[kv_format] + num_scales * KV_SCALE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,28 +167,27 @@ def parse_llama(config: Config) -> tuple[AttentionSpec, ...]:
 
 
 def parse_qwen2(config: Config) -> tuple[AttentionSpec, ...]:
-    """Read the attention of every layer of `qwen2`."""
-    _refuse_windows(config)
-    return (_gqa(config),) * integer(config, "num_hidden_layers")
+    """Read the attention of every layer of `qwen2`: the later ones may have a window."""
+    return _with_windows(config, _gqa(config))
 
 
 def parse_qwen3(config: Config) -> tuple[AttentionSpec, ...]:
-    """Read the attention of every layer of `qwen3`."""
-    _refuse_windows(config)
+    """Read the attention of every layer of `qwen3`: the later ones may have a window."""
     # 128 where transformers' own default was not written
-    return (_gqa(config, head_dim=128),) * integer(config, "num_hidden_layers")
+    return _with_windows(config, _gqa(config, head_dim=128))
 
 
 def parse_mixtral(config: Config) -> tuple[AttentionSpec, ...]:
     """Read the attention of every layer of `mixtral`."""
-    refuse_unless(config, "sliding_window", None)
-    return (_gqa(config),) * integer(config, "num_hidden_layers")
+    window = None if config.get("sliding_window") is None else integer(config, "sliding_window")
+    attention = replace(_gqa(config), window=window)
+    return (attention,) * integer(config, "num_hidden_layers")
 
 
 def parse_qwen3_moe(config: Config) -> tuple[AttentionSpec, ...]:
-    """Read the attention of every layer of `qwen3_moe`."""
-    _refuse_windows(config)
-    return (_gqa(config),) * integer(config, "num_hidden_layers")
+    """Read the attention of every layer of `qwen3_moe`: all have the window, if there is one."""
+    attention = replace(_gqa(config), window=_window_in_use(config))
+    return (attention,) * integer(config, "num_hidden_layers")
 
 
 def parse_step3_text(config: Config) -> tuple[AttentionSpec, ...]:
@@ -284,15 +295,33 @@ def _gqa(config: Config, head_dim: int | None = None) -> GQASpec:
     return GQASpec(num_heads, num_kv_heads, head_dim, _plain_rope(config, head_dim))
 
 
-def _refuse_windows(config: Config) -> None:
-    """Refuse sliding windows; a `sliding_window` that is not used is of no account."""
-    refuse_unless(config, "use_sliding_window", None, False)
-    for kind in config.get("layer_types") or ():
-        if kind != "full_attention":
-            raise ModelError(
-                f"config.json: layer_types has {kind!r}, which is not supported; "
-                "expected 'full_attention'"
-            )
+def _window_in_use(config: Config) -> int | None:
+    """Return Qwen's window; a `sliding_window` that is not used is of no account."""
+    refuse_unless(config, "use_sliding_window", None, False, True)
+    return integer(config, "sliding_window") if config.get("use_sliding_window") else None
+
+
+def _with_windows(config: Config, attention: GQASpec) -> tuple[AttentionSpec, ...]:
+    """Give the layers that slide their window: as `layer_types` says, else the later ones."""
+    window, num_layers = _window_in_use(config), integer(config, "num_hidden_layers")
+    sliding = replace(attention, window=window)
+    if config.get("layer_types") is None:
+        # 28 where transformers' own default was not written
+        num_full = min(num_layers, integer(config, "max_window_layers", default=28))
+        return (attention,) * num_full + (sliding,) * (num_layers - num_full)
+    by_kind = {"full_attention": attention, "sliding_attention": sliding}
+    if window is None:
+        del by_kind["sliding_attention"]
+    return tuple(_of_kind(kind, by_kind) for kind in by_layer(config, "layer_types"))
+
+
+def _of_kind(kind: object, by_kind: dict[str, GQASpec]) -> GQASpec:
+    if not isinstance(kind, str) or kind not in by_kind:
+        raise ModelError(
+            f"config.json: layer_types has {kind!r}, which is not supported; "
+            f"expected {' or '.join(map(repr, by_kind))}"
+        )
+    return by_kind[kind]
 
 
 def _plain_rope(config: Config, dim: int) -> RopeSpec:

@@ -12,16 +12,17 @@ class PlannedSequence:
     """A run of tokens of one sequence within a step.
 
     The tokens sit at positions `start … start + len(token_ids) − 1` and their keys and
-    values go to the blocks of `block_ids` (the whole table, block i holding positions
-    i · block_size onwards). `samples` says that the last token's logits give a new token;
-    `history` is set if GUARD is to choose it.
+    values go to the blocks of `block_tables`: one whole table for each KV group, its block i
+    holding positions i · block_size onwards. Ids before all that a window sees mean nothing.
+    `samples` says that the last token's logits give a new token; `history` is set if GUARD is
+    to choose it.
     """
 
     key: int
     attempt: int
     token_ids: tuple[int, ...]
     start: int
-    block_ids: tuple[int, ...]
+    block_tables: tuple[tuple[int, ...], ...]
     samples: bool
     sampling: SamplingParams
     history: History | None = None

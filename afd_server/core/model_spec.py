@@ -11,6 +11,7 @@ from typing import Any, Literal  # Any: values of a stranger's JSON, checked fie
 
 from afd_server.core.attention_spec import (
     AttentionSpec,
+    KVFormat,
     parse_deepseek_v3,
     parse_llama,
     parse_mixtral,
@@ -32,6 +33,7 @@ from afd_server.core.expert_spec import (
     step3p5_experts,
     swiglu_limits,
 )
+from afd_server.core.kv_groups import KVGroup, kv_groups
 
 _ATTENTION: dict[str, Callable[[Config], tuple[AttentionSpec, ...]]] = {
     "llama": parse_llama,
@@ -150,6 +152,18 @@ class ModelSpec:
     def kv_elements_per_token(self) -> int:
         """Return the keys and values of one token over all layers, in elements."""
         return sum(layer.kv.elements for layer in self.attention)
+
+    @property
+    def kv_groups(self) -> tuple[KVGroup, ...]:
+        """Return which layers share block tables."""
+        return kv_groups(self.attention)
+
+    def kv_slot_bytes(self, kv_format: KVFormat) -> int:
+        """Return what one position takes in a block: of the layers of the largest group."""
+        return max(
+            sum(self.attention[layer].kv.num_bytes(kv_format) for layer in group.layers)
+            for group in self.kv_groups
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

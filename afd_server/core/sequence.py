@@ -1,6 +1,7 @@
 """The progress of one request on an attention worker."""
 
 from collections import Counter
+from dataclasses import dataclass, field
 from enum import Enum
 
 from afd_server.core.request import FinishReason, Request
@@ -28,8 +29,27 @@ class History:
         self.entropies = list(request.emitted_entropies)
 
 
+@dataclass(slots=True)
+class BlockTable:
+    """Where the keys and values of a sequence are, in the layers of one KV group.
+
+    Attributes:
+        block_ids: block i holds positions i · block_size onwards.
+        num_left: so many at the beginning left the window and were given back; what stands
+            there in `block_ids` means nothing.
+    """
+
+    block_ids: list[int] = field(default_factory=list)
+    num_left: int = 0
+
+    @property
+    def owned(self) -> list[int]:
+        """Return the blocks that the sequence owns."""
+        return self.block_ids[self.num_left :]
+
+
 class Sequence:
-    """Tokens known, tokens computed, blocks owned.
+    """Tokens known, tokens computed, blocks owned (`tables`, one for each KV group).
 
     Owned by one `Scheduler`. `num_computed` counts the tokens whose keys and values are in
     the blocks; the last known token is never computed before it is used to predict the next.
@@ -39,11 +59,13 @@ class Sequence:
     `arrived_s`, `begun_s` (first planned) and `first_token_s` are of this attempt.
     """
 
-    __slots__ = ("arrival", "arrived_s", "begun_s", "block_ids", "cancelled", "chain", "finish",
+    __slots__ = ("arrival", "arrived_s", "begun_s", "cancelled", "chain", "finish",
                  "first_token_s", "history", "num_cached", "num_computed", "num_reached",
-                 "num_since_first", "request", "state", "token_ids")  # fmt: skip
+                 "num_since_first", "request", "state", "tables", "token_ids")  # fmt: skip
 
-    def __init__(self, request: Request, arrival: int, arrived_s: float) -> None:
+    def __init__(
+        self, request: Request, arrival: int, arrived_s: float, num_tables: int = 1
+    ) -> None:
         self.request = request
         self.arrival = arrival  # rank in order of arrival: smaller is older
         self.arrived_s = arrived_s
@@ -55,7 +77,7 @@ class Sequence:
         self.num_computed = 0
         self.num_reached = 0
         self.num_cached = 0
-        self.block_ids: list[int] = []
+        self.tables = [BlockTable() for _ in range(num_tables)]
         self.chain: list[bytes] = []
         self.state = SequenceState.WAITING
         self.cancelled = False
@@ -93,13 +115,22 @@ class Sequence:
             self.history.counts[token_id] += 1
             self.history.entropies.append(entropy)
 
+    def release(self) -> list[int]:
+        """Give up all blocks.
+
+        Returns:
+            The blocks it owned; the caller frees them.
+        """
+        released = [block for table in self.tables for block in table.owned]
+        self.tables = [BlockTable() for _ in self.tables]
+        return released
+
     def forget_computed(self) -> list[int]:
         """Give up all blocks (preemption): the sequence waits and will prefill again.
 
         Returns:
             The blocks it owned; the caller frees them.
         """
-        released, self.block_ids = self.block_ids, []
         self.num_computed = 0
         self.state = SequenceState.WAITING
-        return released
+        return self.release()

@@ -6,7 +6,7 @@ cost either half about the same, are left out.
 
 from dataclasses import dataclass
 
-from afd_server.core.attention_spec import AttentionSpec, GQASpec, MFASpec
+from afd_server.core.attention_spec import AttentionSpec, GQASpec, KVFormat, MFASpec
 from afd_server.core.model_spec import ModelSpec
 from afd_server.costmodel.pipeline import StageTimes
 
@@ -36,14 +36,14 @@ KV_RATES = Rates(13e9, 28e9)  # the same: attention of 16 and 32 sequences; of 5
 
 
 def estimate_stages(
-    spec: ModelSpec, weights: str, kv_bytes: int, rows: int, context: int
+    spec: ModelSpec, weights: str, kv_format: KVFormat, rows: int, context: int
 ) -> StageTimes:
     """Estimate what a micro-batch takes one core of either half, in the mean layer.
 
     Args:
         spec: of the model.
         weights: `int8`, `bfloat16` or `float32`.
-        kv_bytes: of an element of keys and values.
+        kv_format: of keys and values.
         rows: of the micro-batch, each of another sequence.
         context: tokens that each row attends to.
     """
@@ -51,7 +51,7 @@ def estimate_stages(
     head = _product_s(spec.hidden_size * spec.vocab_size, rows, weights)
     attention = [
         _product_s(attention_weights(layer, spec.hidden_size), rows, weights)
-        + _attend_s(layer, kv_bytes, rows, context)
+        + _attend_s(layer, kv_format, rows, context)
         for layer in spec.attention
     ]
     ffn = [_ffn_s(spec, layer, rows, weights) for layer in layers]
@@ -75,12 +75,12 @@ def attention_weights(layer: AttentionSpec, hidden_size: int) -> int:
             return query + by_head + hidden_size * around
 
 
-def _attend_s(layer: AttentionSpec, kv_bytes: int, rows: int, context: int) -> float:
+def _attend_s(layer: AttentionSpec, kv_format: KVFormat, rows: int, context: int) -> float:
     """Return what scores and sums over the cached tokens take."""
     window = layer.window if isinstance(layer, GQASpec) else None
     tokens = rows * min(context, window or context)
     macs = tokens * layer.num_heads * (layer.kv.key_dim + layer.kv.value_dim)
-    num_bytes = tokens * layer.kv.elements * kv_bytes
+    num_bytes = tokens * layer.kv.num_bytes(kv_format)
     return max(num_bytes / KV_RATES.weight_bytes_s, macs / KV_RATES.macs_s)
 
 

@@ -2,7 +2,8 @@
 
 Tensors are passed by address, without copies. The library for the best instruction set of this
 machine is taken; all of them give the same bits. Rows and activations are float32; weights are
-kept as int8, float32 or bfloat16, keys and values as float32 or bfloat16.
+kept as int8, float32 or bfloat16, keys and values as float32, bfloat16
+or int8 with a scale.
 """
 
 import ctypes
@@ -34,6 +35,7 @@ COLUMNS = 16  # output channels interleaved in a packed block, as kernels.cpp ha
 
 WeightFormat = Literal["int8", "float32", "bfloat16"]
 _DTYPES = {"int8": torch.int8, "float32": torch.float32, "bfloat16": torch.bfloat16}
+_KV_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # as kernels.cpp has them
 
 # What each build needs of the CPU, best first.
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -257,7 +259,7 @@ def _attention(library: ctypes.CDLL) -> PagedAttention:
             head_dim,
             layer.keys.data_ptr(),
             layer.values.data_ptr(),
-            layer.keys.dtype is torch.bfloat16,
+            _KV_FORMATS[layer.keys.dtype],
             block_size,
             num_kv_heads,
             rows.block_tables.shape[0],
@@ -390,7 +392,7 @@ def _write_kv(
                 *rows.shape,
                 blocks.data_ptr(),
                 blocks.shape[2],
-                blocks.dtype is torch.bfloat16,
+                _KV_FORMATS[blocks.dtype],
             )
 
     return write_kv
@@ -409,7 +411,8 @@ def _rope_write_kv(
     def rope_write_kv(
         qkv: Tensor, num_heads: int, table: Tensor, positions: Tensor, slots: Tensor, layer: KVLayer
     ) -> Tensor:
-        num_kv_heads, block_size, head_dim = layer.keys.shape[1:]
+        num_kv_heads, block_size = layer.keys.shape[1:3]
+        head_dim = table.shape[-1]
         qkv, query = qkv.contiguous(), torch.empty(qkv.shape[0], num_heads, head_dim)
         function(
             qkv.data_ptr(),
@@ -423,7 +426,7 @@ def _rope_write_kv(
             layer.keys.data_ptr(),
             layer.values.data_ptr(),
             block_size,
-            layer.keys.dtype is torch.bfloat16,
+            _KV_FORMATS[layer.keys.dtype],
             query.data_ptr(),
         )
         return query

@@ -9,6 +9,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from afd_server.kernels.kv_format import store
 from afd_server.kernels.reference import PagedRun, plan_paged_rows, rope_table
 from afd_server.kernels.table import Kernels, KVLayer
 
@@ -35,7 +36,7 @@ def _test_outputs(kernels: Kernels, dtype: torch.dtype, kv_dtype: torch.dtype) -
 
     rows, norm = draw(35, 192), draw(192)
     weight = kernels.pack(draw(96, 192))
-    kv = KVLayer(draw(12, 2, 16, 32).to(kv_dtype), draw(12, 2, 16, 32).to(kv_dtype))
+    kv = KVLayer(*(store(draw(12, 2, 16, 32), kv_dtype) for _ in KVLayer._fields))
     runs = [PagedRun(stop - 1, 1, list(range(2, 12))) for stop in (1, 16, 65)]
     paged = plan_paged_rows([*runs, PagedRun(140, 9, list(range(2, 12)))])
     positions = torch.arange(12, dtype=torch.int64)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afd_server.kernels import sampling
+from afd_server.kernels.kv_format import restore, store, stored_dim
 from afd_server.kernels.table import Kernels, KVLayer, LinearWeight, PagedRows, RowFormat
 
 # 16 rows cost hardly more than 1 (the weights' memory traffic rules), and a prefill in tiles of
@@ -98,7 +99,7 @@ def write_kv(layer: KVLayer, slots: Tensor, keys: Tensor, values: Tensor | None)
     block_ids, offsets = slots // block_size, slots % block_size
     for rows, blocks in ((keys, layer.keys), (values, layer.values)):
         if rows is not None:
-            blocks[block_ids, :, offsets] = rows.to(blocks.dtype)
+            blocks[block_ids, :, offsets] = store(rows, blocks.dtype)
 
 
 def rope_write_kv(
@@ -117,7 +118,7 @@ def rope_write_kv(
     Returns:
         [tokens, heads, head_dim].
     """
-    num_kv_heads, _, head_dim = layer.keys.shape[1:]
+    num_kv_heads, head_dim = layer.keys.shape[1], table.shape[-1]
     heads = qkv.view(qkv.shape[0], -1, head_dim)
     query, keys, values = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     write_kv(layer, slots, rope(keys, table, positions), values)
@@ -165,7 +166,7 @@ def paged_attention(
     Returns:
         [tokens, heads · value_dim] in the query's dtype; a value may be narrower than a key.
     """
-    out = query.new_empty(*query.shape[:2], layer.values.shape[-1])
+    out = query.new_empty(*query.shape[:2], stored_dim(layer.values))
     lengths = rows.row_starts.diff()
     tables = rows.block_tables.repeat_interleave(lengths, 0)  # [tokens, blocks]
     for start in range(0, query.shape[0], ROW_CHUNK):
@@ -189,7 +190,7 @@ def _attend_chunk(
     grouped = query.float().view(num_rows * num_kv_heads, group, head_dim) * head_dim**-0.5
     highest = torch.full((num_rows * num_kv_heads, group, 1), torch.finfo(torch.float32).min)
     total = torch.zeros_like(highest)
-    weighted = torch.zeros(*grouped.shape[:2], layer.values.shape[-1])
+    weighted = torch.zeros(*grouped.shape[:2], stored_dim(layer.values))
     for tile in range(num_tiles):
         blocks = tables[:, tile * blocks_per_tile : (tile + 1) * blocks_per_tile]
         scores = torch.bmm(grouped, _key_tile(layer.keys, blocks).mT)  # [rows, group, 64]
@@ -205,8 +206,8 @@ def _attend_chunk(
 
 def _key_tile(blocks: Tensor, tables: Tensor) -> Tensor:
     """Copy one key tile for each row and head together: [rows · kv_heads, 64, head_dim] fp32."""
-    tile = blocks[tables].transpose(1, 2)  # [rows, kv_heads, blocks, block_size, head_dim]
-    return tile.float().reshape(-1, KEY_TILE, blocks.shape[-1])
+    tile = blocks[tables].transpose(1, 2)  # [rows, kv_heads, blocks, block_size, stored]
+    return restore(tile).reshape(-1, KEY_TILE, stored_dim(blocks))
 
 
 def _hidden_keys(num_keys: Tensor, window: int | None, tile: int, num_kv_heads: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from afd_server.core.errors import ConfigError
+from afd_server.kernels.kv_format import store
 from afd_server.kernels.reference import PagedRun, plan_paged_rows
 from afd_server.kernels.table import Kernels, KVLayer
 
@@ -50,7 +51,7 @@ def check_rows(
         _compare(f"{kernels.name} product {width} x {columns}", multiply, x)
     for num_heads, num_kv_heads, head_dim in heads:
         shape = (1, num_kv_heads, 64, head_dim)
-        layer = KVLayer(draw(*shape).to(kv_dtype), draw(*shape).to(kv_dtype))
+        layer = KVLayer(store(draw(*shape), kv_dtype), store(draw(*shape), kv_dtype))
 
         def attend(query: Tensor, layer: KVLayer = layer) -> Tensor:
             plan = plan_paged_rows([PagedRun(KEYS - MOST_ROWS, query.shape[0], [0])])

@@ -11,6 +11,7 @@ from torch import Tensor
 class KVLayer(NamedTuple):
     """Keys and values of one layer, each [num_blocks, num_kv_heads, block_size, head_dim].
 
+    In int8 the last dimension has the scale as well (`kernels.kv_format`).
     A head's keys of a block lie together: what attention reads next is what it reads next to.
     Values may be a view of the keys: of their first elements, or of all.
     """

@@ -39,6 +39,8 @@ class MicroBatch:
         rows: which keys each row sees.
         logit_rows: [rows] int64, the rows whose logits are wanted.
         kv: the blocks of every layer; written in place.
+        by_layer: where layers have several block tables, each layer's own batch: alike but for
+            `slots` and `rows`. Else empty.
     """
 
     token_ids: Tensor
@@ -47,6 +49,11 @@ class MicroBatch:
     rows: PagedRows
     logit_rows: Tensor
     kv: tuple[KVLayer, ...]
+    by_layer: tuple["MicroBatch", ...] = ()
+
+    def of_layer(self, layer: int) -> "MicroBatch":
+        """Return the batch as the attention of a layer has to see it."""
+        return self.by_layer[layer] if self.by_layer else self
 
 
 class FFNShare(NamedTuple):

@@ -110,7 +110,7 @@ class Decoder:
     def attend(self, layer: int, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, FFNCall]:
         kernels, norms = self._kernels, self._norms[layer]
         _, normed = kernels.add_norm(hidden, None, norms.input, self._eps)
-        attended = self._attention[layer].attend(normed, batch.kv[layer], batch)
+        attended = self._attention[layer].attend(normed, batch.kv[layer], batch.of_layer(layer))
         hidden, normed = kernels.add_norm(hidden, attended, norms.post_attention, self._eps)
         return hidden, FFNCall(layer, normed)
 

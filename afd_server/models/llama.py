@@ -15,6 +15,7 @@ class LlamaAttention:
     def __init__(self, source: LayerSource) -> None:
         shape, hidden = gqa(source), source.spec.hidden_size
         self._num_heads = shape.num_heads
+        self._window = shape.window
         self._kernels = source.kernels
         self._rope = source.rope
         self._qkv = pack_qkv(source, shape)
@@ -26,7 +27,7 @@ class LlamaAttention:
         query = kernels.rope_write_kv(
             qkv, self._num_heads, self._rope, batch.positions, batch.slots, kv
         )
-        attended = kernels.paged_attention(query, kv, batch.rows)
+        attended = kernels.paged_attention(query, kv, batch.rows, self._window)
         return kernels.linear(kernels.prepare(attended), self._output)
 
 

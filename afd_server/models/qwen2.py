@@ -17,6 +17,7 @@ class Qwen2Attention:
         shape, hidden = gqa(source), source.spec.hidden_size
         query, key_value = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         self._num_heads = shape.num_heads
+        self._window = shape.window
         self._kernels = source.kernels
         self._rope = source.rope
         self._qkv = pack_qkv(source, shape)
@@ -35,7 +36,7 @@ class Qwen2Attention:
         query = kernels.rope_write_kv(
             qkv, self._num_heads, self._rope, batch.positions, batch.slots, kv
         )
-        attended = kernels.paged_attention(query, kv, batch.rows)
+        attended = kernels.paged_attention(query, kv, batch.rows, self._window)
         return kernels.linear(kernels.prepare(attended), self._output)
 
 

@@ -29,7 +29,7 @@ class Qwen3Attention:
         query = kernels.rope(kernels.rms_norm(query, self._query_norm, eps), self._rope, positions)
         keys = kernels.rope(kernels.rms_norm(keys, self._key_norm, eps), self._rope, positions)
         kernels.write_kv(kv, batch.slots, keys, values)
-        attended = kernels.paged_attention(query, kv, batch.rows)
+        attended = kernels.paged_attention(query, kv, batch.rows, self._shape.window)
         return kernels.linear(kernels.prepare(attended), self._output)
 
 

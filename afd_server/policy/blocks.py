@@ -1,5 +1,6 @@
 """Fixed runs of KV slots: who owns them, and what they still hold when nobody does."""
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -9,6 +10,37 @@ from afd_server.policy.prefix import PrefixIndex
 def num_kv_blocks(bytes_per_token: int, block_size: int, memory_bytes: int) -> int:
     """Return how many blocks of `block_size` tokens fit into this much memory."""
     return memory_bytes // (block_size * bytes_per_token)
+
+
+def longest_fitting(
+    num_blocks: int,
+    block_size: int,
+    windows: Sequence[int | None],
+    max_batch_tokens: int,
+    max_model_len: int,
+) -> int:
+    """Return the tokens of the longest sequence that fits into a pool by itself.
+
+    With a window w a sequence holds the blocks of the next step's rows, of the w − 1 positions
+    that the first of them sees, and up to one block before these (`policy.tables`).
+
+    Args:
+        num_blocks: of the pool.
+        block_size: token positions in a block.
+        windows: of each KV group; None sees all.
+        max_batch_tokens: most rows of one step.
+        max_model_len: tokens of the longest sequence there can be. No more whole blocks than it
+            needs are counted.
+    """
+    rows = -(-(max_batch_tokens + block_size - 1) // block_size)
+
+    def held(length: int) -> int:
+        """Return the most blocks that a sequence of so many blocks holds."""
+        bounds = (w if w is None else -(-(w - 1) // block_size) + rows for w in windows)
+        return sum(length if bound is None else min(length, bound) for bound in bounds)
+
+    lengths = range(-(-max_model_len // block_size) + 1)
+    return (bisect_right(lengths, num_blocks, key=held) - 1) * block_size
 
 
 class BlockPool:
@@ -74,6 +106,10 @@ class BlockPool:
                 self._cached[block] = None
             else:
                 self._empty.append(block)
+
+    def holds(self, digest: bytes) -> bool:
+        """Tell whether there is a block of this name."""
+        return self._index.find(digest) is not None
 
     def share(self, digest: bytes) -> int | None:
         """Give the block of this name one owner more and return it; None if there is none."""

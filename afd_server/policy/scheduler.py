@@ -10,10 +10,11 @@ from afd_server.core.batch import Emitted, PlannedSequence, Sampled, StepPlan, S
 from afd_server.core.errors import ConfigError
 from afd_server.core.request import FinishReason, Request
 from afd_server.core.sequence import Sequence, SequenceState
-from afd_server.policy.blocks import BlockPool
+from afd_server.policy.blocks import BlockPool, longest_fitting
 from afd_server.policy.pace import Pace, beside, with_prefill, with_row
 from afd_server.policy.prefix import extend_chain
 from afd_server.policy.step_time import StepLoad
+from afd_server.policy.tables import BlockTables
 
 RESERVED_TOKENS = 256  # that a running sequence is taken to want still, if it may
 
@@ -32,6 +33,7 @@ class SchedulerConfig:
         prefix_caching: whether sequences take over blocks that others have computed.
         holds_back: whether sequences wait, and are refused in the end, that would make others
             miss their targets.
+        windows: of each KV group, in positions; None sees all.
     """
 
     max_model_len: int
@@ -42,6 +44,7 @@ class SchedulerConfig:
     block_size: int
     prefix_caching: bool
     holds_back: bool = False
+    windows: tuple[int | None, ...] = (None,)
 
     def __post_init__(self) -> None:
         if self.max_batch_tokens <= self.max_num_seqs:
@@ -49,9 +52,16 @@ class SchedulerConfig:
                 f"max_batch_tokens {self.max_batch_tokens} leaves no room for prefill beside "
                 f"max_num_seqs {self.max_num_seqs} decoding sequences; make it larger"
             )
-        if self.num_blocks * self.block_size < self.max_model_len:
+        longest = longest_fitting(
+            self.num_blocks,
+            self.block_size,
+            self.windows,
+            self.max_batch_tokens,
+            self.max_model_len,
+        )
+        if longest < self.max_model_len:
             raise ConfigError(
-                f"the KV cache holds {self.num_blocks * self.block_size} tokens, less than one "
+                f"the KV cache holds {longest} tokens, less than one "
                 f"sequence of max_model_len {self.max_model_len}; give it more memory or shorten "
                 "max_model_len"
             )
@@ -74,6 +84,7 @@ class Scheduler:
         self._num_lanes = config.num_lanes
         self.blocks = BlockPool(config.num_blocks, config.block_size)
         self.pace = Pace(config.num_lanes)
+        self._tables = BlockTables(self.blocks, config.windows, config.max_batch_tokens)
         self._waiting: list[Sequence] = []  # oldest first
         self._running: list[Sequence] = []  # own blocks, oldest first
         self._in_lane: dict[int, list[Sequence]] = {}
@@ -119,7 +130,7 @@ class Scheduler:
         """Queue a request. A second `Submit` of the same attempt changes nothing."""
         if (request.key, request.attempt) in self._by_key:
             return
-        sequence = Sequence(request, self._num_arrivals, now_s)
+        sequence = Sequence(request, self._num_arrivals, now_s, len(self._config.windows))
         assert len(sequence.token_ids) < self._config.max_model_len, "the gateway refuses these"
         self._num_arrivals += 1
         self._by_key[request.key, request.attempt] = sequence
@@ -219,6 +230,7 @@ class Scheduler:
             sequence.state = SequenceState.RUNNING
             sequence.num_computed += len(planned.token_ids)
             self._hand_on(sequence, planned.start)
+            self._tables.leave(sequence.tables, sequence.num_computed)
             token = next(sampled) if planned.samples else None
             if sequence.cancelled:
                 self._end(sequence, FinishReason.CANCELLED)
@@ -238,7 +250,8 @@ class Scheduler:
                 held_back.append(sequence)
                 continue
             self._take_over(sequence)
-            if not self.blocks.grow(sequence.block_ids, len(sequence.token_ids)):
+            num_computed, num_tokens = sequence.num_computed, len(sequence.token_ids)
+            if not self._tables.admit(sequence.tables, num_computed, num_tokens):
                 self.blocks.free(sequence.forget_computed())
                 return
             self._waiting.remove(sequence)
@@ -269,8 +282,7 @@ class Scheduler:
         if unread >= self._config.max_batch_tokens:
             return False
         wanted = sum(
-            self.blocks.blocks_for(len(s.token_ids) + min(s.num_left, RESERVED_TOKENS))
-            - len(s.block_ids)
+            self._tables.num_wanted(s.tables, len(s.token_ids) + min(s.num_left, RESERVED_TOKENS))
             for s in [*self._running, sequence]
         )
         if self._running and wanted > self.blocks.num_free:
@@ -287,13 +299,9 @@ class Scheduler:
         size = self.blocks.block_size
         first, stop = sequence.num_computed // size, (len(sequence.token_ids) - 1) // size
         self._name_blocks(sequence, stop)
-        for index in range(first, stop):
-            block = self.blocks.share(sequence.chain[index])
-            if block is None:
-                return
-            self.blocks.free(sequence.block_ids[index : index + 1])
-            sequence.block_ids[index : index + 1] = [block]
-            sequence.num_computed = (index + 1) * size
+        hit = self._tables.take_over(sequence.tables, sequence.chain, first, stop)
+        if hit > first:
+            sequence.num_computed = hit * size
 
     def _is_under_way(self, sequence: Sequence) -> bool:
         """Tell whether a lane is computing the next block of a sequence for another one.
@@ -317,9 +325,7 @@ class Scheduler:
         size = self.blocks.block_size
         first, stop = start // size, sequence.num_computed // size
         self._name_blocks(sequence, stop)
-        for index in range(first, stop):
-            block = sequence.block_ids[index]
-            sequence.block_ids[index] = self.blocks.enter(sequence.chain[index], block)
+        self._tables.hand_on(sequence.tables, sequence.chain, first, stop)
 
     def _name_blocks(self, sequence: Sequence, num_blocks: int) -> None:
         salt, size = sequence.request.salt, self.blocks.block_size
@@ -342,7 +348,7 @@ class Scheduler:
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """Find blocks for the first `num_tokens` of a sequence, preempting younger ones."""
-        while not self.blocks.grow(sequence.block_ids, num_tokens):
+        while not self._tables.grow(sequence.tables, num_tokens):
             idle = [s for s in self._running if s.state is SequenceState.RUNNING]
             youngest = idle[-1]  # `sequence` is one of them
             if youngest is sequence and len(idle) < len(self._running):
@@ -386,8 +392,7 @@ class Scheduler:
             self._waiting.remove(sequence)
         else:
             self._running.remove(sequence)
-        self.blocks.free(sequence.block_ids)
-        sequence.block_ids = []
+        self.blocks.free(sequence.release())
         sequence.state = SequenceState.FINISHED
         sequence.finish = finish
         del self._by_key[sequence.request.key, sequence.request.attempt]
@@ -401,7 +406,7 @@ def _planned(sequence: Sequence, num_tokens: int) -> PlannedSequence:
         attempt=sequence.request.attempt,
         token_ids=tuple(sequence.token_ids[start:stop]),
         start=start,
-        block_ids=tuple(sequence.block_ids),
+        block_tables=tuple([tuple(table.block_ids) for table in sequence.tables]),
         samples=stop == len(sequence.token_ids),
         sampling=sequence.request.sampling,
         history=sequence.history,

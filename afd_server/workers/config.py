@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
+from afd_server.core.attention_spec import KVFormat
 from afd_server.core.model_spec import LoadFormat, ModelSpec
 from afd_server.core.topology import FFNParallel, Placement, Role, spread_experts
 
@@ -109,12 +110,12 @@ class Numerics:
     Attributes:
         kernels: `native`, or `reference` where no native ones were built.
         weights: `int8`, `float32` or `bfloat16`. With int8 the rows of products are int8 as well.
-        kv: `float32` or `bfloat16`, of keys and values.
+        kv: `float32`, `bfloat16` or `int8`, of keys and values.
     """
 
     kernels: Literal["native", "reference"]
     weights: Literal["int8", "float32", "bfloat16"]
-    kv: Literal["float32", "bfloat16"]
+    kv: KVFormat
 
 
 @dataclass(frozen=True, slots=True)

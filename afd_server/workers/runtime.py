@@ -262,8 +262,8 @@ def build_attention_worker(
     """
     config, dtype = spec.attention, row_dtype(spec.numerics)
     kv_dtype = TORCH_DTYPES[spec.numerics.kv]
-    token_bytes = model_spec.kv_elements_per_token * kv_dtype.itemsize
-    num_blocks = num_kv_blocks(token_bytes, config.block_size, config.kv_cache_bytes)
+    slot_bytes = model_spec.kv_slot_bytes(spec.numerics.kv)
+    num_blocks = num_kv_blocks(slot_bytes, config.block_size, config.kv_cache_bytes)
     if num_blocks < 1:
         raise ConfigError(f"kv_cache_bytes {config.kv_cache_bytes} is less than one block")
     scheduler = Scheduler(
@@ -276,6 +276,7 @@ def build_attention_worker(
             block_size=config.block_size,
             prefix_caching=config.prefix_caching,
             holds_back=config.holds_back,
+            windows=tuple(group.window for group in model_spec.kv_groups),
         )
     )
     placement = placement_of(spec.ffn, model_spec)
@@ -283,7 +284,7 @@ def build_attention_worker(
     weights = _weights(spec, kernels, share)
     architecture = ARCHITECTURES[model_spec.model_type]
     model = architecture.attention(model_spec, weights, kernels, config.max_model_len)
-    kv = KVStore(model_spec, num_blocks, config.block_size, kv_dtype)
+    kv = KVStore(model_spec, num_blocks, config.block_size, kv_dtype, model_spec.kv_groups)
     timeline = Timeline()
     ffn = FFNClient(
         placement,

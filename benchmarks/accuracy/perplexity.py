@@ -33,6 +33,8 @@ from afd_server.workers.tensors import TORCH_DTYPES, row_dtype
 EXACT = Numerics("native", "float32", "float32")
 OTHERS = {
     "int8, bfloat16 KV": Numerics("native", "int8", "bfloat16"),
+    "int8, int8 KV": Numerics("native", "int8", "int8"),
+    "float32, int8 KV": Numerics("native", "float32", "int8"),
     "int8, float32 KV": Numerics("native", "int8", "float32"),
     "bfloat16 weights and KV": Numerics("native", "bfloat16", "bfloat16"),
 }

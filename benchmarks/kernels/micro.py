@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from afd_server.kernels.cpu import available_builds, native_kernels
+from afd_server.kernels.kv_format import store, stored_size
 from afd_server.kernels.reference import PagedRun, plan_paged_rows, rope_table
 from afd_server.kernels.sampling import noise_key
 from afd_server.kernels.table import Kernels, KVLayer
@@ -79,10 +80,11 @@ def attention(
     """`sequences` of `length` tokens, the last `rows` of which attend."""
     blocks = -(-length // 16)
     shape = (sequences * blocks, KV_HEADS, 16, HEAD_DIM)
-    token_bytes = 2 * KV_HEADS * HEAD_DIM * dtype.itemsize
+    token_bytes = 2 * KV_HEADS * stored_size(HEAD_DIM, dtype) * dtype.itemsize
     copies = max(1, int(COLD_BYTES // (sequences * length * token_bytes)))
     layers = [
-        KVLayer(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for _ in range(copies)
+        KVLayer(store(torch.randn(shape), dtype), store(torch.randn(shape), dtype))
+        for _ in range(copies)
     ]
     runs = [
         PagedRun(length - rows, rows, range(s * blocks, (s + 1) * blocks)) for s in range(sequences)
@@ -145,7 +147,7 @@ def main() -> None:
                 got = product(kernels, width, columns, rows)
                 results[f"{weights} {name} {rows}"] = got
                 show(f"{weights} {name}, {rows} rows", got, top["read_bytes_s"], peak)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
         for sequences, length, rows in ((1, 256, 1), (16, 256, 1), (32, 256, 1), (1, 512, 512)):
             got = attention(int8, dtype, sequences, length, rows)
             name = f"attention {str(dtype)[6:]} {sequences} x {length}, {rows} rows"

@@ -86,11 +86,29 @@ def test_a_window_that_is_switched_off_is_of_no_account():
     assert spec.attention == parse().attention
 
 
+def windows(**changes):
+    return [layer.window for layer in parse(**changes).attention]
+
+
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
-def test_windows_are_refused(model_type):
-    refused("use_sliding_window True", model_type=model_type, use_sliding_window=True)
-    kinds = ["full_attention", "sliding_attention"]
+def test_qwens_later_layers_have_the_window_unless_the_config_lists_the_layers(model_type):
+    used = {"model_type": model_type, "use_sliding_window": True, "sliding_window": 8}
+    assert windows(**used, max_window_layers=2) == [None, None, 8]
+    assert windows(**used, max_window_layers=7) == [None] * 3
+    assert windows(**used) == [None] * 3
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert windows(**used, max_window_layers=3, layer_types=kinds) == [8, None, 8]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_windows_that_are_not_said_in_full_are_refused(model_type):
+    refused("sliding_window is None", model_type=model_type, use_sliding_window=True)
+    refused("use_sliding_window 'yes'", model_type=model_type, use_sliding_window="yes")
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
     refused("layer_types", "'sliding_attention'", model_type=model_type, layer_types=kinds)
+    used = {"model_type": model_type, "use_sliding_window": True, "sliding_window": 8}
+    refused("'chunked'", "'sliding_attention'", layer_types=["chunked"] * 3, **used)
+    refused("an entry for each of 3", layer_types=["sliding_attention"] * 2, **used)
 
 
 def test_the_kv_cache_of_a_token_is_counted_over_all_layers():

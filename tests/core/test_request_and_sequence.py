@@ -5,7 +5,7 @@ import pytest
 from afd_server.core.batch import PlannedSequence, StepPlan
 from afd_server.core.errors import AFDError, InvalidRequest, Overloaded, ProtocolError
 from afd_server.core.request import SLO, FinishReason, Request, SamplingParams
-from afd_server.core.sequence import Sequence, SequenceState
+from afd_server.core.sequence import BlockTable, Sequence, SequenceState
 from afd_server.core.stage import StageId
 
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0)
@@ -93,7 +93,8 @@ def test_a_sampled_token_is_pending_until_it_is_computed():
 
 def test_a_preempted_sequence_gives_its_blocks_back_and_keeps_its_tokens():
     sequence = Sequence(Request(1, (5, 6), GREEDY), arrival=0, arrived_s=0.0)
-    sequence.state, sequence.block_ids, sequence.num_computed = SequenceState.RUNNING, [4, 2], 2
+    sequence.state, sequence.num_computed = SequenceState.RUNNING, 2
+    sequence.tables[0].block_ids += [4, 2]
     sequence.append(9, 7.0)
     assert sequence.forget_computed() == [4, 2]
     assert sequence.forget_computed() == []
@@ -101,10 +102,19 @@ def test_a_preempted_sequence_gives_its_blocks_back_and_keeps_its_tokens():
     assert sequence.token_ids == [5, 6, 9]
 
 
+def test_a_sequence_gives_back_what_it_owns_in_every_table_and_no_more():
+    sequence = Sequence(Request(1, (5, 6), GREEDY), arrival=0, arrived_s=0.0, num_tables=2)
+    sequence.tables[0].block_ids += [4, 2, 7]
+    sequence.tables[1].block_ids += [4, 4, 9]
+    sequence.tables[1].num_left = 2
+    assert sequence.release() == [4, 2, 7, 9]
+    assert sequence.tables == [BlockTable(), BlockTable()]
+
+
 def test_a_plan_counts_its_rows():
     chunks = [(1, 2, 3), (4,)]
     sequences = tuple(
-        PlannedSequence(key, 1, tokens, 0, (0,), samples=True, sampling=GREEDY)
+        PlannedSequence(key, 1, tokens, 0, ((0,),), samples=True, sampling=GREEDY)
         for key, tokens in enumerate(chunks)
     )
     assert StepPlan(1, 0, sequences).num_tokens == 4

@@ -25,7 +25,7 @@ def routed(num_experts, num_chosen, intermediate_size):
 
 
 def estimate(spec=DEMO, weights="int8", rows=16, context=256):
-    return estimate_stages(spec, weights, 2, rows, context)
+    return estimate_stages(spec, weights, "bfloat16", rows, context)
 
 
 def kernels():

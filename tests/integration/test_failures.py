@@ -1,6 +1,7 @@
 """What goes wrong is said in one line with a non-zero status, and nothing is left running."""
 
 import json
+import shutil
 import socket
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.checkpoints import tiny_llama, write_tiny_llama
+from support.families import family
 from support.server import run_cli
 
 LOCAL = ("--launcher", "local", "--port", "0")
@@ -84,6 +86,17 @@ def test_a_context_that_does_not_fit_the_kv_cache_is_refused(short_dir):
     text = refused(short_dir, changed_model(short_dir, longer), *LOCAL, "--kv-cache-mb", 1)
     assert "kv_cache_mb 1" in text
     assert "max_model_len" in text
+
+
+def test_layers_with_a_window_leave_room_for_a_longer_context(short_dir):
+    """1 MiB: 256 blocks of one layer in bfloat16, 3 · 19 of them for the layers with a window."""
+    model = family("step3p5").directory
+    config = json.loads((model / "config.json").read_text())
+    shutil.copytree(model, short_dir / "model")
+    longer = json.dumps({**config, "max_position_embeddings": 4000})
+    (short_dir / "model" / "config.json").write_text(longer)
+    text = refused(short_dir, short_dir / "model", *LOCAL, "--kv-cache-mb", 1)
+    assert "kv_cache_mb 1 holds 3184 tokens" in text
 
 
 def test_a_tensor_missing_on_a_worker_is_named_and_everything_ends(short_dir):

@@ -14,6 +14,7 @@ from afd_server.kernels.cpu import (
     pack_native_int8,
 )
 from afd_server.kernels.fingerprint import kernel_fingerprint
+from afd_server.kernels.kv_format import store, stored_size
 from afd_server.kernels.quant import (
     linear_int8,
     pack_int8,
@@ -33,6 +34,7 @@ from afd_server.kernels.table import KVLayer
 BUILDS = available_builds()
 SHAPES = [(576, 960), (1536, 576), (64, 16), (64, 1), (96, 50), (1, 3), (65, 17), (200, 33)]
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+KV_FORMATS = {**FLOATS, "int8": torch.int8}
 
 
 def draw(*shape, seed=0, scale=1.0):
@@ -116,7 +118,7 @@ class Paged:
     def __init__(self, lengths, heads, kv_heads, head_dim, block_size=16, dtype=torch.float32):
         blocks = sum(-(-n // block_size) for n in lengths) + 2
         shape = (blocks, kv_heads, block_size, head_dim)
-        self.layer = KVLayer(draw(*shape, seed=1).to(dtype), draw(*shape, seed=2).to(dtype))
+        self.layer = KVLayer(*(store(draw(*shape, seed=seed), dtype) for seed in (1, 2)))
         order = torch.randperm(blocks, generator=torch.Generator().manual_seed(3)).tolist()
         self.tables = [[order.pop() for _ in range(-(-n // block_size))] for n in lengths]
         self.queries = [draw(n, heads, head_dim, seed=4 + i) for i, n in enumerate(lengths)]
@@ -129,7 +131,7 @@ class Paged:
 
 
 @pytest.mark.parametrize("build", BUILDS)
-@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+@pytest.mark.parametrize("dtype", KV_FORMATS.values(), ids=KV_FORMATS)
 @pytest.mark.parametrize("block_size", [1, 16, 64])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"),
@@ -145,7 +147,7 @@ def test_native_attention_is_the_references(build, dtype, block_size, heads, kv_
 
 
 @pytest.mark.parametrize("build", BUILDS)
-@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+@pytest.mark.parametrize("dtype", KV_FORMATS.values(), ids=KV_FORMATS)
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_a_native_row_attends_alike_in_any_chunk_and_company(build, dtype, data):
@@ -216,7 +218,7 @@ def test_silu_is_right_far_out(build):
 
 
 @pytest.mark.parametrize("build", BUILDS)
-@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+@pytest.mark.parametrize("dtype", KV_FORMATS.values(), ids=KV_FORMATS)
 @pytest.mark.parametrize(("heads", "head_dim"), [(3, 64), (1, 2), (5, 48)])
 def test_native_rope_and_kv_writes_have_the_references_bits_also_on_views(
     build, dtype, heads, head_dim
@@ -229,10 +231,11 @@ def test_native_rope_and_kv_writes_have_the_references_bits_also_on_views(
     slots = torch.tensor([5, 0, 15, 3, 4, 9, 10, 11, 2])
     written, fused = [], []
     for each in (kernels, REFERENCE):
-        layer = KVLayer(*(torch.zeros(4, heads, 4, head_dim, dtype=dtype) for _ in "kv"))
+        size = stored_size(head_dim, dtype)
+        layer = KVLayer(*(torch.zeros(4, heads, 4, size, dtype=dtype) for _ in "kv"))
         each.write_kv(layer, slots, whole[:, :heads], whole[:, 2:])
         written.append(layer)
-        layer = KVLayer(*(torch.zeros(4, 1, 4, head_dim, dtype=dtype) for _ in "kv"))
+        layer = KVLayer(*(torch.zeros(4, 1, 4, size, dtype=dtype) for _ in "kv"))
         fused.append((each.rope_write_kv(whole.flatten(1), heads, table, positions, slots, layer),
                       *layer))  # fmt: skip
     for got, expected in zip((*written[0], *fused[0]), (*written[1], *fused[1]), strict=True):
@@ -251,7 +254,7 @@ def test_rounding_to_bfloat16_is_torchs():
 
 
 @pytest.mark.parametrize("weights", ["int8", "float32", "bfloat16"])
-@pytest.mark.parametrize("kv", FLOATS.values(), ids=FLOATS)
+@pytest.mark.parametrize("kv", KV_FORMATS.values(), ids=KV_FORMATS)
 def test_all_builds_give_the_same_bits(weights, kv):
     prints = {kernel_fingerprint(native(build, weights), torch.float32, kv) for build in BUILDS}
     assert len(prints) == 1

@@ -19,7 +19,7 @@ PRODUCTS, HEADS = [(576, 96), (96, 576)], [(9, 3, 64), (8, 1, 32)]
 
 
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.name)
-@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_our_kernels_pass(kernels, kv_dtype):
     check_rows(kernels, PRODUCTS, HEADS, kv_dtype)
 

@@ -251,6 +251,41 @@ def test_a_budget_without_room_for_prefill_is_refused():
         config(max_batch_tokens=8)
 
 
+def held(scheduler, key: int) -> list[int]:
+    (sequence,) = (s for s in scheduler._running if s.request.key == key)
+    return [len(table.owned) for table in sequence.tables]
+
+
+def test_a_long_sequence_holds_a_window_where_it_sees_no_more():
+    cfg = config(windows=(None, 9, 9), num_blocks=40, max_model_len=64, max_batch_tokens=9)
+    scheduler, most = Scheduler(cfg), [0, 0, 0]
+    scheduler.submit(request(1, num_prompt=40, max_tokens=24), 0.0)
+    while (plan := scheduler.plan(0, 0.0)) is not None:
+        most = list(map(max, most, held(scheduler, 1)))
+        scheduler.commit(result_of(plan), 0.0)
+    assert most == [16, 5, 5]  # a window's 8 positions before a row, and 9 rows
+    assert scheduler.num_preemptions == 0
+    assert scheduler.blocks.num_free == 40
+
+
+def test_a_prompt_is_admitted_with_the_blocks_its_windows_ever_hold():
+    cfg = config(windows=(9,), num_blocks=6, max_model_len=64, max_batch_tokens=9, max_num_seqs=2)
+    scheduler = Scheduler(cfg)
+    for key in (1, 2):
+        scheduler.submit(request(key, num_prompt=60, first=100 * key), 0.0)
+    assert [planned.key for planned in scheduler.plan(0, 0.0).sequences] == [1]
+    assert held(scheduler, 1) == [5]
+    assert (scheduler.num_running, scheduler.num_waiting) == (1, 1)
+
+
+def test_a_hit_in_a_window_needs_the_blocks_that_the_next_token_sees():
+    scheduler = Scheduler(config(windows=(None, 5), num_blocks=24))
+    scheduler.submit(request(1, num_prompt=32, max_tokens=1), 0.0)
+    assert prefilled(scheduler) == [(1, 0, 16), (1, 16, 16)]
+    scheduler.submit(request(2, num_prompt=36), 0.0)
+    assert prefilled(scheduler) == [(2, 32, 4)]
+
+
 def next_token(token_ids):
     """A model of three words: its next token is a function of all before it."""
     return 1000 + (sum(token_ids) + len(token_ids)) % 3
@@ -264,6 +299,10 @@ def generated(req: Request, max_model_len: int) -> list[int]:
     return ids[len(req.prompt_ids) :]
 
 
+def owned(sequence) -> list[int]:
+    return [block for table in sequence.tables for block in table.owned]
+
+
 class Harness:
     """Runs a scheduler, checks every plan, and keeps what each block holds."""
 
@@ -275,7 +314,8 @@ class Harness:
         self.tokens: dict[int, list[int]] = {}
         self.finished: dict[int, FinishReason] = {}
         self.cancelled: set[int] = set()
-        self.memory: dict[tuple[int, int], object] = {}  # (block, offset) → whose, tokens up to it
+        # (block, offset) → KV group, whose, tokens up to it
+        self.memory: dict[tuple[int, int], object] = {}
 
     def submit(self, req: Request) -> None:
         self.requests[req.key] = req
@@ -290,8 +330,9 @@ class Harness:
             self.in_flight[lane] = plan
             self.check_plan(plan)
             for planned in plan.sequences:  # from now on the lane may be writing
-                for slot in self.slots(planned, planned.start):
-                    self.memory[slot] = None
+                for table in planned.block_tables:
+                    for slot in self.slots(planned, table, planned.start):
+                        self.memory[slot] = None
         self.check_blocks()
 
     def commit(self, lane: int) -> None:
@@ -302,10 +343,13 @@ class Harness:
             ids = [*req.prompt_ids, *self.tokens.get(planned.key, ())]
             stop = planned.start + len(planned.token_ids)
             assert tuple(ids[planned.start : stop]) == planned.token_ids
-            held = [self.memory.get(slot) for slot in self.slots(planned, 0)[: planned.start]]
-            assert held == [(req.salt, *ids[: p + 1]) for p in range(planned.start)], "wrong KV"
-            for position, slot in enumerate(self.slots(planned, 0)):
-                self.memory[slot] = (req.salt, *ids[: position + 1])
+            for group, table in enumerate(planned.block_tables):
+                window = self.config.windows[group] or stop
+                first = max(0, planned.start + 1 - window)
+                kv = [(group, req.salt, *ids[: p + 1]) for p in range(first, stop)]
+                slots, num_held = self.slots(planned, table, first), planned.start - first
+                assert [self.memory[slot] for slot in slots[:num_held]] == kv[:num_held], "wrong KV"
+                self.memory.update(zip(slots, kv, strict=True))
             if planned.samples:
                 sampled.append(Sampled(next_token(ids)))
         for emitted in self.scheduler.commit(StepResult(plan, tuple(sampled)), 0.0):
@@ -322,11 +366,11 @@ class Harness:
             assert emitted.key not in self.finished
             self.finished[emitted.key] = emitted.finish
 
-    def slots(self, planned, start: int) -> list[tuple[int, int]]:
+    def slots(self, planned, table, start: int) -> list[tuple[int, int]]:
         """Where a planned sequence's keys and values are, from a position to its run's end."""
         size = self.config.block_size
         stop = planned.start + len(planned.token_ids)
-        return [(planned.block_ids[p // size], p % size) for p in range(start, stop)]
+        return [(table[p // size], p % size) for p in range(start, stop)]
 
     def check_plan(self, plan: StepPlan) -> None:
         assert 0 < plan.num_tokens <= self.config.max_batch_tokens
@@ -336,22 +380,30 @@ class Harness:
         assert len(keys) == len(set(keys)), "a sequence is in two lanes"
         for planned in plan.sequences:
             stop = planned.start + len(planned.token_ids)
-            assert stop <= len(planned.block_ids) * self.config.block_size
-            written = {block for block, _ in self.slots(planned, planned.start)}
-            others = {b for s in self.tables() if s.request.key != planned.key for b in s.block_ids}
+            assert len(planned.block_tables) == len(self.config.windows)
+            for table in planned.block_tables:
+                assert stop <= len(table) * self.config.block_size
+            written = {
+                block
+                for table in planned.block_tables
+                for block, _ in self.slots(planned, table, planned.start)
+            }
+            others = {b for s in self.running() if s.request.key != planned.key for b in owned(s)}
             assert not written & others, "a block is written that another sequence has"
             assert not any(block in self.scheduler.blocks._index for block in written)
 
-    def tables(self):
+    def running(self):
         return self.scheduler._running
 
     def check_blocks(self) -> None:
         """Every block is empty, cached or owned, by as many as have it in their tables."""
         pool, num_owners = self.scheduler.blocks, [0] * self.config.num_blocks
-        for sequence in self.tables():
-            assert len(set(sequence.block_ids)) == len(sequence.block_ids)
-            for block in sequence.block_ids:
+        for sequence in self.running():
+            assert len(set(owned(sequence))) == len(owned(sequence))
+            for block in owned(sequence):
                 num_owners[block] += 1
+            for table, window in zip(sequence.tables, self.config.windows, strict=True):
+                assert window is None or len(table.owned) <= self.most_held(window)
         assert pool._num_owners == num_owners
         empty, cached = set(pool._empty), set(pool._cached)
         assert len(empty) == len(pool._empty)
@@ -361,6 +413,11 @@ class Harness:
         assert not any(block in pool._index for block in empty)
         assert all(block in pool._index for block in cached)
         assert self.scheduler.num_hit_tokens <= self.scheduler.num_queried_tokens
+
+    def most_held(self, window: int) -> int:
+        """The blocks of the window behind a row, and of the rows of a step."""
+        size, rows = self.config.block_size, self.config.max_batch_tokens
+        return -(-(window - 1) // size) + -(-(rows + size - 1) // size)
 
     def step(self) -> None:
         for lane in range(self.config.num_lanes):
@@ -386,15 +443,21 @@ class Harness:
             assert key in self.cancelled or len(got) == len(expected)
 
 
+KV_GROUPS = st.lists(st.none() | st.integers(1, 12), min_size=1, max_size=3).map(tuple)
+
+
 def configs():
     @st.composite
     def draw_config(draw):
         block_size = draw(st.sampled_from([1, 2, 4]))
         max_num_seqs = draw(st.integers(1, 6))
+        windows = draw(st.just((None,)) | KV_GROUPS)
+        of_longest = len(windows) * 24 // block_size
         return config(
             max_model_len=24,
             block_size=block_size,
-            num_blocks=draw(st.integers(24 // block_size, 60 // block_size)),
+            windows=windows,
+            num_blocks=draw(st.integers(of_longest, 60 * len(windows) // block_size)),
             num_lanes=draw(st.integers(1, 4)),
             max_num_seqs=max_num_seqs,
             max_batch_tokens=max_num_seqs + draw(st.integers(1, 20)),

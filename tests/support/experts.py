@@ -33,11 +33,13 @@ SIZES = {
 }
 
 
-def write_mixtral(directory: Path, *, experts: int = 8, chosen: int = 2) -> PreTrainedModel:
+def write_mixtral(
+    directory: Path, *, experts: int = 8, chosen: int = 2, window: int | None = None
+) -> PreTrainedModel:
     """Write a Mixtral of a few thousand weights and return transformers' model of it."""
     torch.manual_seed(0)
     config = MixtralConfig(
-        **SIZES, num_local_experts=experts, num_experts_per_tok=chosen, sliding_window=None
+        **SIZES, num_local_experts=experts, num_experts_per_tok=chosen, sliding_window=window
     )
     return _write(directory, MixtralForCausalLM(config))
 
@@ -49,6 +51,7 @@ def write_qwen3_moe(
     chosen: int = 2,
     dense_layers: tuple[int, ...] = (),
     renormalises: bool = True,
+    window: int | None = None,
 ) -> PreTrainedModel:
     """Write a Qwen3-MoE of a few thousand weights and return transformers' model of it."""
     torch.manual_seed(0)
@@ -59,6 +62,8 @@ def write_qwen3_moe(
         num_experts_per_tok=chosen,
         moe_intermediate_size=80,
         norm_topk_prob=renormalises,
+        use_sliding_window=window is not None,
+        sliding_window=window,
         mlp_only_layers=list(dense_layers),
     )
     return _write(directory, Qwen3MoeForCausalLM(config))

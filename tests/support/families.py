@@ -61,6 +61,17 @@ def _qwen2(directory):
     return _saved(directory, Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)))
 
 
+def _qwen2_windows(directory):
+    windows = {"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 1}
+    return _saved(directory, Qwen2ForCausalLM(Qwen2Config(**SIZES, **windows)))
+
+
+def _qwen3_windows(directory):
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    windows = {"use_sliding_window": True, "sliding_window": 19, "layer_types": kinds}
+    return _saved(directory, Qwen3ForCausalLM(Qwen3Config(**SIZES, **windows, head_dim=32)))
+
+
 def _qwen3(directory):
     # as in the release: the heads together are wider than the hidden size
     return _saved(directory, Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32)))
@@ -300,6 +311,16 @@ def _mixtral(directory):
     return lambda ids: model(torch.tensor([ids])).logits[0]
 
 
+def _mixtral_windows(directory):
+    model = write_mixtral(directory, window=19)
+    return lambda ids: model(torch.tensor([ids])).logits[0]
+
+
+def _qwen3_moe_windows(directory):
+    model = write_qwen3_moe(directory, window=19)
+    return lambda ids: model(torch.tensor([ids])).logits[0]
+
+
 def _qwen3_moe(directory):
     model = write_qwen3_moe(directory, chosen=3, dense_layers=(1,))
     return lambda ids: model(torch.tensor([ids])).logits[0]
@@ -315,6 +336,10 @@ WRITERS = {
     "deepseek_v3": _deepseek_v3,
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
+    "qwen2_windows": _qwen2_windows,
+    "qwen3_windows": _qwen3_windows,
+    "mixtral_windows": _mixtral_windows,
+    "qwen3_moe_windows": _qwen3_moe_windows,
 }
 
 

@@ -19,7 +19,6 @@ from support.families import family
 from support.logits import record_logits
 from support.pools import Pools
 
-NATIVE = Numerics("native", "int8", "bfloat16")
 MODELS = {  # dense; with experts; with a shared one, clamps and sliding windows beside
     "llama": lambda: tiny_llama()[0],
     "mixtral": lambda: tiny_routed("mixtral")[0],
@@ -43,6 +42,7 @@ class Company:
     num_blocks: int
     max_num_seqs: int
     prefix_caching: bool
+    kv: str = "bfloat16"
 
     @property
     def num_parts(self) -> int:
@@ -50,13 +50,13 @@ class Company:
         return shared.get(self.parallel, 1)
 
     @property
-    def bits(self) -> tuple[str, int]:
+    def bits(self) -> tuple[str, int, str]:
         """Return all that the bits of a request may depend on."""
-        return self.model, self.num_parts
+        return self.model, self.num_parts, self.kv
 
     def pools(self) -> Pools:
         directory = MODELS[self.model]()
-        block_bytes = 16 * 2 * read_model_spec(directory).kv_elements_per_token  # in bfloat16
+        block_bytes = 16 * read_model_spec(directory).kv_slot_bytes(self.kv)
         return Pools(
             directory,
             num_attention=self.num_attention,
@@ -64,7 +64,7 @@ class Company:
             parallel=self.parallel,
             num_replicas=self.num_replicas,
             num_lanes=self.num_lanes,
-            numerics=NATIVE,
+            numerics=Numerics("native", "int8", self.kv),
             max_batch_tokens=self.max_batch_tokens,
             max_gather_rows=self.max_gather_rows,
             kv_cache_bytes=self.num_blocks * block_bytes,
@@ -95,6 +95,7 @@ def any_company(rng: random.Random) -> Company:
         num_blocks=rng.choice([16, 18, 300]),  # 16 hold one sequence of the longest kind
         max_num_seqs=max_num_seqs,
         prefix_caching=rng.random() < 0.7,
+        kv=rng.choice(["bfloat16", "int8"]),
     )
 
 
@@ -150,15 +151,15 @@ def num_comparisons(pytestconfig):
 def test_company_changes_no_bit(num_comparisons, pytestconfig, monkeypatch):
     rng, runs = random.Random(20250727), Runs(monkeypatch)
     requests = population(rng)
-    alone: dict[tuple[int, str, int], Outcome] = {}
+    alone: dict[tuple[int, str, int, str], Outcome] = {}
     num_compared = 0
     while num_compared < num_comparisons:
         company = any_company(rng)
         chosen = rng.sample(requests, rng.randint(1, 32))
         for request in chosen:
             if (request.key, *company.bits) not in alone:
-                model, num_parts = company.bits
-                single = replace(ALONE, model=model, num_ffn=num_parts)
+                model, num_parts, kv = company.bits
+                single = replace(ALONE, model=model, num_ffn=num_parts, kv=kv)
                 (alone[request.key, *company.bits],) = runs.outcomes(single, [request])
         for request, outcome in zip(chosen, runs.outcomes(company, chosen), strict=True):
             assert outcome == alone[request.key, *company.bits], f"{request} in {company}"

@@ -1,7 +1,9 @@
 """The memory of the blocks is what the model's spec says a token takes."""
 
+import pytest
 import torch
 
+from afd_server.core.kv_groups import KVGroup
 from afd_server.core.model_spec import read_model_spec
 from afd_server.workers.attention.kv_store import KVStore
 from support.families import family
@@ -52,3 +54,29 @@ def test_cleared_blocks_are_zero_and_the_others_as_they_were():
     store.clear([0, 3])
     for blocks in (blocks for layer in store.layers for blocks in layer):
         assert [int(blocks[block].max()) for block in range(5)] == [0, 1, 1, 0, 1]
+
+
+def test_layers_of_different_groups_share_memory_and_layers_of_one_do_not():
+    spec = read_model_spec(family("step3p5").directory)
+    groups = (KVGroup((0, 3), None), KVGroup((1, 2), 21))
+    store = KVStore(spec, num_blocks=5, block_size=4, dtype=torch.float32, groups=groups)
+    assert store.group_of == (0, 1, 1, 0)
+    places = [layer.keys.data_ptr() for layer in store.layers]
+    assert places[0] == places[1] != places[2] == places[3]
+    whole = KVStore(spec, num_blocks=5, block_size=4, dtype=torch.float32)
+    assert whole.group_of == (0, 0, 0, 0)
+    assert len({layer.keys.data_ptr() for layer in whole.layers}) == 4
+    assert spec.kv_slot_bytes("float32") == spec.kv_elements_per_token  # a layer of four, 4 bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "num_vectors", "token_bytes"),
+    [("qwen3", 2, 3 * 4 * 36), ("mfa_kr", 1, 3 * 36), ("deepseek_v3", 1, 3 * 60)],
+)
+def test_int8_takes_a_byte_an_element_and_a_scale_for_each_head(name, num_vectors, token_bytes):
+    spec = read_model_spec(family(name).directory)
+    layers = KVStore(spec, num_blocks=5, block_size=4, dtype=torch.int8).layers
+    assert spec.kv_slot_bytes("int8") == token_bytes
+    memory = sum(layer.keys.nbytes for layer in layers)
+    memory += sum(layer.values.nbytes for layer in layers) * (num_vectors - 1)
+    assert memory == 5 * 4 * token_bytes

@@ -21,16 +21,16 @@ struct Query {
 
 template <typename KV>
 struct KVHead {  // one key/value head of one sequence
-  const KV* keys;  // [blocks, kv_heads, block_size, head_dim], at this head
+  const KV* keys;  // [blocks, kv_heads, block_size, stored], at this head, behind the first scale
   const KV* values;
   const int64_t* blocks;
   int block_bits;  // log2 of the block size
-  int64_t block_stride, head_dim;
+  int64_t block_stride, stored;  // head_dim and what the scale takes
 
   // Where a position's key is; its value is as far from `values`.
   int64_t at(int64_t position) const {
     const int64_t offset = position & ((int64_t{1} << block_bits) - 1);
-    return blocks[position >> block_bits] * block_stride + offset * head_dim;
+    return blocks[position >> block_bits] * block_stride + offset * stored;
   }
 
   // The hardware does not know which block comes next.
@@ -88,12 +88,19 @@ void attend(const KVHead<KV>& kv, const Query* queries, float scale) {
 #pragma GCC unroll 6
       for (int q = 0; q < kQueries; q++) product[q][j] = sum[q];
     }
+    v16 key_scales, value_scales;
+    if constexpr (kScaleElements<KV> > 0)
+      for (int j = 0; j < kKeyTile; j++) {
+        key_scales[j] = scale_of(kv.keys + at[j]);
+        value_scales[j] = scale_of(kv.values + at[j]);
+      }
     alignas(64) float weights[kQueries][kKeyTile];
 #pragma GCC unroll 6
     for (int q = 0; q < kQueries; q++) {
       const v16 position = lanes + static_cast<float>(begin - queries[q].first);
       const float seen = static_cast<float>(queries[q].stop - queries[q].first);
       v16 scores = sum_each(product[q]);
+      if constexpr (kScaleElements<KV> > 0) scores *= key_scales;
       scores = position < seen ? scores : splat(-INFINITY);
       scores = position < 0.0f ? splat(-INFINITY) : scores;
       const float tile_highest = largest_lane(scores);
@@ -104,7 +111,10 @@ void attend(const KVHead<KV>& kv, const Query* queries, float scale) {
       highest[q] = peak;
 #pragma GCC unroll 16
       for (int i = 0; i < kVectors; i++) weighted[q][i] *= shrink;
-      store(weights[q], weight);
+      if constexpr (kScaleElements<KV> > 0)
+        store(weights[q], weight * value_scales);
+      else
+        store(weights[q], weight);
     }
     for (int j = 0; j < kKeyTile; j++) {
 #pragma GCC unroll 16
@@ -165,16 +175,17 @@ int32_t attend_all(const float* query, int64_t heads, int64_t head_dim, const KV
   const int64_t group = heads / kv_heads;
   const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
   const int block_bits = __builtin_ctzll(block_size);
+  const int64_t stored = head_dim + kScaleElements<KV>;
   std::vector<Query> queries;
   for (int64_t sequence = 0; sequence < s.count; sequence++) {
     for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++) {
-      const int64_t at = kv_head * block_size * head_dim;
+      const int64_t at = kv_head * block_size * stored + kScaleElements<KV>;
       const KVHead<KV> kv{keys + at,
                           values + at,
                           s.block_tables + sequence * s.table_width,
                           block_bits,
-                          kv_heads * block_size * head_dim,
-                          head_dim};
+                          kv_heads * block_size * stored,
+                          stored};
       queries.clear();
       for (int64_t row = s.row_starts[sequence]; row < s.row_starts[sequence + 1]; row++) {
         const int64_t stop = s.num_keys[row];

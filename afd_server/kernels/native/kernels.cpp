@@ -14,6 +14,13 @@
 
 using namespace afd;
 
+// Calls with a value of what keys and values are stored as: 0 float32, 1 bfloat16, 2 int8.
+template <typename Call>
+auto with_format(int32_t format, Call call) {
+  if (format == 2) return call(int8_t{});
+  return format == 1 ? call(bf16{}) : call(float{});
+}
+
 extern "C" {
 
 // Quantises rows [rows, width] to [rows, row_bytes(width)].
@@ -64,19 +71,19 @@ void afd_linear_float(const float* x, int64_t rows, int64_t width, const void* w
     multiply_float(x, rows, width, static_cast<const float*>(weight), columns, y);
 }
 
-// Attention of queries [rows, heads, head_dim] over paged keys and values (bfloat16 if `is_bf16`,
-// else float32); block_size is a power of two. Returns 0 if head_dim is none of those built in; then nothing was written.
+// Attention of queries [rows, heads, head_dim] over paged keys and values; block_size is a power of
+// two. Returns 0 if head_dim is none of those built in; then nothing was written.
 int32_t afd_paged_attention(const float* query, int64_t heads, int64_t head_dim, const void* keys,
-                            const void* values, int32_t is_bf16, int64_t block_size,
+                            const void* values, int32_t format, int64_t block_size,
                             int64_t kv_heads, int64_t sequences, const int64_t* row_starts,
                             const int64_t* num_keys, const int64_t* block_tables,
                             int64_t table_width, int64_t window, float* out) {
   const Sequences s{sequences, row_starts, num_keys, block_tables, table_width, window};
-  if (is_bf16)
-    return attend_all(query, heads, head_dim, static_cast<const bf16*>(keys),
-                      static_cast<const bf16*>(values), block_size, kv_heads, s, out);
-  return attend_all(query, heads, head_dim, static_cast<const float*>(keys),
-                    static_cast<const float*>(values), block_size, kv_heads, s, out);
+  return with_format(format, [&](auto kv) {
+    using KV = const decltype(kv);
+    return attend_all(query, heads, head_dim, static_cast<KV*>(keys), static_cast<KV*>(values),
+                      block_size, kv_heads, s, out);
+  });
 }
 
 // out = weight · x / sqrt(mean(x²) + eps), row by row.
@@ -134,25 +141,22 @@ void afd_rope(const float* x, int64_t stride, const float* table, const int64_t*
 void afd_rope_write_kv(const float* qkv, int64_t rows, int64_t heads, int64_t kv_heads,
                        int64_t head_dim, const float* table, const int64_t* positions,
                        const int64_t* slots, void* keys, void* values, int64_t block_size,
-                       int32_t is_bf16, float* query) {
-  if (is_bf16)
+                       int32_t format, float* query) {
+  with_format(format, [&](auto kv) {
+    using KV = decltype(kv);
     rope_write(qkv, rows, heads, kv_heads, head_dim, table, positions, slots,
-               static_cast<bf16*>(keys), static_cast<bf16*>(values), block_size, query);
-  else
-    rope_write(qkv, rows, heads, kv_heads, head_dim, table, positions, slots,
-               static_cast<float*>(keys), static_cast<float*>(values), block_size, query);
+               static_cast<KV*>(keys), static_cast<KV*>(values), block_size, query);
+  });
 }
 
 // Stores rows [kv_heads, head_dim] at flat slots of the blocks.
 void afd_write_rows(const float* rows_in, int64_t stride, const int64_t* slots, int64_t rows,
                     int64_t kv_heads, int64_t head_dim, void* blocks, int64_t block_size,
-                    int32_t is_bf16) {
-  if (is_bf16)
-    write_rows(rows_in, stride, slots, rows, kv_heads, head_dim, static_cast<bf16*>(blocks),
-               block_size);
-  else
-    write_rows(rows_in, stride, slots, rows, kv_heads, head_dim, static_cast<float*>(blocks),
-               block_size);
+                    int32_t format) {
+  with_format(format, [&](auto kv) {
+    write_rows(rows_in, stride, slots, rows, kv_heads, head_dim,
+               static_cast<decltype(kv)*>(blocks), block_size);
+  });
 }
 
 // The id of the highest logit, the lowest among equals.

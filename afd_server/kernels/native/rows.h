@@ -59,13 +59,14 @@ template <typename KV>
 void rope_write(const float* qkv, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim,
                 const float* table, const int64_t* positions, const int64_t* slots, KV* keys,
                 KV* values, int64_t block_size, float* query) {
+  const int64_t stored = head_dim + kScaleElements<KV>;
   std::vector<float> rotated(head_dim);
   for (int64_t row = 0; row < rows; row++) {
     const float* angles = table + positions[row] * 2 * head_dim;
     for (int64_t head = 0; head < heads; head++, qkv += head_dim, query += head_dim)
       rotate(qkv, angles, head_dim, query);
     for (int64_t head = 0; head < kv_heads; head++, qkv += head_dim) {
-      const int64_t at = place(slots[row], head, kv_heads, block_size) * head_dim;
+      const int64_t at = place(slots[row], head, kv_heads, block_size) * stored;
       rotate(qkv, angles, head_dim, rotated.data());
       store_rounded(keys + at, rotated.data(), head_dim);
       store_rounded(values + at, qkv + kv_heads * head_dim, head_dim);
@@ -79,7 +80,8 @@ void write_rows(const float* rows_in, int64_t stride, const int64_t* slots, int6
                 int64_t kv_heads, int64_t head_dim, KV* blocks, int64_t block_size) {
   for (int64_t row = 0; row < rows; row++)
     for (int64_t head = 0; head < kv_heads; head++)
-      store_rounded(blocks + place(slots[row], head, kv_heads, block_size) * head_dim,
+      store_rounded(blocks + place(slots[row], head, kv_heads, block_size) *
+                                 (head_dim + kScaleElements<KV>),
                     rows_in + row * stride + head * head_dim, head_dim);
 }
 

@@ -153,4 +153,55 @@ inline void store_rounded(float* to, const float* from, int64_t count) {
   memcpy(to, from, count * sizeof(float));
 }
 
+// GCC 12 converts int8 element by element unless it is told the instruction.
+inline v16 load(const int8_t* from) {
+  v16 wide;
+#if defined(__AVX512F__)
+  __m128i bytes;
+  memcpy(&bytes, from, sizeof bytes);
+  wide = (v16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#elif defined(__AVX2__)
+  for (int i = 0; i < 2; i++) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 8 * i));
+    const __m256 half = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+    memcpy(reinterpret_cast<float*>(&wide) + 8 * i, &half, sizeof half);
+  }
+#else
+  for (int i = 0; i < 16; i++) wide[i] = from[i];
+#endif
+  return wide;
+}
+
+// Elements before a stored key or value: in int8 those of its float32 scale.
+template <typename KV>
+constexpr int64_t kScaleElements = 0;
+template <>
+constexpr int64_t kScaleElements<int8_t> = sizeof(float);
+
+// A vector's scale is amax / 127, its values are rounded to nearest, ties to even.
+inline void store_rounded(int8_t* to, const float* from, int64_t count) {
+  v16 highest = {};
+  for (int64_t i = 0; i < count; i += 16) {
+    const v16 part = load_some(from + i, count - i);
+    highest = larger(highest, part < 0.0f ? -part : part);
+  }
+  const float peak = largest_lane(highest);
+  const float inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
+  const float scale = peak / 127.0f;
+  memcpy(to, &scale, sizeof scale);
+  for (int64_t i = 0; i < count; i += 16) {
+    // adding 1.5 * 2^23 rounds to nearest, ties to even, for values this small
+    const v16 shifted = load_some(from + i, count - i) * inverse + 12582912.0f;
+    const b16 rounded = __builtin_convertvector((i16)shifted, b16);  // the lowest byte
+    memcpy(to + sizeof scale + i, &rounded, count - i < 16 ? count - i : 16);
+  }
+}
+
+// The scale before a vector of int8.
+inline float scale_of(const int8_t* values) {
+  float scale;
+  memcpy(&scale, values - sizeof scale, sizeof scale);
+  return scale;
+}
+
 }  // namespace afd

@@ -28,6 +28,9 @@ LONGEST_S = 1.0  # no further step after this, once each size was timed
 UNMEASURED_LANES = 2  # one computes while the other is away
 
 
+Tables = tuple[tuple[int, ...], ...]  # of blocks, for each KV group
+
+
 class Calibration:
     """Plans steps of few rows and of many, in turns, and chooses lanes by what they took.
 
@@ -63,7 +66,8 @@ class Calibration:
         timeline: Timeline,
         clock: Clock,
     ) -> None:
-        pool = scheduler.blocks
+        # groups share blocks here, unlike those of requests: what they hold means nothing
+        pool, groups = scheduler.blocks, 1 + max(kv.group_of)
         self._scheduler = scheduler
         self._num_layers = num_layers
         self._num_lanes = num_lanes
@@ -80,12 +84,20 @@ class Calibration:
             kv.clear(table)
         self._sequences = [
             # different tokens, so that gates choose different experts
-            _decoding(number * vocab_size // self._num_streams, context, table)
+            _made_up(
+                (number * vocab_size // self._num_streams,), context - 1, (tuple(table),) * groups
+            )
             for number, table in enumerate(self._tables)
+        ]
+        every_block = tuple(block for table in self._tables for block in table)
+        longest = min(len(every_block) * pool.block_size, max_model_len)
+        count = min(PREFILL_TOKENS, longest)
+        prefilling = [  # the first tokens of a prompt, and those at the end of the longest one
+            (_made_up((0,) * count, start, (every_block,) * groups),)
+            for start in sorted({0, longest - count})
         ]
         sizes = sorted({-(-self._num_streams // 4), self._num_streams})
         decoding = [tuple(self._sequences[:size]) for size in sizes]
-        prefilling = [(chunk,) for chunk in _chunks(self._tables, pool.block_size, max_model_len)]
         self._num_sizes = len(sizes)
         self._num_warm = len(decoding) + len(prefilling)
         self._steps = [
@@ -183,22 +195,10 @@ def stage_times(events: Iterable[Event], num_layers: int) -> StageTimes | None:
     )
 
 
-def _decoding(token_id: int, context: int, block_ids: list[int]) -> PlannedSequence:
-    """Return a greedy sequence whose last token of so many is to be computed."""
+def _made_up(token_ids: tuple[int, ...], start: int, tables: Tables) -> PlannedSequence:
+    """Return a greedy sequence whose tokens from a position on are to be computed."""
     sampling = SamplingParams(max_tokens=1, temperature=0.0)
-    return PlannedSequence(0, 0, (token_id,), context - 1, tuple(block_ids), True, sampling)
-
-
-def _chunks(tables: list[list[int]], block_size: int, max_model_len: int) -> list[PlannedSequence]:
-    """Return the first tokens of a prompt, and those at the end of one that fills all blocks."""
-    blocks = tuple(block for table in tables for block in table)
-    longest = min(len(blocks) * block_size, max_model_len)
-    count = min(PREFILL_TOKENS, longest)
-    sampling = SamplingParams(max_tokens=1, temperature=0.0)
-    return [
-        PlannedSequence(0, 0, (0,) * count, start, blocks, True, sampling)
-        for start in sorted({0, longest - count})
-    ]
+    return PlannedSequence(0, 0, token_ids, start, tables, True, sampling)
 
 
 def _quickest(measured: Sequence[StageTimes]) -> StageTimes:

@@ -4,9 +4,9 @@ from torch import Tensor
 
 from afd_server.core.batch import PlannedSequence, Sampled, StepPlan, StepResult
 from afd_server.core.stage import StageId
-from afd_server.kernels.table import KVLayer
 from afd_server.models.base import AttentionHalf, FFNCall
 from afd_server.models.forward import Forward, forward
+from afd_server.workers.attention.kv_store import KVStore
 from afd_server.workers.attention.sampler import Sampler
 from afd_server.workers.tensors import micro_batch
 
@@ -29,18 +29,14 @@ class Lane:
         return self._plan is None
 
     def start(
-        self,
-        plan: StepPlan,
-        model: AttentionHalf,
-        kv: tuple[KVLayer, ...],
-        block_size: int,
-        begin_s: float,
+        self, plan: StepPlan, model: AttentionHalf, kv: KVStore, begin_s: float
     ) -> tuple[StageId, FFNCall]:
         """Begin a step and run it to its first call."""
         assert self._plan is None, f"lane {self.index} is busy"
         self._plan = plan
         self.begun_s = begin_s
-        self._forward = forward(model, micro_batch(plan, kv, block_size))
+        batch = micro_batch(plan, kv.layers, kv.group_of, kv.block_size)
+        self._forward = forward(model, batch)
         return self._staged(next(self._forward))
 
     def resume(self, answer: Tensor) -> Outcome:

@@ -208,7 +208,7 @@ class AttentionWorker:
         if self._calibration is None:
             self._num_rows += plan.num_tokens
         planned_s = self._clock.now()
-        outcome = lane.start(plan, self._model, self._kv.layers, self._kv.block_size, begin_s)
+        outcome = lane.start(plan, self._model, self._kv, begin_s)
         self._go_on(lane, planned_s, outcome)
 
     def _plan(self, lane: Lane, now_s: float) -> StepPlan | None:
