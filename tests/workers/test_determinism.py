@@ -56,7 +56,8 @@ class Company:
 
     def pools(self) -> Pools:
         directory = MODELS[self.model]()
-        block_bytes = 16 * read_model_spec(directory).kv_slot_bytes(self.kv)
+        spec = read_model_spec(directory)
+        block_bytes = 16 * spec.kv_slot_bytes(self.kv) * len(spec.kv_groups)  # in every group
         return Pools(
             directory,
             num_attention=self.num_attention,

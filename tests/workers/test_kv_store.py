@@ -71,7 +71,7 @@ def test_layers_of_different_groups_share_memory_and_layers_of_one_do_not():
 
 @pytest.mark.parametrize(
     ("name", "num_vectors", "token_bytes"),
-    [("qwen3", 2, 3 * 4 * 36), ("mfa_kr", 1, 3 * 36), ("deepseek_v3", 1, 3 * 60)],
+    [("qwen3", 2, 3 * 4 * 36), ("mfa_kr", 1, 4 * 36), ("deepseek_v3", 1, 3 * 60)],
 )
 def test_int8_takes_a_byte_an_element_and_a_scale_for_each_head(name, num_vectors, token_bytes):
     spec = read_model_spec(family(name).directory)
