@@ -15,8 +15,9 @@ from afd_server.core.batch import StepPlan
 MEMORY_STEPS = 2000  # after so many steps an observation counts a third for the costs
 SPEED_STEPS = 25  # the same for the speed
 REFIT_EVERY = 16  # steps
-PRIOR_STEPS = 10.0  # how many observations the calibration is worth, in each direction
-CALIBRATION_STEPS = 0.02  # how many observations of it the guess before it is worth
+OWN_STEPS = 50.0  # how many observations the calibration is worth for each cost of a step itself
+BESIDE_STEPS = 5.0  # the same for what it costs the steps beside it, which is a guess
+GUESS_STEPS = 0.02  # how many observations of a calibration the guess before it is worth
 NUM_RATIOS = 200  # of observed to predicted times; their quantiles are those of the next one
 OUTLIER = 2.0  # no step counts as slower than so many times its prediction
 
@@ -24,6 +25,7 @@ OUTLIER = 2.0  # no step counts as slower than so many times its prediction
 # itself it costs the steps beside it.
 _GUESS_S = (0.01, 0.015, 0.005, 0.12, 0.005)
 _BESIDE = 0.6
+_PRIOR_WEIGHTS = (OWN_STEPS,) * 5 + (BESIDE_STEPS,) * 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +119,9 @@ class StepTimeModel:
             x = _features(load)[:size]
             # by their size: a tenth of a short step is worth as much as a tenth of a long one
             _add(moments, products, x, seconds, weight=(0.02 / seconds) ** 2)
+        weights = (GUESS_STEPS,) * size
         self._prior = self._costs = _with_beside(
-            _non_negative(moments, products, _GUESS_S, CALIBRATION_STEPS)
+            _non_negative(moments, products, _GUESS_S, weights)
         )
 
     def observe(self, load: StepLoad, seconds: float) -> None:
@@ -137,7 +140,7 @@ class StepTimeModel:
 
     def _refit(self) -> None:
         """Take new costs; the speed is then that of the latest steps under these."""
-        costs = _non_negative(self._moments, self._products, self._prior, PRIOR_STEPS)
+        costs = _non_negative(self._moments, self._products, self._prior, _PRIOR_WEIGHTS)
         typical = [row[0] for row in self._moments]  # Σ x: the mean load, since x begins with 1
         old = sum(c * x for c, x in zip(self._costs, typical, strict=True))
         new = sum(c * x for c, x in zip(costs, typical, strict=True))
@@ -172,13 +175,16 @@ def _add(
 
 
 def _non_negative(
-    moments: list[list[float]], products: list[float], prior: tuple[float, ...], prior_steps: float
+    moments: list[list[float]],
+    products: list[float],
+    prior: tuple[float, ...],
+    weights: tuple[float, ...],
 ) -> tuple[float, ...]:
     """Solve for the costs; whatever comes out negative is 0 and the rest solved again."""
     kept = list(range(len(prior)))
     while True:
-        matrix = [[moments[r][c] + prior_steps * (r == c) for c in kept] for r in kept]
-        found = _solve(matrix, [products[r] + prior_steps * prior[r] for r in kept])
+        matrix = [[moments[r][c] + weights[r] * (r == c) for c in kept] for r in kept]
+        found = _solve(matrix, [products[r] + weights[r] * prior[r] for r in kept])
         if min(found) >= 0:
             break
         kept = [feature for feature, cost in zip(kept, found, strict=True) if cost > 0]

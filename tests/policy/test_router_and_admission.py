@@ -3,6 +3,7 @@ import pytest
 from afd_server.core.errors import InvalidRequest, Overloaded
 from afd_server.core.topology import Member, Role
 from afd_server.policy.admission import (
+    WAIT_SHARE,
     AdmissionConfig,
     FirstTokenQueue,
     check_capacity,
@@ -60,16 +61,17 @@ def queue_of(*waiting, interval_s=0.5):
     return queue
 
 
-def test_who_would_wait_for_more_than_half_of_its_first_target_is_refused_at_once():
+def test_who_would_wait_for_too_much_of_its_first_target_is_refused_at_once():
     queue = queue_of(*[(0, "a")] * 4)
-    queue.check(ENFORCED, 4.0, 0, "a", 1)
+    longest_s = 2.0 / WAIT_SHARE
+    queue.check(ENFORCED, 1.01 * longest_s, 0, "a", 1)
     queue.check(ENFORCED, None, 0, "a", 4)
     with pytest.raises(Overloaded, match=r"4 requests wait .* 2\.0 s") as refusal:
-        queue.check(ENFORCED, 3.0, 0, "a", 1)
+        queue.check(ENFORCED, 0.75 * longest_s, 0, "a", 1)
     assert refusal.value.reason == "expected_wait"
     assert refusal.value.retry_after_s == pytest.approx(0.5, rel=0.01)
     with pytest.raises(Overloaded):
-        queue.check(ENFORCED, 4.0, 0, "a", 2)  # the second of them would wait too long
+        queue.check(ENFORCED, 1.01 * longest_s, 0, "a", 2)  # the second would wait too long
 
 
 def test_an_empty_queue_takes_anybody_however_slow_it_was():

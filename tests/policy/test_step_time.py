@@ -60,7 +60,8 @@ def test_rare_stalls_hardly_disturb_it():
 
 
 def test_a_machine_that_becomes_slower_is_followed():
-    rng, model = random.Random(3), StepTimeModel()
+    rng = random.Random(3)
+    model = calibrated(rng)
     teach(model, rng, 400)
     teach(model, rng, 1200, speed=2.0)
     assert error(model, rng, speed=2.0) < 0.15

@@ -184,7 +184,7 @@ def test_the_urgent_and_those_who_ask_little_go_first():
     of_many, of_few, of_urgent = (
         outcomes[: len(many)], outcomes[len(many) : -len(urgent)], outcomes[-len(urgent) :]
     )  # fmt: skip
-    assert len(begun(of_few)) >= 0.8 * len(few)
+    assert len(begun(of_few)) >= 0.65 * len(few)
     assert len(begun(of_urgent)) >= 0.95 * len(urgent)
     assert 0 < len(begun(of_many)) < 0.5 * len(many)
     assert attainment(outcomes) >= 0.99
