@@ -102,11 +102,14 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(options: argparse.Namespace, *flags: str, launcher: str = "") -> Iterator[Server]:
+def serving(
+    options: argparse.Namespace, *flags: str, launcher: str = "", slo_mode: str = "off"
+) -> Iterator[Server]:
     """Start a server on a free port; stop it whatever happens."""
     command = [
         sys.executable, "-m", "afd_server", "serve", options.model, "--port", "0",
-        "--launcher", launcher or options.launcher, *flags, *shlex.split(options.server_flags),
+        "--launcher", launcher or options.launcher, "--slo-mode", slo_mode, *flags,
+        *shlex.split(options.server_flags),
     ]  # fmt: skip
     known = process_environment()
     kept = {name: value for name, value in known.items() if not name.startswith(ENV_PREFIX)}
