@@ -78,6 +78,10 @@ class ServeConfig:
     expert_replicas: int = _setting(
         1, "FFN workers that hold each expert, with expert; groups of workers, with hybrid"
     )
+    hot_experts: str | None = _setting(
+        None, "JSON file with the experts that have replicas, {layer: [expert, …]}, as "
+        "/debug/experts tells; default: all have them"
+    )  # fmt: skip
     expert_shards: int = _setting(2, "FFN workers that share the columns of an expert, with hybrid")
     host: str = _setting("127.0.0.1", "address to serve HTTP on")
     port: int = _setting(8000, "port to serve HTTP on; 0 takes a free one")

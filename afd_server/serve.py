@@ -159,7 +159,9 @@ class _Plan:
             ffn_config(self.parallel, sizes.num_ffn, config.expert_replicas, config.expert_shards),
             dense_layers=Role[config.dense_layers.upper()],
             lm_head=Role.FFN if config.lm_head == "ffn" else Role.ATTENTION,
+            hot_experts=_hot_experts(config, model),
         )
+        self.num_spare_workers = self.ffn.num_replicas - 1 if config.hot_experts is None else 0
         checksums = {"on": True, "off": False, "auto": config.data_transport == "tcp"}
         self.with_crc = checksums[config.frame_checksums]
         self._check(model)
@@ -199,7 +201,7 @@ class _Plan:
             num_attention=self.counts[Role.ATTENTION],
             num_ffn=self.counts[Role.FFN],
             # however many are lost, an expert has a holder as long as so many are there
-            num_ffn_parts=self.counts[Role.FFN] - (self.ffn.num_replicas - 1),
+            num_ffn_parts=self.counts[Role.FFN] - self.num_spare_workers,
             with_crc=self.with_crc,
             shutdown_timeout_s=config.shutdown_timeout_s,
             log_level=config.log_level,
@@ -329,6 +331,11 @@ class _Plan:
                 f"expert_replicas is {config.expert_replicas}, but only {self.ffn.num_groups} "
                 "holders of experts are there; raise ffn_workers"
             )
+        if config.hot_experts is not None and not (by_expert and config.expert_replicas > 1):
+            raise ConfigError(
+                "hot_experts names experts to be replicated; it goes with --ffn-parallel expert or "
+                "hybrid, and expert_replicas above 1"
+            )
         if not by_expert and config.expert_replicas > 1:
             raise ConfigError(
                 f"expert_replicas is {config.expert_replicas}, which goes with --ffn-parallel "
@@ -361,6 +368,30 @@ class _Plan:
                 "a Ray cluster may place workers on other hosts, which ipc does not reach; "
                 "use --data-transport tcp"
             )
+
+
+def _hot_experts(config: ServeConfig, model: ModelSpec) -> tuple[tuple[int, int], ...] | None:
+    """Read which experts have replicas, as (layer, expert).
+
+    Raises:
+        ConfigError: the file cannot be read, or names what the model does not have.
+    """
+    if config.hot_experts is None:
+        return None
+    wanted = "expected a JSON object from layers to lists of experts"
+    try:
+        named = json.loads(Path(config.hot_experts).read_text("utf-8"))
+        hot = tuple((int(layer), int(expert)) for layer in named for expert in named[layer])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"hot_experts {config.hot_experts}: {error}; {wanted}") from error
+    by_layer = dict(enumerate(model.experts_by_layer))
+    for layer, expert in hot:
+        if not 0 <= expert < by_layer.get(layer, 0):
+            raise ConfigError(
+                f"hot_experts {config.hot_experts}: {model.model_type} has no expert {expert} in "
+                f"layer {layer}; {wanted}"
+            )
+    return hot
 
 
 def _model_directory(config: ServeConfig) -> Path:

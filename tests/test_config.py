@@ -30,6 +30,7 @@ OTHERS = {
     "dense_layers": "attention",
     "lm_head": "ffn",
     "expert_replicas": 2,
+    "hot_experts": "hot.json",
     "expert_shards": 3,
     "host": "0.0.0.0",
     "port": 0,

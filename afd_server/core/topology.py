@@ -1,6 +1,6 @@
 """Who is alive, where, and holding what."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -106,25 +106,26 @@ def spread_experts(
     num_shards: int,
     num_replicas: int,
     at_attention: Container[tuple[int, int]] = (),
+    hot: Container[tuple[int, int]] | None = None,
 ) -> Placement:
     """Deal experts out in turn, each to `num_replicas` groups in a row.
 
     Groups differ by at most one expert and replica in a layer. Every layer begins at the next
     group, so that dense layers and remainders are spread as well. The attention side holds those
-    of `at_attention`, (layer, expert), which leave a gap.
+    of `at_attention`, (layer, expert), which leave a gap. With `hot`, those that are not in it
+    have one holder.
     """
     assert 1 <= num_replicas <= num_groups, f"{num_replicas} replicas in {num_groups} groups"
 
-    def groups(layer: int, expert: int) -> tuple[int, ...]:
-        if (layer, expert) in at_attention:
-            return (num_groups,)
-        first = layer + expert * num_replicas
-        return tuple(sorted((first + r) % num_groups for r in range(num_replicas)))
+    def deal(layer: int, num_experts: int) -> Iterator[tuple[int, ...]]:
+        first = layer
+        for place in ((layer, expert) for expert in range(num_experts)):
+            copies = num_replicas if hot is None or place in hot else 1
+            groups = tuple(sorted((first + copy) % num_groups for copy in range(copies)))
+            yield (num_groups,) if place in at_attention else groups
+            first += copies
 
-    holders = tuple(
-        tuple(groups(layer, expert) for expert in range(num_experts))
-        for layer, num_experts in enumerate(experts_by_layer)
-    )
+    holders = tuple(tuple(deal(*layer)) for layer in enumerate(experts_by_layer))
     return Placement(holders, num_groups, num_shards)
 
 

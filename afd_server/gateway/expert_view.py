@@ -47,6 +47,16 @@ class ExpertView:
             if any(new):
                 self._count(layer, new)
 
+    def hottest(self, num_experts: int) -> dict[str, list[int]]:
+        """Return the experts of each layer that got the most tokens; of equals the lower ids.
+
+        Layers without tokens are left out.
+        """
+        return {
+            str(layer): sorted(sorted(range(len(totals)), key=lambda e: -totals[e])[:num_experts])
+            for layer, totals in sorted(self._totals.items())
+        }
+
     def _count(self, layer: int, new: list[int]) -> None:
         before = self._totals[layer] or [0] * len(new)
         totals = self._totals[layer] = [a + b for a, b in zip(before, new, strict=True)]

@@ -70,7 +70,18 @@ def ops_routes(service: Service) -> APIRouter:
             _one_by_one(service.stages.trace(seconds)), media_type="application/json"
         )
 
+    @router.get("/debug/experts")
+    async def experts(request: Request) -> JSONResponse:
+        """Return the `hottest` experts of each layer since the start, for --hot-experts."""
+        return JSONResponse(service.experts.hottest(_number(request.query_params.get("hottest"))))
+
     return router
+
+
+def _number(text: str | None) -> int:
+    if text is None or not text.isdecimal() or int(text) < 1:
+        raise InvalidRequest(f"hottest is {text!r}, must be a number of experts", "hottest")
+    return int(text)
 
 
 def _seconds(text: str) -> float:

@@ -68,7 +68,7 @@ class Service:
         self.metrics = GatewayMetrics(spec.served_model_name)
         self.pools = PoolView(clock)
         self.stages = StageView(clock, self.metrics)
-        self._experts = ExpertView(self.metrics)
+        self.experts = ExpertView(self.metrics)
         self.is_draining = False
         self._link = ZeroMQLink(spec.incarnation, bind=None)
         supervisor = Member(Role.SUPERVISOR, 0, spec.supervisor, spec.supervisor_address, "")
@@ -195,7 +195,7 @@ class Service:
             self._show_load(received.sender, message, last)
             self.stages.take(received.sender, message, self._endpoint.received_s)
         elif isinstance(message, ExpertLoad):
-            self._experts.take(source, message)
+            self.experts.take(source, message)
         elif isinstance(message, TopologyUpdate):
             self._follow(message)
 
@@ -211,7 +211,7 @@ class Service:
         self._endpoint.topology = topology
         self.pools.follow(topology)
         self.stages.follow(topology)
-        self._experts.follow(topology)
+        self.experts.follow(topology)
         for member in self.pools.workers():
             self._link.connect(member.incarnation, member.address)
         self._watch()

@@ -39,6 +39,7 @@ class FFNConfig:
     of so many workers hold the experts, `num_replicas` groups each of them
     (`core.topology.Placement`). `max_gather_rows` limits the rows computed together.
     `dense_layers` is the pool that holds the layers without experts, `lm_head` that of the head.
+    `hot_experts` are those, (layer, expert), that have the replicas; None: all have them.
     """
 
     parallel: FFNParallel
@@ -48,6 +49,7 @@ class FFNConfig:
     max_gather_rows: int = 1024
     dense_layers: Role = Role.FFN
     lm_head: Role = Role.ATTENTION
+    hot_experts: tuple[tuple[int, int], ...] | None = None
 
 
 def ffn_config(
@@ -80,14 +82,20 @@ def placement_of(config: FFNConfig, model: ModelSpec) -> Placement:
     Behind the last layer comes the head, with the parts of the vocabulary for columns.
     """
     experts = model.placed_by_layer
-    at_attention = {
-        (layer, expert)
-        for layer, num_experts in enumerate(experts)
-        for expert in range(num_experts)
-        if _side_of(layer, expert, config, model) is Role.ATTENTION
-    }
+    at_attention, hot = set(), set(config.hot_experts or ())
+    for layer, num_experts in enumerate(experts):
+        for expert in range(num_experts):
+            if _side_of(layer, expert, config, model) is Role.ATTENTION:
+                at_attention.add((layer, expert))
+            if not _is_chosen(layer, expert, model):
+                hot.add((layer, expert))  # everybody goes there
     return spread_experts(
-        experts, config.num_groups, config.num_parts, config.num_replicas, at_attention
+        experts,
+        config.num_groups,
+        config.num_parts,
+        config.num_replicas,
+        at_attention,
+        None if config.hot_experts is None else hot,
     )
 
 
@@ -97,10 +105,15 @@ def _side_of(layer: int, expert: int, config: FFNConfig, model: ModelSpec) -> Ro
         return Role.ATTENTION
     if layer == model.num_layers:
         return config.lm_head
+    return Role.FFN if _is_chosen(layer, expert, model) else config.dense_layers
+
+
+def _is_chosen(layer: int, expert: int, model: ModelSpec) -> bool:
+    """Tell whether a gate chooses who goes to an expert, rather than everybody."""
     experts = model.experts
-    if experts is not None and experts.is_routed[layer] and expert < experts.num_experts:
-        return Role.FFN
-    return config.dense_layers
+    if experts is None or layer == model.num_layers or not experts.is_routed[layer]:
+        return False
+    return expert < experts.num_experts
 
 
 @dataclass(frozen=True, slots=True)

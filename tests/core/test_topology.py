@@ -128,6 +128,17 @@ def test_the_dense_layers_of_a_model_lie_with_different_workers():
 
 
 @given(spreads())
+def test_with_hot_experts_only_these_have_replicas_and_groups_still_differ_by_one(spread):
+    by_layer, num_groups, _, num_replicas = spread
+    hot = {(layer, expert) for layer in range(len(by_layer)) for expert in range(0, 50, 3)}
+    for layer, experts in enumerate(spread_experts(*spread, hot=hot).holders):
+        copies = [num_replicas if (layer, e) in hot else 1 for e in range(len(experts))]
+        assert [len(set(groups)) for groups in experts] == copies
+        load = [sum(g in groups for groups in experts) for g in range(num_groups)]
+        assert max(load) - min(load) <= 1
+
+
+@given(spreads())
 def test_what_the_attention_side_holds_leaves_the_rest_where_it_was(spread):
     by_layer, num_groups, *_ = spread
     named = {(layer, expert) for layer in range(len(by_layer)) for expert in range(0, 50, 2)}

@@ -77,3 +77,11 @@ def test_what_is_no_table_of_counts_is_refused(payload):
     bench.report("a", [3, 1])
     with pytest.raises(ProtocolError):
         bench.view.take("a", ExpertLoad(payload))
+
+
+def test_the_hottest_experts_of_each_layer_are_told_and_of_equals_the_lower_ids():
+    bench = Bench()
+    bench.report("a", [3, 9, 4, 9], [0, 0, 0, 0], [1, 1, 1, 1])
+    bench.report("b", [6, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1])
+    assert bench.view.hottest(2) == {"0": [0, 1], "2": [0, 3]}
+    assert bench.view.hottest(9) == {"0": [0, 1, 2, 3], "2": [0, 1, 2, 3]}

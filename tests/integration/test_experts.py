@@ -12,6 +12,7 @@ from support.experts import tiny_routed
 from support.server import run_cli, serving
 
 LOCAL = ("--launcher", "local")
+EXPERTS = ("--ffn-workers", 2, "--ffn-parallel", "expert", "--expert-replicas", 2)
 BODY = {"prompt": [[9, 8, 7, 6]], "max_tokens": 12, "temperature": 0, "return_token_ids": True}
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -64,6 +65,20 @@ def counted(server, num_tokens):
     return sums == [2 * num_tokens] * 3 and 'afd_expert_imbalance{layer="2"}' in text
 
 
+def test_what_was_asked_most_can_be_replicated_at_the_next_start_and_changes_no_token(short_dir):
+    directory, _ = tiny_routed("mixtral")
+    file = short_dir / "hot.json"
+    with serving(short_dir, directory, *LOCAL, *EXPERTS) as server:
+        before = tokens_of(server)
+        hot = server.wait_for(lambda: server.http.get("/debug/experts?hottest=2").json())
+        assert server.http.get("/debug/experts?hottest=no").status_code == 400
+    assert sorted(hot) == ["0", "1", "2"]
+    assert all(len(experts) == 2 for experts in hot.values())
+    file.write_text(json.dumps(hot))
+    with serving(short_dir, directory, *LOCAL, *EXPERTS, "--hot-experts", file) as server:
+        assert tokens_of(server) == before
+
+
 @pytest.mark.faults
 def test_a_request_outlives_an_expert_worker_whose_experts_others_have(short_dir):
     directory, _ = tiny_routed("mixtral")
@@ -97,6 +112,10 @@ def test_a_request_outlives_an_expert_worker_whose_experts_others_have(short_dir
         ),
         ("routed", ["--ffn-workers", 81, "--ffn-parallel", "tensor"], "has only 80"),
         ("dense", ["--ffn-parallel", "expert"], "llama has no experts; use tensor or replicate"),
+        ("routed", ["--hot-experts", "hot.json"], "hot_experts names experts to be replicated"),
+        ("routed", [*EXPERTS, "--hot-experts", "no-such.json"], "No such file"),
+        ("routed", [*EXPERTS, "--hot-experts", "list.json"], "expected a JSON object from layers"),
+        ("routed", [*EXPERTS, "--hot-experts", "beyond.json"], "has no expert 8 in layer 1"),
         ("dense", ["--dense-layers", "attention"], "nothing is left for ffn_workers (1)"),
         (
             "dense",
@@ -109,6 +128,10 @@ def test_a_placement_that_does_not_fit_is_refused_with_what_would(
     model, arguments, complaint, short_dir
 ):
     directory = tiny_routed("qwen3_moe")[0] if model == "routed" else tiny_llama()[0]
+    files = {"hot.json": '{"1": [0]}', "list.json": "[1, 2]", "beyond.json": '{"1": [0, 8]}'}
+    for name, text in files.items():
+        (short_dir / name).write_text(text)
+    arguments = [short_dir / a if a in files else a for a in arguments]
     done = run_cli(short_dir, "serve", directory, "--port", 0, *LOCAL, *arguments)
     assert done.returncode == 2
     assert complaint in done.stderr

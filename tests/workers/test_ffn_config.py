@@ -8,6 +8,7 @@ from afd_server.core.model_spec import read_model_spec
 from afd_server.core.topology import FFNParallel, Role
 from afd_server.workers.config import ffn_config, placement_of
 from support.experts import tiny_routed
+from support.families import family
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,26 @@ def test_dense_layers_are_held_by_the_pool_that_the_setting_names(spec):
     placement = placement_of(replace(config, dense_layers=Role.ATTENTION), spec)
     assert placement.experts_of(0) == placement.experts_of(1) == ((), ALL, (), ())
     assert placement.held_by(placement.attention_side) == ((0,), (), (0,), (0,))
+
+
+def test_shared_experts_are_held_where_dense_layers_are():
+    spec = read_model_spec(family("step3_text").directory)
+    shared, chosen = spec.experts.num_experts, tuple(range(spec.experts.num_experts))
+    config = ffn_config(FFNParallel.TENSOR, 2)
+    for dense_layers, at_attention in [(Role.FFN, ()), (Role.ATTENTION, (shared,))]:
+        placement = placement_of(replace(config, dense_layers=dense_layers), spec)
+        layers = placement.held_by(placement.attention_side)[: spec.num_layers]
+        routed = [held for held, r in zip(layers, spec.experts.is_routed, strict=True) if r]
+        assert routed == [at_attention] * sum(spec.experts.is_routed)
+    at_ffn = [h for h, r in zip(placement.experts_of(0), spec.experts.is_routed, strict=False) if r]
+    assert at_ffn == [chosen] * sum(spec.experts.is_routed)
+
+
+def test_with_hot_experts_the_others_have_one_holder_and_dense_layers_keep_theirs(spec):
+    config = ffn_config(FFNParallel.EXPERT, 4, num_replicas=3)
+    dense, routed, *_ = placement_of(replace(config, hot_experts=((1, 2), (1, 5))), spec).holders
+    assert [len(groups) for groups in routed] == [1, 1, 3, 1, 1, 3, 1, 1]
+    assert [len(groups) for groups in dense] == [3]
 
 
 def test_the_head_comes_behind_the_layers_and_is_held_by_the_pool_that_the_setting_names(spec):
