@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from afd_server.core.clock import Clock
 from afd_server.core.errors import AFDError, Overloaded, ProtocolError, WorkerFailed
-from afd_server.core.request import FinishReason, Request, SamplingParams
+from afd_server.core.request import FinishReason, Request, SamplingParams, time_per_token_s
 from afd_server.core.topology import Role, Topology
 from afd_server.gateway.asker import Asker
 from afd_server.policy.admission import RETRY_AFTER_S, FirstTokenQueue
@@ -336,9 +336,7 @@ def _timing_of(entry: JournalEntry) -> Timing | None:
     """Return how a request was served so far; None before its first token."""
     if entry.first_token_s is None or entry.last_token_s is None:
         return None
-    gaps, slo = len(entry.emitted_ids) - 1, entry.asker.slo
     ttft_s = entry.first_token_s - entry.arrived_s
-    tpot_s = (entry.last_token_s - entry.first_token_s) / gaps if gaps else None
-    in_time = slo.ttft_s is None or ttft_s <= slo.ttft_s
-    in_pace = slo.tpot_s is None or tpot_s is None or tpot_s <= slo.tpot_s
-    return Timing(ttft_s, tpot_s, entry.queue_s, in_time and in_pace)
+    times_s = (entry.first_token_s, entry.last_token_s)
+    tpot_s = time_per_token_s(times_s, len(entry.emitted_ids))
+    return Timing(ttft_s, tpot_s, entry.queue_s, entry.asker.slo.is_met(ttft_s, tpot_s))
