@@ -17,7 +17,7 @@ class AttentionConfig:
 
     `num_lanes` is None if the worker is to find out, which it can with an FFN pool only.
     `resend_s` is how long an FFN call may go unanswered before it is sent again; `holds_back` as
-    in `policy.scheduler`.
+    in `policy.scheduler`: step times are then calibrated, whatever `num_lanes` is.
     """
 
     num_lanes: int | None
@@ -38,7 +38,8 @@ class FFNConfig:
     `num_parts` is the number of column shards: 1 when workers hold whole FFNs. `num_groups` groups
     of so many workers hold the experts, `num_replicas` groups each of them
     (`core.topology.Placement`). `max_gather_rows` limits the rows computed together.
-    `dense_layers` is the pool that holds the layers without experts, `lm_head` that of the head.
+    `dense_layers` is the pool that holds the layers without experts and the shared experts of the
+    others, `lm_head` that of the head.
     """
 
     parallel: FFNParallel
