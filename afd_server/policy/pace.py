@@ -2,7 +2,7 @@
 
 A sequence that is ahead of its schedule has earned slack, which may be spent on the prompts of
 others; one that is behind has a debt, which is repaid before any prompt goes on. All predictions
-come from what steps have taken so far (`policy.step_time`).
+come from what steps have taken so far, those of a calibration first (`policy.step_time`).
 """
 
 from collections.abc import Iterable
