@@ -70,7 +70,7 @@ class ServeConfig:
         "experts, or a column shard of some experts"
     )  # fmt: skip
     dense_layers: Literal["attention", "ffn"] = _setting(
-        "ffn", "workers that hold the layers without experts"
+        "ffn", "workers that hold the layers without experts, and the shared experts of the others"
     )
     lm_head: Literal["auto", "attention", "ffn"] = _setting(
         "auto", "workers that hold the head and compute logits; auto: attention"

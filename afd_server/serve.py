@@ -238,6 +238,7 @@ class _Plan:
                 kv_cache_bytes=config.kv_cache_mb * 2**20,
                 prefix_caching=config.prefix_caching,
                 holds_back=config.slo_mode == "enforce",
+                calibrates=config.slo_mode != "off",
             ),
             ffn=self.ffn,
             load_format=config.load_format,

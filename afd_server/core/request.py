@@ -1,5 +1,6 @@
 """What a client asked for, in tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -60,6 +61,21 @@ class SLO:
 
     ttft_s: float | None = None
     tpot_s: float | None = None
+
+    def is_met(self, ttft_s: float, tpot_s: float | None) -> bool:
+        """Tell whether these times are within the targets; without a TPOT, any of it is kept."""
+        in_time = self.ttft_s is None or ttft_s <= self.ttft_s
+        return in_time and (self.tpot_s is None or tpot_s is None or tpot_s <= self.tpot_s)
+
+
+def time_per_token_s(times_s: Sequence[float], num_tokens: int) -> float | None:
+    """Return the mean time per output token after the first (TPOT); None for fewer than two.
+
+    Args:
+        times_s: of what came, in order; the first and the last count.
+        num_tokens: that came by then.
+    """
+    return (times_s[-1] - times_s[0]) / (num_tokens - 1) if num_tokens > 1 else None
 
 
 @dataclass(frozen=True, slots=True)

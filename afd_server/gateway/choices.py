@@ -56,7 +56,7 @@ class ChoiceState:
     token_ids: list[int] = field(default_factory=list)
     finish: FinishName | None = None
     stop_reason: StopReason = None
-    timing: Timing | None = None  # set when it has ended
+    timing: Timing | None = None  # of its tokens so far
 
 
 class Choices:
@@ -141,6 +141,7 @@ class Choices:
         token_id, finish = event.token_id, event.finish
         if not state.token_ids:
             state.num_cached = event.num_cached
+        state.timing = event.timing
         text = state.stream.push(token_id)
         if finish is not None and state.stream.stopped_by is None:
             text += state.stream.finish()
@@ -149,9 +150,8 @@ class Choices:
         if state.stream.stopped_by is not None:
             state.finish, state.stop_reason = "stop", state.stream.stopped_by
             assert state.key is not None
-            state.timing = event.timing or self._generations.abandon(state.key, "stop")
+            self._generations.abandon(state.key, "stop")
         elif finish is not None:
-            state.timing = event.timing
             state.finish = _NAMES[finish]
             if finish is FinishReason.STOP and token_id not in self._silent_stops:
                 state.stop_reason = token_id

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from afd_server.core.clock import Clock
 from afd_server.core.errors import AFDError, Overloaded, ProtocolError, WorkerFailed
-from afd_server.core.request import FinishReason, Request, SamplingParams
+from afd_server.core.request import FinishReason, Request, SamplingParams, time_per_token_s
 from afd_server.core.topology import Role, Topology
 from afd_server.gateway.asker import Asker
 from afd_server.policy.admission import RETRY_AFTER_S, FirstTokenQueue
@@ -54,8 +54,8 @@ class Timing:
 class TokenEvent:
     """A journalled token of a choice, and whether it was the last.
 
-    `num_cached` is how many tokens of the prompt its attempt found computed; `timing` comes with
-    the last one.
+    `num_cached` is how many tokens of the prompt its attempt found computed, `timing` how the
+    request was served up to this token.
     """
 
     choice: int
@@ -151,13 +151,12 @@ class Generations:
         self._assign(entry)
         return entry.key
 
-    def abandon(self, key: int, reason: str) -> Timing | None:
+    def abandon(self, key: int, reason: str) -> None:
         """End a request that needs no more tokens; does nothing if it has ended."""
         entry = self._live.get(key)
-        if entry is None:
-            return None
-        self._cancel_attempt(entry)
-        return self._end(entry, reason)
+        if entry is not None:
+            self._cancel_attempt(entry)
+            self._end(entry, reason)
 
     def fail_all(self, error: AFDError) -> None:
         """End every live request with an error."""
@@ -238,8 +237,8 @@ class Generations:
         entry.fruitless = 0
         self._time_token(entry)
         if event.finish is not None:
-            event = replace(event, timing=self._end(entry, event.finish.name.lower()))
-        entry.events.put_nowait(event)
+            self._end(entry, event.finish.name.lower())
+        entry.events.put_nowait(replace(event, timing=_timing_of(entry)))
 
     def _time_token(self, entry: JournalEntry) -> None:
         now = self._clock.now()
@@ -300,17 +299,16 @@ class Generations:
             max(RETRY_AFTER_S, waited_s),
             "queue_timeout",
         )
-        self._fail(entry, error)
+        self._end(entry, "refused")
+        entry.events.put_nowait(FailureEvent(entry.choice, error))
 
-    def _end(self, entry: JournalEntry, reason: str) -> Timing | None:
-        """Forget a request; return how it was served if it has had a token."""
+    def _end(self, entry: JournalEntry, reason: str) -> None:
         del self._live[entry.key]
         self.queue.leave(entry.key)
         timing = _timing_of(entry)
         self._metrics.finished(reason, timing.tpot_s if timing else None)
         if timing is not None:
             self._metrics.judged(timing.slo_met)
-        return timing
 
     def _request_of(self, entry: JournalEntry) -> Request:
         """Return a request as it stands: the rest of the way, and of the time."""
@@ -336,9 +334,7 @@ def _timing_of(entry: JournalEntry) -> Timing | None:
     """Return how a request was served so far; None before its first token."""
     if entry.first_token_s is None or entry.last_token_s is None:
         return None
-    gaps, slo = len(entry.emitted_ids) - 1, entry.asker.slo
     ttft_s = entry.first_token_s - entry.arrived_s
-    tpot_s = (entry.last_token_s - entry.first_token_s) / gaps if gaps else None
-    in_time = slo.ttft_s is None or ttft_s <= slo.ttft_s
-    in_pace = slo.tpot_s is None or tpot_s is None or tpot_s <= slo.tpot_s
-    return Timing(ttft_s, tpot_s, entry.queue_s, in_time and in_pace)
+    times_s = (entry.first_token_s, entry.last_token_s)
+    tpot_s = time_per_token_s(times_s, len(entry.emitted_ids))
+    return Timing(ttft_s, tpot_s, entry.queue_s, entry.asker.slo.is_met(ttft_s, tpot_s))

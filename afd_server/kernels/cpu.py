@@ -2,8 +2,7 @@
 
 Tensors are passed by address, without copies. The library for the best instruction set of this
 machine is taken; all of them give the same bits. Rows and activations are float32; weights are
-kept as int8, float32 or bfloat16, keys and values as float32, bfloat16
-or int8 with a scale.
+kept as int8, float32 or bfloat16, keys and values as float32, bfloat16 or int8 with a scale.
 """
 
 import ctypes

@@ -1,7 +1,7 @@
 """A name for the bits that this machine computes.
 
 Two workers of equal fingerprint give equal bits for equal input, as far as fixed test vectors
-can tell; only such workers may stand in for each other (docs/protocol.md, section 4).
+can tell; only such workers may stand in for each other (docs/protocol.md, section 7).
 """
 
 import hashlib

@@ -136,7 +136,7 @@ class AttentionHalf(Protocol):
 
 
 class FFNHalf(Protocol):
-    """The feed-forward weights of a worker's part, and nothing else."""
+    """The feed-forward weights that a worker of either side holds, and nothing else."""
 
     def partial_sum(self, layer: int, rows: Tensor) -> Tensor:
         """Return this part's share of the layer's FFN output, of a call's rows.

@@ -160,7 +160,7 @@ def split_heads(qkv: Tensor, shape: GQASpec) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class DenseFFN:
-    """The FFN half: gate, up and down projections of a column shard, for every layer.
+    """The FFN half: gate, up and down projections of a column shard, for every layer held.
 
     Memory after loading: its own part of the tensors as the kernels pack them (the compute
     dtype, or a byte an element with int8). While loading, twice one layer's part of the largest

@@ -135,7 +135,7 @@ def check_capacity(config: AdmissionConfig, num_live: int, num_new: int) -> None
 
 
 def check_reachable(tpot_s: float, alone_s: float) -> None:
-    """Refuse a target that not even a request alone would meet.
+    """Refuse a target that not even a request alone would come near.
 
     Raises:
         InvalidRequest: so it is.

@@ -2,15 +2,14 @@
 
 A sequence that is ahead of its schedule has earned slack, which may be spent on the prompts of
 others; one that is behind has a debt, which is repaid before any prompt goes on. All predictions
-come from what steps have taken so far (`policy.step_time`).
+come from what steps have taken so far, those of a calibration first (`policy.step_time`).
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
 from math import inf
 
 from afd_server.core.sequence import Sequence
-from afd_server.policy.step_time import StepLoad, StepTimeModel
+from afd_server.policy.step_time import StepLoad, StepTimeModel, with_prefill, with_row
 
 HEADROOM = 0.94  # of a target: tokens are due that much earlier than was promised
 LONGEST_GAP = 1.7  # targets: slack or not, no prefill makes a step longer
@@ -130,27 +129,3 @@ def is_decoding(sequence: Sequence) -> bool:
 def _targets(sequences: Iterable[Sequence]) -> list[float]:
     targets = (sequence.request.slo.tpot_s for sequence in sequences)
     return [target for target in targets if target is not None]
-
-
-def with_row(load: StepLoad, sequence: Sequence) -> StepLoad:
-    """Return a load with one more sequence that decodes."""
-    return replace(load, rows=load.rows + 1, keys=load.keys + len(sequence.token_ids))
-
-
-def with_prefill(load: StepLoad, start: int, num_tokens: int) -> StepLoad:
-    """Return a load with more tokens of a prompt, from a position on."""
-    return replace(
-        load,
-        prefill=load.prefill + num_tokens,
-        prefill_keys=load.prefill_keys + num_tokens * (start + num_tokens / 2),
-    )
-
-
-def beside(loads: Iterable[StepLoad]) -> StepLoad:
-    """Return an empty load beside the steps of other lanes."""
-    others = list(loads)
-    return StepLoad(
-        others=len(others),
-        other_rows=sum(load.rows for load in others),
-        other_prefill=sum(load.prefill for load in others),
-    )

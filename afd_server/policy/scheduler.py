@@ -11,9 +11,9 @@ from afd_server.core.errors import ConfigError
 from afd_server.core.request import FinishReason, Request
 from afd_server.core.sequence import Sequence, SequenceState
 from afd_server.policy.blocks import BlockPool, longest_fitting
-from afd_server.policy.pace import Pace, beside, with_prefill, with_row
+from afd_server.policy.pace import Pace
 from afd_server.policy.prefix import extend_chain
-from afd_server.policy.step_time import StepLoad
+from afd_server.policy.step_time import StepLoad, beside, with_prefill, with_row
 from afd_server.policy.tables import BlockTables
 
 RESERVED_TOKENS = 256  # that a running sequence is taken to want still, if it may

@@ -8,9 +8,10 @@ quickly is the speed of the machine, one factor for all of them.
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from afd_server.core.batch import StepPlan
+from afd_server.core.sequence import Sequence
 
 MEMORY_STEPS = 2000  # after so many steps an observation counts a third for the costs
 SPEED_STEPS = 25  # the same for the speed
@@ -51,6 +52,30 @@ class StepLoad:
     other_prefill: float = 0
 
 
+def beside(loads: Iterable[StepLoad]) -> StepLoad:
+    """Return an empty load beside the steps of other lanes."""
+    others = list(loads)
+    return StepLoad(
+        others=len(others),
+        other_rows=sum(load.rows for load in others),
+        other_prefill=sum(load.prefill for load in others),
+    )
+
+
+def with_row(load: StepLoad, sequence: Sequence) -> StepLoad:
+    """Return a load with one more sequence that decodes."""
+    return replace(load, rows=load.rows + 1, keys=load.keys + len(sequence.token_ids))
+
+
+def with_prefill(load: StepLoad, start: int, num_tokens: int) -> StepLoad:
+    """Return a load with more tokens of a prompt, from a position on."""
+    return replace(
+        load,
+        prefill=load.prefill + num_tokens,
+        prefill_keys=load.prefill_keys + num_tokens * (start + num_tokens / 2),
+    )
+
+
 def load_of(plan: StepPlan, others: Iterable[StepLoad]) -> StepLoad:
     """Return what a step has to do, beside those in other lanes."""
     rows = keys = prefill = prefill_keys = 0.0
@@ -61,16 +86,8 @@ def load_of(plan: StepPlan, others: Iterable[StepLoad]) -> StepLoad:
             rows, keys = rows + 1, keys + seen
         else:
             prefill, prefill_keys = prefill + tokens, prefill_keys + seen
-    beside = list(others)
-    return StepLoad(
-        rows,
-        keys,
-        prefill,
-        prefill_keys,
-        len(beside),
-        sum(load.rows for load in beside),
-        sum(load.prefill for load in beside),
-    )
+    load = beside(others)
+    return replace(load, rows=rows, keys=keys, prefill=prefill, prefill_keys=prefill_keys)
 
 
 def _features(load: StepLoad) -> tuple[float, ...]:

@@ -7,7 +7,7 @@ from itertools import count
 
 from afd_server.core.batch import Sampled, StepPlan, StepResult
 from afd_server.core.errors import Overloaded
-from afd_server.core.request import SLO, Request, SamplingParams
+from afd_server.core.request import SLO, Request, SamplingParams, time_per_token_s
 from afd_server.policy.admission import AdmissionConfig, FirstTokenQueue, check_capacity
 from afd_server.policy.scheduler import Scheduler, SchedulerConfig
 from afd_server.policy.step_time import StepLoad, load_of
@@ -38,9 +38,8 @@ class Outcome:
 
     @property
     def tpot_s(self) -> float | None:
-        """Return the mean gap between tokens; None for fewer than two."""
-        times = self.token_times_s
-        return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+        """Return the mean time per output token after the first; None for fewer than two."""
+        return time_per_token_s(self.token_times_s, len(self.token_times_s))
 
     @property
     def ttft_s(self) -> float | None:

@@ -177,7 +177,7 @@ class Combine:
     """FFN → attention: the partial sum [answers, hidden] of a dispatch, or why not.
 
     A row has one answer; in a routed layer with some of its experts elsewhere, one for each of
-    those that are there (`models.routing.answers_of`).
+    those that are there (`models.routing.answers_of`). Of the head it is the logits of the part.
 
     `call_epoch` is the epoch under which the dispatch was sent. `refusal` is empty unless the
     dispatch was refused. `taken_us` is when the dispatch was taken in, on the FFN worker's own

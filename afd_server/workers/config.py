@@ -17,7 +17,7 @@ class AttentionConfig:
 
     `num_lanes` is None if the worker is to find out, which it can with an FFN pool only.
     `resend_s` is how long an FFN call may go unanswered before it is sent again; `holds_back` as
-    in `policy.scheduler`.
+    in `policy.scheduler`; with `calibrates` the scheduler learns at the start what steps take.
     """
 
     num_lanes: int | None
@@ -29,6 +29,7 @@ class AttentionConfig:
     prefix_caching: bool
     resend_s: float = 2.0
     holds_back: bool = False
+    calibrates: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,9 @@ class FFNConfig:
     `num_parts` is the number of column shards: 1 when workers hold whole FFNs. `num_groups` groups
     of so many workers hold the experts, `num_replicas` groups each of them
     (`core.topology.Placement`). `max_gather_rows` limits the rows computed together.
-    `dense_layers` is the pool that holds the layers without experts, `lm_head` that of the head.
-    `hot_experts` are those, (layer, expert), that have the replicas; None: all have them.
+    `dense_layers` is the pool that holds the layers without experts and the shared experts of the
+    others, `lm_head` that of the head. `hot_experts` are those, (layer, expert), that have the
+    replicas; None: all have them.
     """
 
     parallel: FFNParallel

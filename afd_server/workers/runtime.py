@@ -299,7 +299,7 @@ def build_attention_worker(
     )
     weights.keep()
     num_lanes: int | Calibration | None = config.num_lanes
-    if num_lanes is None or config.holds_back:
+    if num_lanes is None or config.calibrates:
         num_lanes = Calibration(
             scheduler,
             kv,

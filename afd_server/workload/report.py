@@ -15,7 +15,7 @@ from math import sqrt
 from statistics import linear_regression
 from typing import Any  # Any: a report is JSON
 
-from afd_server.core.request import SLO
+from afd_server.core.request import SLO, time_per_token_s
 
 PERCENTILES = (50, 90, 95, 99)
 
@@ -57,9 +57,7 @@ class RequestRecord:
     @property
     def tpot_s(self) -> float | None:
         """Return the mean time per output token after the first; None for fewer than two."""
-        if self.num_output_tokens < 2:
-            return None
-        return (self.chunk_times_s[-1] - self.chunk_times_s[0]) / (self.num_output_tokens - 1)
+        return time_per_token_s(self.chunk_times_s, self.num_output_tokens)
 
     @property
     def gaps_s(self) -> list[float]:
@@ -74,10 +72,11 @@ class RequestRecord:
         """
         if self.outcome is not Outcome.COMPLETED:
             return False
-        ttft_s = default.ttft_s if self.slo.ttft_s is None else self.slo.ttft_s
-        tpot_s = default.tpot_s if self.slo.tpot_s is None else self.slo.tpot_s
-        in_time = ttft_s is None or self.ttft_s <= ttft_s
-        return in_time and (tpot_s is None or self.tpot_s is None or self.tpot_s <= tpot_s)
+        slo = SLO(
+            default.ttft_s if self.slo.ttft_s is None else self.slo.ttft_s,
+            default.tpot_s if self.slo.tpot_s is None else self.slo.tpot_s,
+        )
+        return slo.is_met(self.ttft_s, self.tpot_s)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

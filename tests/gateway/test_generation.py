@@ -110,7 +110,7 @@ def test_tokens_in_order_reach_the_client_and_the_last_ends_the_request():
     bench.clock.advance(0.04)
     bench.token(1, 2, finish=FinishReason.STOP)
     first, last = bench.heard()
-    assert first == TokenEvent(0, 50, None, 0)
+    assert first == TokenEvent(0, 50, None, 0, first.timing)
     assert last == TokenEvent(0, 2, FinishReason.STOP, 0, last.timing)
     assert bench.generations.num_live == 0
 

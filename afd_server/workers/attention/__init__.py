@@ -1,1 +1,1 @@
-"""The attention worker: requests, KV blocks, lanes, sampling. Knows no FFN weights."""
+"""The attention worker: requests, KV blocks, lanes, sampling, and its FFN calls."""

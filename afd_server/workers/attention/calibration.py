@@ -27,7 +27,6 @@ PREFILL_TOKENS = 64
 LONGEST_S = 1.0  # no further step after this, once each size was timed
 UNMEASURED_LANES = 2  # one computes while the other is away
 
-
 Tables = tuple[tuple[int, ...], ...]  # of blocks, for each KV group
 
 

@@ -58,8 +58,9 @@ class AttentionWorker:
         kv: as many blocks as the scheduler hands out.
         scheduler: decides; this class does.
         sampler: turns logits into tokens.
-        num_lanes: micro-batches in flight, or what finds out how many there should be once
-            there is an FFN pool. Until then one lane runs its steps, and requests wait.
+        num_lanes: micro-batches in flight, or a calibration, which says how many there should be
+            after some steps of its own. These begin with the first topology, in one lane, and
+            requests wait.
         vocab_size: token ids at or above it are refused.
         max_model_len: so are sequences of this length.
         ffn: has FFN calls computed.
