@@ -30,6 +30,7 @@ from afd_server.kernels.table import (
 )
 
 LIBRARIES = Path(__file__).parent / "native"
+INTERFACE = 1  # as `afd_interface` of native/kernels.cpp
 COLUMNS = 16  # output channels interleaved in a packed block, as kernels.cpp has it
 
 WeightFormat = Literal["int8", "float32", "bfloat16"]
@@ -85,7 +86,7 @@ def native_kernels(weights: WeightFormat, build: str | None = None) -> Kernels:
         build: one of `available_builds`; None for the best.
 
     Raises:
-        ConfigError: nothing was built for this machine.
+        ConfigError: nothing was built for this machine, or from other sources.
     """
     builds = available_builds()
     if not builds or (build is not None and build not in builds):
@@ -93,7 +94,7 @@ def native_kernels(weights: WeightFormat, build: str | None = None) -> Kernels:
             f"no native CPU kernels ({build or 'any'}) in {LIBRARIES}: the installation found no "
             "C++ compiler; install g++ and reinstall"
         )
-    library = ctypes.CDLL(str(_library_path(build or builds[0])))
+    library = _load(_library_path(build or builds[0]))
     quantised = weights == "int8"
     return Kernels(
         name=f"native-{weights}",
@@ -165,6 +166,16 @@ def _library_path(name: str) -> Path:
 _POINTER, _SIZE, _FLAG, _FLOAT, _DOUBLE = (
     ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_double,
 )  # fmt: skip
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    """Load a library; one that takes other arguments would crash, so it is refused."""
+    library = ctypes.CDLL(str(path))
+    if not hasattr(library, "afd_interface") or library.afd_interface() != INTERFACE:
+        raise ConfigError(
+            f"{path} was built from other sources than this package; install the package again"
+        )
+    return library
 
 
 def _quantise(library: ctypes.CDLL) -> Callable[[Tensor], Tensor]:

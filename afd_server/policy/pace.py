@@ -12,6 +12,7 @@ from afd_server.core.sequence import Sequence
 from afd_server.policy.step_time import StepLoad, StepTimeModel, with_prefill, with_row
 
 HEADROOM = 0.94  # of a target: tokens are due that much earlier than was promised
+DECODE_SHARE = 0.82  # of a target that decoding alone may come to take; the rest is for prompts
 LONGEST_GAP = 1.7  # targets: slack or not, no prefill makes a step longer
 EXPECTED_GROWTH = 64  # tokens by which a sequence is taken to grow when it is judged
 PATIENCE = 10  # targets without any prefill, after which some is done at anybody's cost
@@ -94,7 +95,7 @@ class Pace:
             return True
         if any(self.due_s(s) + min(targets) < now_s for s in running if is_decoding(s)):
             return False  # debts first
-        return self.decode_step_s(everybody) <= min(targets) * HEADROOM
+        return self.decode_step_s(everybody) <= min(targets) * DECODE_SHARE
 
     def decode_step_s(self, sequences: list[Sequence]) -> float:
         """Return the expected time of a step when these decode, evenly spread over the lanes.
