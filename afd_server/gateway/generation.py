@@ -8,15 +8,17 @@ import asyncio
 import logging
 import math
 import secrets
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from afd_server.core.clock import Clock
 from afd_server.core.errors import AFDError, Overloaded, ProtocolError, WorkerFailed
 from afd_server.core.request import FinishReason, Request, SamplingParams, time_per_token_s
-from afd_server.core.topology import Role, Topology
+from afd_server.core.topology import Member, Role, Topology
 from afd_server.gateway.asker import Asker
 from afd_server.policy.admission import RETRY_AFTER_S, FirstTokenQueue
-from afd_server.policy.router import choose_worker
+from afd_server.policy.router import PrefixMap, choose_worker, prefix_blocks
 from afd_server.telemetry.metrics import GatewayMetrics
 from afd_server.transport.endpoint import Endpoint
 from afd_server.transport.messages import (
@@ -120,6 +122,8 @@ class Generations:
         self._metrics = metrics
         self._live: dict[int, JournalEntry] = {}
         self.queue = FirstTokenQueue()
+        self._prefixes = PrefixMap()
+        self._step_s: dict[str, float] = {}  # by attention worker, what it expects of a step
         self._next_key = secrets.randbits(62)  # unlike those of a gateway before this one
 
     @property
@@ -194,8 +198,13 @@ class Generations:
                     entry.queue_s = queued_us / 1e6
                 self._take_token(entry, index, event, bits_float(bits))
 
+    def expect_step(self, worker: str, step_s: float) -> None:
+        """Note what an attention worker expects of a step in which all that it has decode."""
+        self._step_s[worker] = step_s
+
     def follow(self, topology: Topology) -> None:
         """Give requests of lost workers to others, and waiting ones to new workers."""
+        self._step_s = {w: s for w, s in self._step_s.items() if topology.find(w) is not None}
         for entry in list(self._live.values()):
             if entry.worker is None or topology.find(entry.worker) is None:
                 self._assign(entry)
@@ -262,11 +271,7 @@ class Generations:
             return
         pool = self._endpoint.topology.pool(Role.ATTENTION)
         workers = [member for member in pool if member.incarnation != avoid] or pool
-        load: dict[str, int] = {}
-        for other in self._live.values():
-            if other.worker is not None and other is not entry:
-                load[other.worker] = load.get(other.worker, 0) + other.num_live_tokens
-        worker = choose_worker(workers, load)
+        worker = self._choose_worker(entry, workers)
         entry.worker = worker.incarnation if worker else None
         if worker is None:
             return
@@ -276,6 +281,24 @@ class Generations:
         if entry.attempt > 1:
             self._metrics.resubmitted()
         self._submit(entry)
+
+    def _choose_worker(self, entry: JournalEntry, workers: Sequence[Member]) -> Member | None:
+        """Return the worker that has the least to do with a request on top, if there is any."""
+        if len(workers) < 2:
+            return choose_worker(workers, {})
+        blocks = prefix_blocks(entry.prompt_ids, entry.asker.salt)
+        work = Counter({w.incarnation: 0 for w in workers})
+        for other in self._live.values():
+            if other.worker is not None and other is not entry:
+                work[other.worker] += other.num_live_tokens
+        for worker in workers:
+            work[worker.incarnation] -= self._prefixes.num_tokens(blocks, worker.incarnation)
+        target_s = entry.asker.slo.tpot_s or math.inf
+        late = {name for name, step_s in self._step_s.items() if step_s > target_s}
+        chosen = choose_worker(workers, work, late)
+        if chosen is not None:
+            self._prefixes.note(blocks, chosen.incarnation)
+        return chosen
 
     def _submit(self, entry: JournalEntry) -> None:
         assert entry.worker is not None

@@ -222,6 +222,7 @@ class Service:
             sender.name, report.rows, report.resends, report.bad_frames, report.dropped_events
         )
         if sender.role is Role.ATTENTION:
+            self.generations.expect_step(sender.incarnation, report.step_us / 1e6)
             self.metrics.expected_steps(sender.name, report.step_us / 1e6, report.alone_us / 1e6)
             self.metrics.prefix_cache(
                 sender.name,

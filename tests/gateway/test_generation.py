@@ -297,6 +297,32 @@ def test_requests_spread_over_the_workers():
     assert sorted(peer for peer, _, _ in submits(bench.endpoint.take())) == ["w0", "w0", "w1"]
 
 
+def test_requests_that_begin_alike_meet_at_one_worker_as_long_as_it_is_not_much_busier():
+    bench = Bench(*WORKERS)  # with a request of 8 tokens at w0
+
+    def worker_of(prompt):
+        bench.endpoint.take()
+        bench.generations.start(0, prompt, SamplingParams(max_tokens=5), ASKER, bench.events)
+        return submits(bench.endpoint.take())[0][0]
+
+    alike = tuple(range(300))
+    assert worker_of(alike) == "w1"
+    assert worker_of(alike[:280]) == "w0", "w1 has 305 tokens to do, and 256 of this computed"
+    assert worker_of(tuple(range(900, 1200))) == "w0"
+    assert worker_of(alike) == "w1", "w0 has 585 tokens to do, w1 305"
+    assert worker_of(alike[:270]) == "w0"
+
+
+def test_a_worker_whose_steps_are_too_long_is_avoided():
+    bench = Bench(*WORKERS)
+    bench.generations.expect_step("w1", 0.06)
+    bench.start()
+    assert [peer for peer, _, _ in submits(bench.endpoint.take())] == ["w0", "w0"]
+    bench.generations.expect_step("w1", 0.04)
+    bench.start()
+    assert [peer for peer, _, _ in submits(bench.endpoint.take())] == ["w1"]
+
+
 def test_rows_of_another_shape_are_refused():
     bench = Bench()
     with pytest.raises(ProtocolError):

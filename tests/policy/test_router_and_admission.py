@@ -10,7 +10,7 @@ from afd_server.policy.admission import (
     check_reachable,
     fit_max_tokens,
 )
-from afd_server.policy.router import choose_worker
+from afd_server.policy.router import BLOCK_TOKENS, PrefixMap, choose_worker, prefix_blocks
 
 WORKERS = [Member(Role.ATTENTION, slot, f"i{slot}", "ipc://x", "f") for slot in range(3)]
 LIMITS = AdmissionConfig(max_live_requests=4, max_model_len=100)
@@ -18,6 +18,32 @@ LIMITS = AdmissionConfig(max_live_requests=4, max_model_len=100)
 
 def test_the_least_loaded_worker_is_chosen_and_the_lowest_slot_among_equals():
     assert choose_worker(WORKERS, {"i0": 5, "i1": 2, "i2": 2}) is WORKERS[1]
+
+
+def test_a_worker_that_is_too_slow_for_the_target_is_the_last_choice():
+    assert choose_worker(WORKERS, {"i1": 5, "i2": 7}, {"i0"}) is WORKERS[1]
+    assert choose_worker(WORKERS, {"i0": 9, "i1": 5}, {"i0", "i1", "i2"}) is WORKERS[2]
+
+
+def test_workers_are_known_by_the_beginnings_of_prompts_that_they_were_given():
+    prefixes, prompt = PrefixMap(), list(range(4 * BLOCK_TOKENS + 1))
+    prefixes.note(prefix_blocks(prompt, "a"), "w0")
+    assert prefixes.num_tokens(prefix_blocks(prompt, "a"), "w0") == 4 * BLOCK_TOKENS
+    assert prefixes.num_tokens(prefix_blocks(prompt, "a"), "w1") == 0
+    assert prefixes.num_tokens(prefix_blocks(prompt, "b"), "w0") == 0, "another tenant's"
+    turned = [*prompt[: 2 * BLOCK_TOKENS], 7, *prompt]
+    assert prefixes.num_tokens(prefix_blocks(turned, "a"), "w0") == 2 * BLOCK_TOKENS
+    assert prefix_blocks(prompt[:BLOCK_TOKENS], "a") == [], "its last token is computed anyway"
+
+
+def test_the_oldest_beginnings_are_forgotten(monkeypatch):
+    monkeypatch.setattr("afd_server.policy.router.MOST_BLOCKS", 3)
+    prefixes, blocks = PrefixMap(), [bytes([number]) for number in range(4)]
+    prefixes.note(blocks[:2], "w")
+    prefixes.note(blocks[:1], "w")
+    prefixes.note(blocks[2:], "w")
+    assert prefixes.num_tokens(blocks[:1], "w") == BLOCK_TOKENS
+    assert prefixes.num_tokens(blocks[1:], "w") == 0
 
 
 def test_without_workers_there_is_no_choice():
