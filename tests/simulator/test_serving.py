@@ -126,6 +126,31 @@ def test_no_cap_on_concurrency_does_better_in_the_same_time():
     assert within(simulation(2).run(arrivals)) >= max(capped)
 
 
+class AIMD(ServingSimulation):
+    """No targets; as many live requests as additive increase, multiplicative decrease finds."""
+
+    limit = 8.0
+
+    def _end_step(self, plan, now_s):
+        before = dict(self._live)
+        super()._end_step(plan, now_s)
+        for key in before.keys() - self._live.keys():
+            is_late = (before[key].tpot_s or 0.0) > 0.05
+            self.limit = max(1.0, self.limit * 0.7) if is_late else self.limit + 1 / self.limit
+        self._admission = replace(self._admission, max_live_requests=int(self.limit))
+
+
+def test_a_limit_on_concurrency_that_follows_missed_targets_does_no_better():
+    arrivals = poisson(6.4, 0, 90, random.Random(9))
+    ours = simulation(9).run(arrivals)
+    plain = simulation(9, mode="off")
+    theirs = AIMD(plain.scheduler._config, plain._admission, plain._step_s).run(
+        [replace(arrival, slo=SLO()) for arrival in arrivals]
+    )
+    assert goodput(ours, 90) >= goodput(theirs, 90)
+    assert attainment(ours) >= 0.99
+
+
 def test_a_burst_is_survived_and_over_soon_after():
     rng = random.Random(3)
     arrivals = [
