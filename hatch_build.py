@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -35,17 +36,17 @@ class NativeParts(BuildHookInterface):
         package = Path(self.root) / "afd_server"
         kernels = package / "kernels" / "native" / "kernels.cpp"
         intel = platform.machine() in ("x86_64", "AMD64")
-        for name in BUILDS if intel else ["portable"]:
-            self.compile(compiler, kernels, name, BUILDS[name], build_data)
+        parts = [(kernels, name, BUILDS[name]) for name in (BUILDS if intel else ["portable"])]
         if sys.platform == "linux":
-            self.compile(compiler, package / "transport/native/ring.cpp", "ring", [], build_data)
+            parts.append((package / "transport/native/ring.cpp", "ring", []))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # a build takes a minute or two of a core
+            libraries = list(pool.map(lambda part: self.compile(compiler, *part), parts))
+        build_data["artifacts"] += [str(library.relative_to(self.root)) for library in libraries]
         build_data["pure_python"] = False
         build_data["infer_tag"] = True
 
-    def compile(
-        self, compiler: str, source: Path, name: str, flags: list[str], build_data: dict
-    ) -> None:
+    def compile(self, compiler: str, source: Path, name: str, flags: list[str]) -> Path:
         library = source.parent / f"libafd_{name}.so"
         command = [compiler, *FLAGS, *flags, str(source), "-o", str(library)]
         subprocess.run(command, check=True)
-        build_data["artifacts"].append(str(library.relative_to(self.root)))
+        return library
