@@ -3,6 +3,7 @@
 Knows nothing of tensors or wires: it sees sequences, blocks and lanes, and is told the time.
 """
 
+import heapq
 from collections import Counter
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from afd_server.policy.prefix import extend_chain
 from afd_server.policy.step_time import StepLoad, beside, with_prefill, with_row
 from afd_server.policy.tables import BlockTables
 
+MOST_TURNS = 8  # waiting sequences that are looked at in a step
 RESERVED_TOKENS = 256  # that a running sequence is taken to want still, if it may
 
 
@@ -241,13 +243,11 @@ class Scheduler:
 
     def _admit(self, now_s: float) -> None:
         """Give waiting sequences their place while there are blocks for all they know already."""
-        held_back: list[Sequence] = []
-        while len(self._running) < self._config.max_num_seqs:
-            sequence = self._next_waiting(held_back)
-            if sequence is None:
-                return
+        waiting, num_held_back = self._by_turn(), 0
+        while num_held_back < len(waiting) and len(self._running) < self._config.max_num_seqs:
+            sequence = waiting[num_held_back]
             if not sequence.is_promised and not self._may_begin(sequence, now_s):
-                held_back.append(sequence)
+                num_held_back += 1
                 continue
             self._take_over(sequence)
             num_computed, num_tokens = sequence.num_computed, len(sequence.token_ids)
@@ -258,9 +258,15 @@ class Scheduler:
             sequence.state = SequenceState.RUNNING
             self._running.append(sequence)
             self._running.sort(key=lambda s: s.arrival)
+            waiting, num_held_back = self._by_turn(), 0
 
-    def _next_waiting(self, held_back: list[Sequence]) -> Sequence | None:
-        """Return whose turn it is: begun before, then by priority, tenant and deadline."""
+    def _by_turn(self) -> list[Sequence]:
+        """Return who may be next: begun before, then by priority, tenant and deadline.
+
+        They are few: if those are held back, so are the others, unless they ask for much less.
+        """
+        if not self._waiting:
+            return []
         running = Counter(s.request.tenant for s in self._running)
 
         def turn(sequence: Sequence) -> tuple[bool, int, int, float, int]:
@@ -268,7 +274,7 @@ class Scheduler:
             num_running = running[request.tenant]
             return not sequence.is_promised, request.priority, num_running, due_s, sequence.arrival
 
-        return min((s for s in self._waiting if s not in held_back), key=turn, default=None)
+        return heapq.nsmallest(MOST_TURNS, self._waiting, key=turn)
 
     def _may_begin(self, sequence: Sequence, now_s: float) -> bool:
         """Tell whether a new sequence can be begun without harm to those that run.
