@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from afd_server.core.request import Request, SamplingParams
 from afd_server.core.topology import FFNParallel, Role
@@ -16,7 +17,7 @@ from afd_server.workers.attention.sampler import Sampler
 from afd_server.workers.config import Numerics
 from afd_server.workers.tensors import to_payload
 from support.checkpoints import tiny_llama
-from support.experts import EXPERT_WRITERS, tiny_routed
+from support.experts import EXPERT_WRITERS, tiny_routed, write_qwen3_moe
 from support.families import family
 from support.pools import EXACT, Pools
 
@@ -116,6 +117,21 @@ def test_all_one_or_few_of_the_experts_over_five_workers_give_the_tokens_of_one(
     five = run(Pools(directory, num_ffn=5, parallel=FFNParallel.EXPERT), requests, logits_of)
     assert five[0] == one[0]
     assert all(torch.equal(five[1][place], row) for place, row in one[1].items())
+
+
+def test_all_tokens_may_go_to_one_expert(tmp_path, logits_of):
+    write_qwen3_moe(tmp_path, chosen=1)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("mlp.gate.weight"):
+            tensor.zero_()  # of equal scores the first expert's is taken
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    requests = make_requests(3, 8)
+    one = run(Pools(tmp_path), requests, logits_of)
+    five = Pools(tmp_path, num_ffn=5, parallel=FFNParallel.EXPERT)
+    assert run(five, requests, logits_of)[0] == one[0]
+    calls = [w.num_steps for name, w in five.workers.items() if name.startswith("ffn")]
+    assert [count > 0 for count in calls] == [True] * 3 + [False] * 2, "three layers, one each"
 
 
 def test_dense_layers_between_routed_ones_lie_with_one_worker_each(logits_of):

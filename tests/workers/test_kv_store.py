@@ -1,5 +1,7 @@
 """The memory of the blocks is what the model's spec says a token takes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -32,6 +34,17 @@ def test_values_that_are_keys_take_no_memory():
     for keys, values in KVStore(spec, num_blocks=5, block_size=4, dtype=torch.float32).layers:
         assert keys.shape == values.shape == (5, 1, 4, 32)
         assert keys.data_ptr() == values.data_ptr()
+
+
+def test_deepseek_v3_takes_576_elements_of_memory_for_a_token_and_layer():
+    spec = read_model_spec(Path(__file__).parents[2] / "configs" / "deepseek-v3")
+    store = KVStore(spec, num_blocks=3, block_size=4, dtype=torch.bfloat16)
+    storages = {s.data_ptr(): s.nbytes() for layer in store.layers for s in map(storage, layer)}
+    assert sum(storages.values()) == 61 * 3 * 4 * 576 * 2
+
+
+def storage(blocks):
+    return blocks.untyped_storage()
 
 
 def test_latent_attention_caches_the_latent_and_one_rotated_key():
