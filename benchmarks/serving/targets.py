@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--server-flags", default="")
     parser.add_argument("--duration-s", type=float, default=30.0)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rate", type=float, help="the highest that is held, if it is known")
     options = parser.parse_args()
     duration = ("--duration-s", options.duration_s)
     points = []
@@ -86,8 +87,10 @@ def main() -> None:
           "Gap p99 ms | TTFT p50 / p99 ms | Refused | p99 ms until refused |")  # fmt: skip
     print("| --- " * 11 + "|")
     with serving(options, slo_mode="enforce") as server:
-        found = bench(server.url, "--find-goodput", "--request-rate", 2, "--duration-s", 20)
-        best = found["goodput_rate"]
+        best = options.rate
+        if best is None:
+            found = bench(server.url, "--find-goodput", "--request-rate", 2, "--duration-s", 20)
+            best = found["goodput_rate"]
         for load in LOADS:
             for seed in range(options.seeds):
                 run = bench(server.url, "--request-rate", load * best, "--seed", seed, *duration)
