@@ -209,12 +209,17 @@ def test_a_client_that_cannot_keep_up_says_so():
     assert any("the client is the bottleneck" in line for line in lines)
 
 
+def hear_ctrl_c():
+    """Undo what a shell does to jobs in its background, where the tests may run."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_leaves_a_partial_result_marked_as_such(tmp_path):
     path = tmp_path / "r.json"
     with faking() as fake:
         process = subprocess.Popen(
             command("bench", "--url", fake.url, "--request-rate", 20, "--output", path),
-            stdout=subprocess.PIPE, env=environment(tmp_path),
+            preexec_fn=hear_ctrl_c, stdout=subprocess.PIPE, env=environment(tmp_path),
         )  # fmt: skip
         while len(fake.bodies) < 5:
             assert process.poll() is None
