@@ -70,9 +70,9 @@ class FirstTokenQueue:
         """Take out a request that waits no more, if it is there."""
         self._waiting.pop(key, None)
 
-    def expected_wait_s(self, priority: int, tenant: str, num_new: int = 1) -> float:
-        """Return how long the last of some new requests would wait for those ahead of it."""
-        return self._interval_s * (self._num_ahead(priority, tenant) + num_new - 1)
+    def expected_wait_s(self, priority: int, tenant: str) -> float:
+        """Return how long a new request would wait for those ahead of it."""
+        return self._interval_s * self._num_ahead(priority, tenant)
 
     def check(
         self,
@@ -95,12 +95,12 @@ class FirstTokenQueue:
             )
         num_ahead = self._num_ahead(priority, tenant)
         most_s = inf if ttft_s is None else WAIT_SHARE * ttft_s
-        wait_s = self.expected_wait_s(priority, tenant, num_new)
-        if num_ahead + num_new <= config.max_queued_requests and wait_s <= most_s:
+        wait_s = self._interval_s * (num_ahead + num_new - 1)
+        is_full = num_ahead + num_new > config.max_queued_requests
+        if not is_full and wait_s <= most_s:
             return
         own = sum(waiting == (priority, tenant) for waiting in self._waiting.values())
         is_own_doing = own > 0 and self._interval_s * (num_ahead - own) <= most_s
-        is_full = num_ahead + num_new > config.max_queued_requests
         raise Overloaded(
             f"{num_ahead} requests wait before this one, for some {wait_s:.1f} s; try again later",
             min(LONGEST_RETRY_S, max(wait_s - most_s, self._interval_s, 0.05)),

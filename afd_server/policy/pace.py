@@ -35,11 +35,12 @@ class Pace:
 
     def due_s(self, sequence: Sequence) -> float:
         """Return when the next token of a sequence is due; without a target, never."""
-        tpot_s, first_s = sequence.request.slo.tpot_s, sequence.first_token_s
-        if first_s is not None and tpot_s is not None:
-            return first_s + sequence.num_since_first * tpot_s * HEADROOM
-        ttft_s = sequence.request.slo.ttft_s
-        return inf if ttft_s is None else sequence.arrived_s + ttft_s
+        slo, first_s = sequence.request.slo, sequence.first_token_s
+        if first_s is None:
+            return inf if slo.ttft_s is None else sequence.arrived_s + slo.ttft_s
+        if slo.tpot_s is None:
+            return inf
+        return first_s + sequence.num_since_first * slo.tpot_s * HEADROOM
 
     def can_wait(
         self, sequence: Sequence, load: StepLoad, tightest: Sequence, now_s: float

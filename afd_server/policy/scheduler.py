@@ -155,10 +155,12 @@ class Scheduler:
 
     def expire(self, now_s: float) -> list[Request]:
         """Give up those that were held back for too long; return them, to be refused."""
+        if not self._config.holds_back:
+            return []
         late = [s for s in self._waiting if not s.is_promised and self.pace.due_s(s) < now_s]
-        for sequence in late if self._config.holds_back else ():
+        for sequence in late:
             self._end(sequence, FinishReason.REFUSED)
-        return [sequence.request for sequence in late if sequence.finish is not None]
+        return [sequence.request for sequence in late]
 
     def plan(self, lane: int, now_s: float) -> StepPlan | None:
         """Choose the next micro-batch of a free lane, or None if there is nothing to do.

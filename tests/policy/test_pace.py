@@ -47,6 +47,10 @@ def test_a_token_is_due_one_target_after_the_other_counted_from_the_first(pace):
     assert pace.due_s(Sequence(Request(1, (1,), SamplingParams(max_tokens=1)), 0, 0.0)) > 1e9
 
 
+def test_without_a_target_for_its_pace_a_sequence_that_has_begun_is_never_due(pace):
+    assert pace.due_s(decoding(100.0, 4, tpot_s=None)) == float("inf")
+
+
 def test_slack_that_was_earned_is_spent_on_prefill_but_not_in_one_gap(pace):
     now_s = 100.0
     late, even, ahead = (decoding(now_s - 0.047 * k, n) for k, n in [(5, 4), (4, 4), (1, 4)])
