@@ -298,9 +298,9 @@ def build_attention_worker(
         config.resend_s,
     )
     weights.keep()
-    num_lanes: int | Calibration | None = config.num_lanes
-    if num_lanes is None or config.calibrates:
-        num_lanes = Calibration(
+    calibration = None
+    if config.num_lanes is None or config.calibrates:
+        calibration = Calibration(
             scheduler,
             kv,
             config.max_num_seqs,
@@ -317,7 +317,8 @@ def build_attention_worker(
         kv,
         scheduler,
         Sampler(kernels),
-        num_lanes,
+        calibration,
+        config.num_lanes or 1,
         model_spec.vocab_size,
         config.max_model_len,
         ffn,

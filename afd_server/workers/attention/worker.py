@@ -58,9 +58,9 @@ class AttentionWorker:
         kv: as many blocks as the scheduler hands out.
         scheduler: decides; this class does.
         sampler: turns logits into tokens.
-        num_lanes: micro-batches in flight, or a calibration, which says how many there should be
-            after some steps of its own. These begin with the first topology, in one lane, and
-            requests wait.
+        calibration: comes before all requests, in one lane, and says how many are opened then;
+            None if there is nothing to find out.
+        num_lanes: micro-batches in flight without a calibration.
         vocab_size: token ids at or above it are refused.
         max_model_len: so are sequences of this length.
         ffn: has FFN calls computed.
@@ -76,7 +76,8 @@ class AttentionWorker:
         kv: KVStore,
         scheduler: Scheduler,
         sampler: Sampler,
-        num_lanes: int | Calibration,
+        calibration: Calibration | None,
+        num_lanes: int,
         vocab_size: int,
         max_model_len: int,
         ffn: FFNClient,
@@ -97,8 +98,8 @@ class AttentionWorker:
         self._max_model_len = max_model_len
         self._connected: set[str] = set()
         self._sampler = sampler
-        self._calibration = num_lanes if isinstance(num_lanes, Calibration) else None
-        num_open = num_lanes if isinstance(num_lanes, int) else 1
+        self._calibration = calibration
+        num_open = num_lanes if calibration is None else 1
         self._lanes = [Lane(index, sampler) for index in range(num_open)]
         self._idle: list[Lane] = list(self._lanes)
         self._runnable: deque[Lane] = deque()  # idle with a chance of work, or with their sum in
