@@ -27,6 +27,16 @@ class Asker:
     slo: SLO
 
 
+def api_key(headers: Mapping[str, str]) -> str | None:
+    """Return the API key in the form of an `authorization` header, or None if there is none.
+
+    `x-api-key` is where Anthropic's clients send it. It is not looked at beside an
+    `authorization`: who must show that one to a proxy would be as many tenants as they like.
+    """
+    authorization, key = headers.get("authorization"), headers.get("x-api-key")
+    return f"Bearer {key}" if authorization is None and key is not None else authorization
+
+
 def targets_of(headers: Mapping[str, str], default: SLO) -> SLO:
     """Return the targets that `x-slo-ttft-ms` and `x-slo-tpot-ms` name, else the default ones.
 
@@ -63,7 +73,7 @@ def tenant_salt(secret: bytes, authorization: str | None, cache_salt: str | None
 
     Args:
         secret: drawn when the gateway starts, 16 bytes or more.
-        authorization: the header of that name as it came, or None.
+        authorization: what `api_key` returns.
         cache_salt: the field of the body, or None.
     """
     named = json.dumps([authorization, cache_salt]).encode()

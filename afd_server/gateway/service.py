@@ -12,7 +12,7 @@ from afd_server.core.errors import ProtocolError, WorkerFailed
 from afd_server.core.model_spec import read_model_spec
 from afd_server.core.request import SLO
 from afd_server.core.topology import Member, Role
-from afd_server.gateway.asker import Asker, targets_of, tenant_salt
+from afd_server.gateway.asker import Asker, api_key, targets_of, tenant_salt
 from afd_server.gateway.byte_codec import byte_codec
 from afd_server.gateway.config import GatewaySpec
 from afd_server.gateway.expert_view import ExpertView
@@ -100,7 +100,7 @@ class Service:
         Raises:
             InvalidRequest: a target in the headers is nonsense.
         """
-        key = headers.get("authorization")
+        key = api_key(headers)
         salt = tenant_salt(self._salt_secret, key, cache_salt)
         tenant = tenant_salt(self._salt_secret, key, None)
         slo = targets_of(headers, self.admission.slo)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from afd_server.core.errors import InvalidRequest
 from afd_server.core.request import SLO
-from afd_server.gateway.asker import targets_of, tenant_salt
+from afd_server.gateway.asker import api_key, targets_of, tenant_salt
 
 SECRET = bytes(16)
 maybe_text = st.none() | st.text()
@@ -39,6 +39,15 @@ def test_a_salt_says_nothing_of_the_api_key_to_those_without_the_secret():
 
 def test_a_lone_surrogate_is_a_cache_salt_like_any_other():
     assert tenant_salt(SECRET, None, "\ud800") != tenant_salt(SECRET, None, "\ud801")
+
+
+def test_a_key_is_the_same_in_the_header_of_either_dialect():
+    assert api_key({"x-api-key": "k"}) == api_key({"authorization": "Bearer k"}) == "Bearer k"
+    assert api_key({}) is None
+
+
+def test_a_second_key_beside_an_authorization_makes_no_other_tenant():
+    assert api_key({"authorization": "Bearer a", "x-api-key": "b"}) == "Bearer a"
 
 
 DEFAULT = SLO(ttft_s=4.0, tpot_s=0.05)
