@@ -7,7 +7,7 @@ keeps its text state.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any  # Any: values of a stranger's JSON, checked where they are used
@@ -97,48 +97,72 @@ class TextCodec:
         Raises:
             InvalidRequest: there is no template, or it refuses these messages.
         """
-        if self._template is None:
-            raise InvalidRequest("this model has no chat template; use /v1/completions", "messages")
-        marks = self._marks([message["content"] for message in messages])
+        marked, literals = self._mark(messages)
+        return self._encode_marked(self._render(marked, add_generation_prompt=True), literals)
+
+    def encode_open_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Render a conversation up to the end of its last message, for the model to go on there.
+
+        A private-use character at that end shows where the template puts it.
+
+        Raises:
+            InvalidRequest: as `encode_chat`, and if the template repeats or drops the end.
+        """
+        end = next(_free_characters([message["content"] for message in messages]), "")
+        last = {**messages[-1], "content": messages[-1]["content"] + end}
+        marked, literals = self._mark([*messages[:-1], last])
+        rendered = self._render(marked, add_generation_prompt=False)
+        if rendered.count(end) != 1:
+            raise InvalidRequest(
+                "this model's chat template does not let the last message be continued; "
+                "end with one of another role",
+                "messages",
+            )
+        return self._encode_marked(rendered[: rendered.index(end)], literals)
+
+    def _mark(
+        self, messages: Sequence[Mapping[str, str]]
+    ) -> tuple[list[dict[str, str]], dict[str, str]]:
+        """Replace special tokens in the contents by characters found in none of them.
+
+        Returns:
+            The messages, and the special token that each of these characters stands for.
+        """
+        contents = [message["content"] for message in messages]
+        found = dict.fromkeys(
+            literal for text in contents for literal in self._special.findall(text)
+        )
+        marks = dict(zip(found, _free_characters(contents), strict=False))
+        if len(marks) < len(found):
+            raise InvalidRequest("the messages use up all private-use characters", "messages")
         marked = [
             {**message, "content": self._special.sub(lambda m: marks[m[0]], message["content"])}
             for message in messages
         ]
-        literals = {mark: literal for literal, mark in marks.items()}
-        pieces = re.split(f"([{''.join(literals)}])" if literals else r"(?!)", self._render(marked))
+        return marked, {mark: literal for literal, mark in marks.items()}
+
+    def _render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+        if self._template is None:
+            raise InvalidRequest("this model has no chat template; use /v1/completions", "messages")
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._template_tokens,
+            )
+        except TemplateError as error:
+            raise InvalidRequest(f"the chat template refuses: {error}", "messages") from error
+
+    def _encode_marked(self, text: str, literals: Mapping[str, str]) -> list[int]:
+        pieces = re.split(f"([{''.join(literals)}])" if literals else r"(?!)", text)
         ids: list[int] = []
         for piece in filter(None, pieces):
             literal = literals.get(piece)
             tokenizer = self.tokenizer if literal is None else self._literal_tokenizer
             ids += tokenizer.encode(literal or piece, add_special_tokens=False).ids
         return ids
-
-    def _marks(self, contents: Sequence[str]) -> dict[str, str]:
-        """Choose for each special token spelled in the contents a character found in none."""
-        found = dict.fromkeys(
-            literal for text in contents for literal in self._special.findall(text)
-        )
-        if not found:
-            return {}
-        used = set().union(*contents)
-        free = (char for char in map(chr, PRIVATE_USE) if char not in used)
-        marks = dict(zip(found, free, strict=False))
-        if len(marks) < len(found):
-            raise InvalidRequest("the messages use up all private-use characters", "messages")
-        return marks
-
-    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        assert self._template is not None, "rendering needs a template"
-        try:
-            return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self._template_tokens,
-            )
-        except TemplateError as error:
-            raise InvalidRequest(f"the chat template refuses: {error}", "messages") from error
 
 
 class TextStream:
@@ -223,6 +247,12 @@ class TextStream:
         found = ((self._held.find(stop), stop) for stop in self._stop)
         matches = [(start, stop) for start, stop in found if start >= 0]
         return min(matches, key=lambda match: (match[0] + len(match[1]), match[0]), default=None)
+
+
+def _free_characters(contents: Sequence[str]) -> Iterator[str]:
+    """Yield the private-use characters found in none of the contents."""
+    used = set().union(*contents)
+    yield from (char for char in map(chr, PRIVATE_USE) if char not in used)
 
 
 class _GenerationTag(Extension):

@@ -194,6 +194,33 @@ def test_chats_are_tokenised_as_transformers_does(messages):
     assert CODEC.encode_chat(messages) == expected
 
 
+@given(CONVERSATIONS, st.text(alphabet="helo wrd\n<|im_end|>ü你\ue000", min_size=1))
+@settings(max_examples=200, deadline=None)
+def test_an_open_chat_goes_on_where_the_last_message_ends(messages, begun):
+    assume(begun[0] not in " \n" and not begun.isspace())  # the template trims beginnings
+    opened = [*messages, {"role": "assistant", "content": begun}]
+    ids = CODEC.encode_open_chat(opened)
+    assert LITERAL.decode(ids, skip_special_tokens=False).endswith(f"assistant\n{begun}")
+    before = CODEC.encode_chat(messages)
+    assert ids[: len(before) - 2] == before[:-2]  # but for how the last line is cut into tokens
+    assert sum(map(CODEC.special_ids.__contains__, ids)) == sum(
+        map(CODEC.special_ids.__contains__, before)
+    )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+    ],
+)
+def test_a_template_that_repeats_or_drops_the_last_message_cannot_go_on_with_it(template):
+    codec = TextCodec(TOKENIZER.to_str(), template, TOKENS)
+    with pytest.raises(InvalidRequest, match="does not let the last message be continued"):
+        codec.encode_open_chat([*user("hello"), {"role": "assistant", "content": "w"}])
+
+
 @given(CONVERSATIONS)
 @settings(max_examples=200, deadline=None)
 def test_no_content_can_change_the_control_tokens(messages):
