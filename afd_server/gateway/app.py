@@ -11,9 +11,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from afd_server.gateway import errors
+from afd_server.gateway.anthropic_routes import anthropic_routes
 from afd_server.gateway.config import GatewaySpec
+from afd_server.gateway.openai_routes import openai_routes
 from afd_server.gateway.ops import ops_routes
-from afd_server.gateway.routes import openai_routes
 from afd_server.gateway.service import Service
 from afd_server.telemetry.log import configure_logging
 
@@ -40,6 +41,7 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="afd_server", lifespan=lifespan, docs_url=None, redoc_url=None)
     errors.install(app)
     app.include_router(openai_routes(service))
+    app.include_router(anthropic_routes(service))
     app.include_router(ops_routes(service))
     return app
 

@@ -3,18 +3,22 @@
 import logging
 import math
 import random
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from afd_server.api import sse
-from afd_server.api.openai import ErrorBody, error_body, validation_error
+from afd_server.api import anthropic, openai
+from afd_server.api.body import validation_error
 from afd_server.core.errors import AFDError, InvalidRequest, Overloaded, WorkerFailed
 
 log = logging.getLogger(__name__)
+
+ANTHROPIC_PATH = "/v1/messages"  # here and below clients expect Anthropic's errors
 
 
 class ModelNotFound(InvalidRequest):
@@ -25,30 +29,64 @@ class NotReady(AFDError):
     """The server is starting or stopping."""
 
 
-def describe(error: Exception) -> tuple[int, ErrorBody]:
-    """Return the HTTP status and body of an error."""
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What a client may know of an error, with OpenAI's status and code."""
+
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+
+
+def describe(error: Exception) -> Failure:
+    """Say what went wrong; log it if that is not known."""
     if isinstance(error, ValidationError):
         error = validation_error(error)
     match error:
         case ModelNotFound():
-            return 404, error_body(str(error), "invalid_request_error", "model", "model_not_found")
+            return Failure(404, str(error), "model_not_found", "model")
         case InvalidRequest():
-            return 400, error_body(
-                str(error), "invalid_request_error", error.param, "invalid_value"
-            )
+            return Failure(400, str(error), "invalid_value", error.param)
         case Overloaded(is_own_doing=True):
-            return 429, error_body(str(error), "rate_limit_error", None, "slow_down")
+            return Failure(429, str(error), "slow_down")
         case Overloaded():
-            return 503, error_body(str(error), "server_error", None, "server_is_overloaded")
+            return Failure(503, str(error), "server_is_overloaded")
         case NotReady():
-            return 503, error_body(str(error), "server_error", None, "server_is_starting")
+            return Failure(503, str(error), "server_is_starting")
         case WorkerFailed():
-            return 503, error_body(str(error), "server_error", None, "worker_failed")
+            return Failure(503, str(error), "worker_failed")
         case HTTPException():
-            kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-            return error.status_code, error_body(str(error.detail), kind)
+            return Failure(error.status_code, str(error.detail))
     log.exception("unexpected error", exc_info=error)
-    return 500, error_body("the server failed on this request", "server_error", None, "internal")
+    return Failure(500, "the server failed on this request", "internal")
+
+
+def openai_body(error: Exception) -> tuple[int, openai.ErrorBody]:
+    """Return the HTTP status and body of an error in OpenAI's dialect."""
+    failure = describe(error)
+    kind = "invalid_request_error" if failure.status < 500 else "server_error"
+    if failure.status == 429:
+        kind = "rate_limit_error"
+    return failure.status, openai.error_body(failure.message, kind, failure.param, failure.code)
+
+
+def anthropic_body(error: Exception, request_id: str) -> tuple[int, anthropic.ErrorBody]:
+    """Return the HTTP status and body of an error in Anthropic's dialect.
+
+    It has no place for the parameter's name, so the message must say it.
+    """
+    failure = describe(error)
+    is_full = isinstance(error, Overloaded) and not error.is_own_doing
+    status = anthropic.OVERLOADED if is_full else failure.status
+    names = failure.param is None or failure.param in failure.message
+    message = failure.message if names else f"{failure.param}: {failure.message}"
+    return status, anthropic.error_body(status, message, request_id)
+
+
+def new_request_id() -> str:
+    """Return an id for an answer in Anthropic's dialect."""
+    return f"req_{uuid.uuid4().hex}"
 
 
 def retry_headers(error: Exception) -> dict[str, str]:
@@ -63,20 +101,26 @@ def retry_headers(error: Exception) -> dict[str, str]:
     return headers
 
 
-async def answer(_request: Request, error: Exception) -> JSONResponse:
-    """Turn an error into the response that OpenAI's clients understand."""
-    status, body = describe(error)
-    return JSONResponse(body, status, headers=retry_headers(error))
+async def answer(request: Request, error: Exception) -> JSONResponse:
+    """Turn an error into the response that the clients of this path understand."""
+    headers = retry_headers(error)
+    if request.url.path.startswith(ANTHROPIC_PATH):
+        request_id = new_request_id()
+        status, body = anthropic_body(error, request_id)
+        return JSONResponse(body, status, headers={**headers, "request-id": request_id})
+    status, openai_error = openai_body(error)
+    return JSONResponse(openai_error, status, headers=headers)
 
 
-async def end_openly(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Pass a stream on; an error becomes its last event, since the status has been sent."""
+async def end_openly(
+    events: AsyncIterator[bytes], failure: Callable[[Exception], bytes]
+) -> AsyncIterator[bytes]:
+    """Pass a stream on; an error becomes its end, since the status has been sent."""
     try:
         async for event in events:
             yield event
     except Exception as error:  # noqa: BLE001  a stream never ends in silence
-        yield sse.json_event(describe(error)[1])
-    yield sse.DONE
+        yield failure(error)
 
 
 def install(app: FastAPI) -> None:

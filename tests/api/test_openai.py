@@ -6,6 +6,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import ValidationError
 
 from afd_server.api import openai as api
+from afd_server.api.body import sampling_params, validation_error
 from afd_server.core.errors import InvalidRequest
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -25,11 +26,11 @@ def _parse(kind, body):
     try:
         return kind.model_validate_json(json.dumps(body))
     except ValidationError as error:
-        raise api.validation_error(error) from error
+        raise validation_error(error) from error
 
 
 def sampling(body, choice=0):
-    return api.sampling_params(
+    return sampling_params(
         body, seed=1, choice=choice, max_tokens=4, eos_token_ids=(2,), vocab_size=10
     )
 
@@ -189,7 +190,7 @@ def test_a_value_out_of_range_is_refused_by_name(field, value):
 def test_a_wrong_message_is_refused_by_its_path(message, param):
     with pytest.raises(ValidationError) as caught:
         api.ChatCompletionRequest.model_validate({"messages": [*HELLO, message]})
-    assert api.validation_error(caught.value).param == param
+    assert validation_error(caught.value).param == param
 
 
 @pytest.mark.parametrize("prompt", [[], [[]], ["a", 1], [1, [2]], [1.5], [True], {}, 7, [["a"]]])
@@ -215,7 +216,7 @@ def test_errors_are_one_sentence_and_do_not_repeat_the_whole_value():
 def test_a_body_of_another_kind_is_refused(raw, text, param):
     with pytest.raises(ValidationError) as caught:
         api.ChatCompletionRequest.model_validate_json(raw)
-    wrong = api.validation_error(caught.value)
+    wrong = validation_error(caught.value)
     assert text in str(wrong)
     assert wrong.param == param
 

@@ -9,6 +9,10 @@ def test_an_event_is_one_data_line_and_an_empty_one():
     assert sse.event("x") == sse.event(b"x") == b"data: x\n\n"
 
 
+def test_an_event_may_have_a_name():
+    assert sse.json_event({"a": 1}, "ping") == b'event: ping\ndata: {"a":1}\n\n'
+
+
 def test_an_event_of_several_lines_is_a_bug_of_ours():
     with pytest.raises(AssertionError, match="single line"):
         sse.event("a\nb")

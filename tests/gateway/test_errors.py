@@ -5,9 +5,18 @@ import json
 
 import pytest
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 
 from afd_server.core.errors import InvalidRequest, Overloaded, WorkerFailed
-from afd_server.gateway.errors import ModelNotFound, NotReady, describe, end_openly, retry_headers
+from afd_server.gateway.errors import (
+    ModelNotFound,
+    NotReady,
+    answer,
+    anthropic_body,
+    end_openly,
+    openai_body,
+    retry_headers,
+)
 
 
 @pytest.mark.parametrize(
@@ -23,7 +32,7 @@ from afd_server.gateway.errors import ModelNotFound, NotReady, describe, end_ope
     ],
 )
 def test_each_error_has_its_status_and_code(error, status, code):
-    got, body = describe(error)
+    got, body = openai_body(error)
     assert (got, body["error"]["code"]) == (status, code)
     assert "secret" not in body["error"]["message"]
 
@@ -39,20 +48,67 @@ def test_overload_says_when_to_return_with_jitter():
     assert retry_headers(InvalidRequest("bad")) == {}
 
 
-@pytest.mark.parametrize("error", [WorkerFailed("gone"), KeyError("secret")])
-def test_a_stream_that_fails_says_so_and_ends_in_done(error):
+FULL = Overloaded("full", 2.0, "queue_full")
+OWN_DOING = Overloaded("yours", 2.0, "expected_wait", is_own_doing=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (InvalidRequest("n is bad", "n"), 400, "invalid_request_error"),
+        (ModelNotFound("no model"), 404, "not_found_error"),
+        (HTTPException(404, "Not Found"), 404, "not_found_error"),
+        (HTTPException(413, "too large"), 413, "request_too_large"),
+        (OWN_DOING, 429, "rate_limit_error"),
+        (RuntimeError("secret"), 500, "api_error"),
+        (WorkerFailed("gone"), 503, "api_error"),
+        (NotReady("soon"), 503, "api_error"),
+        (FULL, 529, "overloaded_error"),
+    ],
+)
+def test_each_error_has_its_status_and_type_in_anthropics_dialect(error, status, kind):
+    got, body = anthropic_body(error, "req_1")
+    assert (got, body["error"]["type"], body["request_id"]) == (status, kind, "req_1")
+    assert "secret" not in body["error"]["message"]
+
+
+def test_a_message_for_anthropics_clients_names_the_field():
+    def message(error):
+        return anthropic_body(error, "req_1")[1]["error"]["message"]
+
+    assert message(InvalidRequest("max_tokens: too low", "max_tokens")) == "max_tokens: too low"
+    assert message(InvalidRequest("too long", "messages")) == "messages: too long"
+    assert message(InvalidRequest("not JSON")) == "not JSON"
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "status"),
+    [
+        ("/v1/messages", FULL, 529),
+        ("/v1/messages/count_tokens", OWN_DOING, 429),
+        ("/v1/chat/completions", FULL, 503),
+        ("/v1/completions", OWN_DOING, 429),
+    ],
+)
+def test_the_path_decides_on_the_dialect_and_every_refusal_says_when_to_return(path, error, status):
+    response = asyncio.run(answer(Request({"type": "http", "path": path, "headers": []}), error))
+    body = json.loads(response.body)
+    assert response.status_code == status
+    assert int(response.headers["retry-after"]) >= 2
+    assert int(response.headers["retry-after-ms"]) >= 2000
+    assert response.headers["x-afd-reject-reason"] == error.reason
+    is_anthropic = path.startswith("/v1/messages")
+    assert (body.get("type") == "error") == is_anthropic
+    assert body.get("request_id") == response.headers.get("request-id")
+    assert ("request-id" in response.headers) == is_anthropic
+
+
+def test_a_stream_that_fails_ends_with_the_failure():
     async def events():
-        yield b"data: 1\n\n"
-        raise error
+        yield b"1"
+        raise WorkerFailed("gone")
 
     async def collect():
-        return [event async for event in end_openly(events())]
+        return [event async for event in end_openly(events(), lambda error: repr(error).encode())]
 
-    first, failure, done = asyncio.run(collect())
-    assert first == b"data: 1\n\n"
-    assert json.loads(failure.removeprefix(b"data: "))["error"]["code"] in (
-        "worker_failed",
-        "internal",
-    )
-    assert b"secret" not in failure
-    assert done == b"data: [DONE]\n\n"
+    assert asyncio.run(collect()) == [b"1", b"WorkerFailed('gone')"]

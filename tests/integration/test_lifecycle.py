@@ -1,5 +1,6 @@
 """Servers of other shapes: topologies, tcp, replicas, settings; Ctrl-C; the status command."""
 
+import re
 import signal
 import subprocess
 
@@ -106,7 +107,22 @@ def test_settings_come_from_file_environment_and_flags_in_rising_order(short_dir
         process.communicate(timeout=30)
 
 
-def test_ctrl_c_ends_running_streams_openly_and_leaves_nothing(short_dir):
+@pytest.mark.parametrize(
+    ("path", "fields", "ending"),
+    [
+        (
+            "/v1/completions",
+            BODY,
+            r'data: .*("finish_reason":"length"|"error").*\ndata: \[DONE\]',
+        ),
+        (
+            "/v1/messages",
+            {"messages": [{"role": "user", "content": "a"}], "temperature": 0},
+            r'event: message_stop\n.*|event: error\ndata: \{"type":"error",.*',
+        ),
+    ],
+)
+def test_ctrl_c_ends_running_streams_openly_and_leaves_nothing(short_dir, path, fields, ending):
     process = subprocess.Popen(
         command("serve", tiny_llama()[0], "--launcher", "local", "--port", 0,
                 "--shutdown-timeout-s", 0.2),
@@ -119,14 +135,13 @@ def test_ctrl_c_ends_running_streams_openly_and_leaves_nothing(short_dir):
 
         children = psutil.Process(process.pid).children(recursive=True)
         url = output.split()[1]
-        body = {**BODY, "max_tokens": 500, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as response:
+        body = {**fields, "max_tokens": 480, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url}{path}", json=body, timeout=30) as response:
             lines = response.iter_lines()
             next(lines)
             process.send_signal(signal.SIGINT)
             rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]"
-        assert '"finish_reason":"length"' in rest[-2] or '"error"' in rest[-2]
+        assert re.fullmatch(ending, "\n".join(rest[-2:]))
         assert process.wait(30) == 0
         assert_nothing_left(children, short_dir)
     finally:

@@ -1,0 +1,98 @@
+"""The Anthropic routes and how their answers are written."""
+
+import uuid
+from collections.abc import Iterable, Sequence
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from afd_server.api import anthropic, sse
+from afd_server.gateway.choices import ChoiceState, Piece
+from afd_server.gateway.errors import ANTHROPIC_PATH, anthropic_body, new_request_id
+from afd_server.gateway.exchange import admit, answer, plan_choices, read_body
+from afd_server.gateway.service import Service
+
+
+def anthropic_routes(service: Service) -> APIRouter:
+    """Return the routes of Anthropic's Messages API."""
+    router = APIRouter(prefix=ANTHROPIC_PATH)
+
+    @router.post("")
+    async def messages(request: Request) -> Response:
+        body = await read_body(service, request, anthropic.MessagesRequest)
+        asker = admit(service, request, body, 1)
+        prompt = _encode(service, body)
+        plans = plan_choices(service, body, [prompt], "messages", body.max_tokens)
+        writer = MessageWriter(service.model_name, new_request_id())
+        return await answer(service, request, asker, plans, writer, body.stream)
+
+    @router.post("/count_tokens")
+    async def count_tokens(request: Request) -> JSONResponse:
+        body = await read_body(service, request, anthropic.CountTokensRequest)
+        count: anthropic.TokenCount = {"input_tokens": len(_encode(service, body))}
+        return JSONResponse(count, headers={"request-id": new_request_id()})
+
+    return router
+
+
+class MessageWriter:
+    """Writes /v1/messages answers.
+
+    A stream opens with its first token: only then it is known how much of the prompt was cached.
+    """
+
+    keep_alive = sse.json_event(anthropic.PING, anthropic.PING["type"])
+
+    def __init__(self, model: str, request_id: str) -> None:
+        self.headers = {"request-id": request_id}
+        self._request_id = request_id
+        self._message_id = f"msg_{uuid.uuid4().hex}"
+        self._model = model
+
+    def whole(self, states: Sequence[ChoiceState]) -> anthropic.MessageBody:
+        """Return the answer in one piece."""
+        (state,) = states
+        content = [anthropic.text_block(state.text)]
+        return anthropic.message(
+            self._message_id, self._model, content, _ending(state), _usage(state)
+        )
+
+    def start(self, num_choices: int) -> Iterable[bytes]:
+        """Return nothing yet."""
+        return ()
+
+    def piece(self, piece: Piece, state: ChoiceState) -> Iterable[bytes]:
+        """Return what a token adds, and with the first one what opens the message."""
+        if len(state.token_ids) == 1:
+            yield from map(_framed, anthropic.opening(self._message_id, self._model, _usage(state)))
+        if piece.text:
+            yield _framed(anthropic.text_event(piece.text))
+
+    def end(self, states: Sequence[ChoiceState]) -> Iterable[bytes]:
+        """Return why it ended and what it took."""
+        (state,) = states
+        return map(_framed, anthropic.closing(_ending(state), _usage(state)))
+
+    def failure(self, error: Exception) -> bytes:
+        """Return the error."""
+        _status, body = anthropic_body(error, self._request_id)
+        return sse.json_event(body, body["type"])
+
+
+def _encode(service: Service, body: anthropic.CountTokensRequest) -> list[int]:
+    if body.is_open:
+        return service.codec.encode_open_chat(body.conversation)
+    return service.codec.encode_chat(body.conversation)
+
+
+def _framed(event: anthropic.Event) -> bytes:
+    return sse.json_event(event, event["type"])
+
+
+def _usage(state: ChoiceState) -> anthropic.Usage:
+    return anthropic.make_usage(len(state.plan.prompt_ids), len(state.token_ids), state.num_cached)
+
+
+def _ending(state: ChoiceState) -> anthropic.Ending:
+    assert state.finish is not None, "an unfinished choice cannot be written"
+    return anthropic.make_ending(state.finish, state.stop_reason)

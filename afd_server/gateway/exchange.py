@@ -1,0 +1,235 @@
+"""An HTTP exchange in any dialect: the body in, admitted, planned, answered or streamed.
+
+What a body looks like and how an answer is written is the dialect's: its routes and its `Writer`.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Protocol, TypeVar
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from afd_server.api.body import Body, GenerationBody, check_token_ids, sampling_params
+from afd_server.core.errors import Overloaded
+from afd_server.gateway.asker import Asker
+from afd_server.gateway.choices import ChoicePlan, Choices, ChoiceState, Piece, run_to_end
+from afd_server.gateway.errors import ModelNotFound, NotReady, end_openly
+from afd_server.gateway.service import Service
+from afd_server.policy.admission import check_capacity, fit_max_tokens
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 4 * 2**20
+KEEP_ALIVE_S = 15.0
+SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+BodyType = TypeVar("BodyType", bound=Body)
+Result = TypeVar("Result")
+
+
+class Writer(Protocol):
+    """Writes an answer in one dialect, whole or as the events of a stream.
+
+    Attributes:
+        headers: of the answer, in either form.
+        keep_alive: sent while a stream is quiet.
+    """
+
+    headers: dict[str, str]
+    keep_alive: bytes
+
+    def whole(self, states: Sequence[ChoiceState]) -> Mapping[str, object]:
+        """Return the answer in one piece."""
+
+    def start(self, num_choices: int) -> Iterable[bytes]:
+        """Return what comes before any token."""
+
+    def piece(self, piece: Piece, state: ChoiceState) -> Iterable[bytes]:
+        """Return what a token adds."""
+
+    def end(self, states: Sequence[ChoiceState]) -> Iterable[bytes]:
+        """Return what comes after all choices have ended."""
+
+    def failure(self, error: Exception) -> bytes:
+        """Return how a stream ends that cannot go on."""
+
+
+async def read_body(service: Service, request: Request, kind: type[BodyType]) -> BodyType:
+    """Return the checked body of a request.
+
+    Raises:
+        NotReady: the server is starting or stopping.
+        HTTPException: the body is too large.
+        ValidationError, InvalidRequest: it is not of this kind.
+    """
+    if service.is_draining or not service.is_ready:
+        raise NotReady("the server is stopping" if service.is_draining else "not ready yet")
+    raw = bytearray()
+    async for part in request.stream():
+        raw += part
+        if len(raw) > MAX_BODY_BYTES:
+            raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+    body = kind.model_validate_json(bytes(raw))
+    if body.unknown_fields:
+        log.debug("ignored unknown fields %s", ", ".join(body.unknown_fields))
+    if body.model is not None:
+        check_model(service, body.model)
+    return body
+
+
+def check_model(service: Service, name: str) -> None:
+    """Refuse a model that is not the one served here."""
+    if name != service.model_name:
+        raise ModelNotFound(f"model {name!r} is not served here; use {service.model_name!r}")
+
+
+def admit(service: Service, request: Request, body: GenerationBody, num_new: int) -> Asker:
+    """Return on whose behalf `num_new` choices may run, before any work is done for them.
+
+    Raises:
+        Overloaded: there is no room for them now.
+        InvalidRequest: their targets are nonsense or out of reach.
+    """
+    asker = service.asker_of(request.headers, body.cache_salt, body.priority)
+    admission, generations = service.admission, service.generations
+    try:
+        check_capacity(admission, generations.num_live, num_new)
+        if admission.slo_mode == "enforce":
+            service.check_reachable(asker.slo)
+            generations.queue.check(
+                admission, asker.slo.ttft_s, asker.priority, asker.tenant, num_new
+            )
+    except Overloaded as error:
+        service.metrics.refused(error.reason)
+        raise
+    return asker
+
+
+def plan_choices(
+    service: Service,
+    body: GenerationBody,
+    prompts: list[list[int]],
+    param: str,
+    wanted_tokens: int | None,
+    *,
+    default_tokens: int | None = None,
+    num_choices: int = 1,
+) -> list[ChoicePlan]:
+    """Return a plan for each choice, prompt by prompt; they share a seed.
+
+    Without `wanted_tokens` it is `default_tokens` or what the context leaves.
+
+    Raises:
+        InvalidRequest: a prompt, which came in the field `param`, does not fit.
+    """
+    drawn = secrets.randbits(63)
+    plans = []
+    for prompt_index, prompt in enumerate(prompts):
+        check_token_ids(prompt, service.vocab_size, param)
+        max_tokens = fit_max_tokens(service.admission, len(prompt), wanted_tokens, param)
+        if wanted_tokens is None and default_tokens is not None:
+            max_tokens = min(max_tokens, default_tokens)
+        for choice in range(num_choices):
+            sampling = sampling_params(
+                body,
+                seed=drawn,
+                choice=choice,
+                max_tokens=max_tokens,
+                eos_token_ids=service.eos_token_ids,
+                vocab_size=service.vocab_size,
+            )
+            plans.append(ChoicePlan(prompt_index, tuple(prompt), sampling, body.stop))
+    return plans
+
+
+async def answer(
+    service: Service,
+    request: Request,
+    asker: Asker,
+    plans: list[ChoicePlan],
+    writer: Writer,
+    is_streamed: bool,
+) -> Response:
+    """Generate what is planned and answer with it."""
+    choices = Choices(service.generations, service.codec, plans, asker, service.eos_token_ids)
+    headers = {"x-afd-seed": str(plans[0].sampling.seed), **writer.headers}
+    if is_streamed:
+        stream = _EventStream(choices, writer, headers)
+        if service.admission.slo_mode == "enforce":  # it may still be refused, with a status
+            await stream.begin(request)
+        return stream
+    with choices:
+        states = await _unless_disconnected(request, lambda: run_to_end(choices))
+    if states is None:
+        return Response(status_code=499)  # nobody reads it
+    return JSONResponse(writer.whole(states), headers=headers)
+
+
+class _EventStream(StreamingResponse):
+    """Streams an answer whose generation has begun, and ends the generation with the response.
+
+    It begins before the first byte is asked for, so that the next request is admitted with this
+    one counted; it ends even if the client has left by then and nothing is ever streamed.
+    """
+
+    def __init__(self, choices: Choices, writer: Writer, headers: dict[str, str]) -> None:
+        super().__init__(
+            end_openly(_events(choices, writer), writer.failure),
+            media_type="text/event-stream",
+            headers={**headers, **SSE_HEADERS},
+        )
+        self._choices = choices.__enter__()
+
+    async def begin(self, request: Request) -> None:
+        """Wait until there is something to stream, or nobody to read it.
+
+        Raises:
+            AFDError: there will never be anything.
+        """
+        with contextlib.ExitStack() as ending:
+            ending.push(self._choices)
+            await _unless_disconnected(request, self._choices.begin)
+            ending.pop_all()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.ExitStack() as ending:
+            ending.push(self._choices)
+            await super().__call__(scope, receive, send)
+
+
+async def _events(choices: Choices, writer: Writer) -> AsyncIterator[bytes]:
+    for event in writer.start(len(choices.states)):
+        yield event
+    async for piece in choices.pieces(KEEP_ALIVE_S):
+        if piece is None:
+            yield writer.keep_alive
+            continue
+        for event in writer.piece(piece, choices.states[piece.choice]):
+            yield event
+    for event in writer.end(choices.states):
+        yield event
+
+
+async def _unless_disconnected(
+    request: Request, work: Callable[[], Awaitable[Result]]
+) -> Result | None:
+    """Do the work, or give it up when the client goes away; then return None."""
+    working = asyncio.ensure_future(work())
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
