@@ -57,7 +57,6 @@ PARTS = ("loads", "baselines", "burst", "long", "mixed", "plots")
 ASKED_WITH = {"search": "loads", "sweep": "baselines", **{part: part for part in PARTS}}
 LOADS = (0.5, 1.0, 1.5, 2.0, 3.0)  # of the highest rate that is held
 OVERLOAD = 2.0
-CAPS = (8, 12, 16, 20, 24)
 SHORTER = 0.8  # the duration of each run of the search and of the sweep over caps
 DRAIN_S = 5.0  # until a run of a baseline is cut: most of who are under way have ended
 UNLIMITED = ("--max-num-seqs", "64", "--max-live-requests", "100000")
@@ -130,10 +129,10 @@ class Bench:
             return Contender(label, server.url, lambda: FixedLimit(cap), DRAIN_S)
 
         rates = {}
-        for cap in CAPS:
+        for cap in self._options.caps:
             taker, duration_s = capped(f"cap {cap}", cap), SHORTER * self._options.duration_s
             rates[cap] = self._poisson("sweep", taker, OVERLOAD, 0, duration_s)["goodput"]
-        best = max(CAPS, key=lambda cap: rates[cap])
+        best = max(rates, key=lambda cap: rates[cap])
         target = SLO(tpot_s=self._options.tpot_slo_ms / 1000)
         return [
             Contender("no control", server.url, drain_s=DRAIN_S),
@@ -242,13 +241,14 @@ def keep_for_plots(part: str, load: float, seed: int, result: dict) -> None:
     """Keep the result files of the first seed, and where single requests are drawn, theirs."""
     kinds = []
     if part in ("loads", "baselines") and seed == 0:
-        kinds = ["all", "overload"] if load == OVERLOAD else ["all"]
+        kinds = ["all", *(["ours"] if part == "loads" else [])]
+        kinds += ["overload"] if load == OVERLOAD else []
     elif part == "burst":
         kinds = ["burst"]
     for kind in kinds:
         directory = RUNS / kind
         directory.mkdir(parents=True, exist_ok=True)
-        single = ("tpots", "itls", "ttfts") if kind == "all" else ()
+        single = ("tpots", "itls", "ttfts") if kind in ("all", "ours") else ()
         kept = {key: value for key, value in result.items() if key not in single}
         order = 0 if result["label"] == OURS else 1
         path = directory / f"{order} {part} {load:g} {result['label'].split(' (')[0]}.json"
@@ -256,9 +256,10 @@ def keep_for_plots(part: str, load: float, seed: int, result: dict) -> None:
 
 
 def draw(directory: Path) -> None:
-    """Draw rate, compare and pareto of all loads, cdf under overload, timeline of the burst."""
+    """Draw ours against the rate, all beside each other, gaps under overload and the burst."""
     wanted = {
-        "all": {"rate.png": "rate.png", "compare.png": "compare.png", "pareto.png": "pareto.png"},
+        "ours": {"rate.png": "rate.png"},
+        "all": {"compare.png": "compare.png", "pareto.png": "pareto.png"},
         "overload": {"cdf.png": "cdf.png"},
         "burst": {"timeline-0 burst 3 targets enforced.png": "timeline.png"},
     }
@@ -290,6 +291,12 @@ def parse() -> argparse.Namespace:
         type=float,
         default=50.0,
         help="another one for a machine that needs longer for a token",
+    )
+    parser.add_argument(
+        "--caps",
+        type=lambda text: tuple(map(int, text.split(","))),
+        default=(8, 12, 16, 20, 24),
+        help="of the sweep (default: 8,12,16,20,24)",
     )
     parser.add_argument("--rate", type=float, help="the highest that is held, if it is known")
     parser.add_argument("--parts", type=lambda text: tuple(text.split(",")), default=PARTS,

@@ -112,22 +112,25 @@ def _burst(point: dict) -> Iterator[Verdict]:
         f"{point['attainment']:.1%} of {point['judged']}", point["attainment"] >= LEAST_ATTAINMENT,
     )  # fmt: skip
     burst = point["burst"]
+    after_ms = burst["ttft_after_ms"]
     yield Verdict(
         "3b", f"{NORMAL_AGAIN_S:g} s after it nobody is refused or waits longer than usual",
         f"the last such request came {burst['recovery_s']:.1f} s after it (usual: up to "
         f"{burst['usual_ttft_ms']:.0f} ms; median TTFT {burst['ttft_before_ms']:.0f} ms before, "
-        f"{burst['ttft_after_ms']:.0f} after)",
-        burst["recovery_s"] <= NORMAL_AGAIN_S,
+        f"{'never normal' if after_ms is None else f'{after_ms:.0f}'} after)",
+        after_ms is not None and burst["recovery_s"] <= NORMAL_AGAIN_S,
     )  # fmt: skip
 
 
 def _long(point: dict) -> Iterator[Verdict]:
     long, target_ms = point["long"], point["tpot_slo_ms"]
     longest_ms = LONGEST_GAP * target_ms
+    doubts = "" if long["all_to_the_end"] else "; some streams had ended before it was read"
+    doubts += "" if long["all_served"] else "; not all were served"
     yield Verdict(
         "4a", f"streams beside a long prompt have gaps of at most {longest_ms:g} ms (p99)",
         f"{long['p99_gap_ms']:.0f} ms of {long['num_gaps']} gaps in the {long['read_s']:.1f} s in "
-        f"which {long['num_prompt_tokens']} tokens waited and were read",
+        f"which {long['num_prompt_tokens']} tokens waited and were read{doubts}",
         long["all_served"] and long["p99_gap_ms"] <= longest_ms,
     )  # fmt: skip
     yield Verdict(
