@@ -16,6 +16,7 @@ from afd_server.loadgen.http import Origin, find_origin, get_json
 from afd_server.loadgen.plan import Plan, Point
 from afd_server.loadgen.results import ServerFacts, header_line, make_result, summary_line
 from afd_server.loadgen.run import Run, run_load
+from afd_server.workload.limits import FixedLimit
 from afd_server.workload.report import Outcome, RequestRecord
 from afd_server.workload.search import RateSearch, missed_targets
 
@@ -158,10 +159,9 @@ class _Bench:
                 if record.outcome is not Outcome.COMPLETED:
                     bar.set_postfix_str(f"{record.outcome}: {record.reason}"[:60])
 
-            run = await run_load(
-                self._client(), offers,
-                max_concurrency=point.max_concurrency, limit_s=limit_s, note=note,
-            )  # fmt: skip
+            width = point.max_concurrency
+            limit = None if width is None else FixedLimit(width)
+            run = await run_load(self._client(), offers, limit=limit, limit_s=limit_s, note=note)
         rate = self._plan.recorded_rate() if point.rate_per_s is None else point.rate_per_s
         return make_result(self._config, self._server, point, rate, run), run
 

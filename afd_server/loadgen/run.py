@@ -5,6 +5,7 @@ import resource
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from afd_server.loadgen.client import Client, Prepared
 from afd_server.workload.offers import Offer
@@ -45,11 +46,24 @@ class Run:
     interrupted: bool
 
 
+class Limit(Protocol):
+    """Says how many requests may be under way, and may learn from answers."""
+
+    @property
+    def width(self) -> int:
+        """Return how many, now."""
+        ...
+
+    def note(self, record: RequestRecord, num_under_way: int) -> None:
+        """Take a record of one that has just ended and is still counted."""
+        ...
+
+
 async def run_load(
     client: Client,
     offers: Iterable[Offer],
     *,
-    max_concurrency: int | None = None,
+    limit: Limit | None = None,
     limit_s: float | None = None,
     note: Callable[[RequestRecord], None] = lambda _record: None,
 ) -> Run:
@@ -58,14 +72,14 @@ async def run_load(
     Args:
         client: of the server.
         offers: in order of time; those without one are sent as soon as there is room.
-        max_concurrency: requests under way at once, at most; further ones wait in the client,
-            and that wait is part of their time to first token.
+        limit: to requests under way at once; further ones wait in the client, and that wait is
+            part of their time to first token.
         limit_s: after which everything under way is given up as unfinished.
         note: called with each record at once.
 
     Cancelling the task ends the run in the same way, with `interrupted` set.
     """
-    sender = _Sender(client, max_concurrency, note)
+    sender = _Sender(client, limit, note)
     before, begin_s = _cpu_s(), time.monotonic()
     interrupted = False
     try:
@@ -88,12 +102,12 @@ class _Sender:
     """Sends at the due times and collects the records."""
 
     def __init__(
-        self, client: Client, max_concurrency: int | None, note: Callable[[RequestRecord], None]
+        self, client: Client, limit: Limit | None, note: Callable[[RequestRecord], None]
     ) -> None:
         self.records: list[RequestRecord] = []
         self.late_s: list[float] = []
         self._client = client
-        self._slots = asyncio.Semaphore(max_concurrency) if max_concurrency else None
+        self._room = None if limit is None else _Room(limit)
         self._note = note
 
     async def send_all(self, offers: Iterable[Offer], requests: asyncio.TaskGroup) -> None:
@@ -103,18 +117,38 @@ class _Sender:
             due_s = begin_s + (offer.at_s or 0.0)
             await asyncio.sleep(due_s - time.monotonic())
             self.late_s.append(time.monotonic() - max(due_s, free_s))
-            if self._slots is not None:
-                await self._slots.acquire()
+            if self._room is not None:
+                await self._room.enter()
                 free_s = time.monotonic()
             intended_s = time.monotonic() if offer.at_s is None else due_s
             requests.create_task(self._follow(prepared, intended_s))
 
     async def _follow(self, prepared: Prepared, intended_s: float) -> None:
         record = await self._client.send(prepared, intended_s)
-        if self._slots is not None:
-            self._slots.release()
+        if self._room is not None:
+            self._room.leave(record)
         self.records.append(record)
         self._note(record)
+
+
+class _Room:
+    """Lets one wait until fewer are under way than the limit is wide."""
+
+    def __init__(self, limit: Limit) -> None:
+        self._limit = limit
+        self._num_under_way = 0
+        self._left = asyncio.Event()
+
+    async def enter(self) -> None:
+        while self._num_under_way >= self._limit.width:
+            self._left.clear()
+            await self._left.wait()
+        self._num_under_way += 1
+
+    def leave(self, record: RequestRecord) -> None:
+        self._limit.note(record, self._num_under_way)
+        self._num_under_way -= 1
+        self._left.set()
 
 
 def _cpu_s() -> float:

@@ -1,6 +1,7 @@
 """The loads of the table: those of `afd-server bench`, with fixed lengths and no prompt twice."""
 
 import secrets
+from collections.abc import Mapping
 from itertools import islice, repeat
 
 from afd_server.core.request import SLO
@@ -9,6 +10,7 @@ from afd_server.loadgen.http import find_origin, get_json
 from afd_server.loadgen.run import run_load
 from afd_server.workload.arrivals import arrival_times
 from afd_server.workload.lengths import UniformLengths
+from afd_server.workload.limits import FixedLimit
 from afd_server.workload.offers import Clients, make_offers, synthetic_shapes
 from afd_server.workload.report import Outcome, summarise
 
@@ -26,8 +28,8 @@ class Workload:
         self.shapes = synthetic_shapes(*lengths, f"{seed} {input_len}")
 
 
-async def connect(url: str) -> Client:
-    origin = find_origin(url, {})
+async def connect(url: str, headers: Mapping[str, str] | None = None) -> Client:
+    origin = find_origin(url, headers or {})
     model = (await get_json(origin, "/v1/models"))["data"][0]["id"]
     style = BodyStyle("completions", model, VOCABULARY, secrets.token_hex(8), {})
     return Client(origin, style, TIMEOUT_S)
@@ -53,7 +55,7 @@ async def measure(
         times = arrival_times(rate_per_s, 1.0, count, f"{workload.seed} arrivals")
         load = {"request_rate": rate_per_s, "burstiness": 1.0}
     offers = islice(make_offers(times, workload.shapes, Clients(), ""), count)
-    run = await run_load(client, offers, max_concurrency=width)
+    run = await run_load(client, offers, limit=None if width is None else FixedLimit(width))
     bad = [record for record in run.records if record.outcome is not Outcome.COMPLETED]
     return {
         **load,

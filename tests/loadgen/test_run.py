@@ -8,6 +8,7 @@ from afd_server.core.request import SLO
 from afd_server.loadgen.client import BodyStyle, Client
 from afd_server.loadgen.http import find_origin
 from afd_server.loadgen.run import ClientLoad, run_load
+from afd_server.workload.limits import AIMD, FixedLimit
 from afd_server.workload.offers import Offer, PromptPart, Shape
 from afd_server.workload.report import Outcome, summarise
 from support.fake_openai import faking
@@ -44,16 +45,25 @@ def test_a_slow_server_does_not_slow_its_load_down():
 
 def test_a_cap_lets_requests_wait_in_the_client_and_counts_the_wait():
     with faking(first_s=0.05) as fake:
-        found = run(fake, offers(0.0, 0.0, 0.0), max_concurrency=1)
+        found = run(fake, offers(0.0, 0.0, 0.0), limit=FixedLimit(1))
     ttfts = [record.ttft_s for record in found.records]
     assert ttfts == sorted(ttfts)
     assert ttfts[2] >= 0.15
     assert summarise(found.records, SLO())["max_concurrent_requests"] == 1
 
 
+def test_a_limit_that_learns_is_told_of_every_answer_and_lets_more_in_at_once():
+    limit = AIMD(1, SLO(tpot_s=10.0))
+    with faking(first_s=0.05) as fake:
+        found = run(fake, offers(*[0.0] * 8), limit=limit)
+    assert outcomes(found) == [Outcome.COMPLETED] * 8
+    assert limit.width > 1
+    assert 2 <= summarise(found.records, SLO())["max_concurrent_requests"] <= limit.width
+
+
 def test_requests_without_a_time_follow_each_other_and_wait_for_none():
     with faking(first_s=0.3) as fake:
-        found = run(fake, offers(None, None, None, None), max_concurrency=2)
+        found = run(fake, offers(None, None, None, None), limit=FixedLimit(2))
     assert all(record.ttft_s >= 0.3 for record in found.records)
     assert all(record.sent_s - record.intended_s < 0.2 for record in found.records)
     assert summarise(found.records, SLO())["max_concurrent_requests"] == 2

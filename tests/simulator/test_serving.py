@@ -13,6 +13,8 @@ from afd_server.policy.admission import AdmissionConfig
 from afd_server.policy.scheduler import SchedulerConfig
 from afd_server.policy.step_time import StepLoad
 from afd_server.simulator.serving import Arrival, Outcome, ServingSimulation
+from afd_server.workload.limits import AIMD
+from afd_server.workload.report import RequestRecord
 
 TARGETS = SLO(ttft_s=4.0, tpot_s=0.05)
 CALIBRATION = (
@@ -126,25 +128,33 @@ def test_no_cap_on_concurrency_does_better_in_the_same_time():
     assert within(simulation(2).run(arrivals)) >= max(capped)
 
 
-class AIMD(ServingSimulation):
-    """No targets; as many live requests as additive increase, multiplicative decrease finds."""
+class Limited(ServingSimulation):
+    """No targets; as many live requests as a limit finds, further ones are refused."""
 
-    limit = 8.0
+    def follow(self, limit):
+        self._limit = limit
+        self._admission = replace(self._admission, max_live_requests=limit.width)
+        return self
 
     def _end_step(self, plan, now_s):
         before = dict(self._live)
         super()._end_step(plan, now_s)
-        for key in before.keys() - self._live.keys():
-            is_late = (before[key].tpot_s or 0.0) > 0.05
-            self.limit = max(1.0, self.limit * 0.7) if is_late else self.limit + 1 / self.limit
-        self._admission = replace(self._admission, max_live_requests=int(self.limit))
+        for num_ended, key in enumerate(before.keys() - self._live.keys()):
+            self._limit.note(record_of(before[key]), len(before) - num_ended)
+        self._admission = replace(self._admission, max_live_requests=self._limit.width)
+
+
+def record_of(outcome):
+    at_s, times_s = outcome.arrival.at_s, tuple(outcome.token_times_s)
+    return RequestRecord(at_s, at_s, times_s[-1], times_s, outcome.arrival.num_prompt, len(times_s))
 
 
 def test_a_limit_on_concurrency_that_follows_missed_targets_does_no_better():
     arrivals = poisson(6.4, 0, 90, random.Random(9))
     ours = simulation(9).run(arrivals)
     plain = simulation(9, mode="off")
-    theirs = AIMD(plain.scheduler._config, plain._admission, plain._step_s).run(
+    limited = Limited(plain.scheduler._config, plain._admission, plain._step_s)
+    theirs = limited.follow(AIMD(8, SLO(tpot_s=0.05))).run(
         [replace(arrival, slo=SLO()) for arrival in arrivals]
     )
     assert goodput(ours, 90) >= goodput(theirs, 90)

@@ -1,0 +1,170 @@
+"""What was promised of targets under load, and whether the points of a run hold it."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from afd_server.workload.report import percentile
+
+OURS = "targets enforced"
+LEAST_ATTAINMENT = 0.99
+LEAST_OF_BEST = 0.95  # of the best goodput, at overload
+OVERLOADED = 2.0  # times the highest rate that is held, and more
+REFUSED_WITHIN_MS = 50.0
+NORMAL_AGAIN_S = 5.0
+LONGEST_GAP = 2.0  # targets, beside a long prompt
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A promise with what was measured of it."""
+
+    number: str
+    promise: str
+    measured: str
+    is_held: bool
+
+    def __str__(self) -> str:
+        held = "held    " if self.is_held else "NOT HELD"
+        return f"{held}  {self.number:4} {self.promise}: {self.measured}"
+
+
+def verdicts(points: Sequence[dict]) -> list[Verdict]:
+    """Judge what there is; a promise without points has no verdict."""
+    parts: dict[str, list[dict]] = defaultdict(list)
+    for point in points:
+        parts[point["part"]].append(point)
+    found: list[Verdict] = []
+    if parts["loads"]:
+        found += _loads(_by_load(parts["loads"]))
+    if parts["baselines"]:
+        found += _baselines(_by_load(parts["loads"]), _by_load(parts["baselines"]))
+    for part, judge in (("burst", _burst), ("long", _long)):
+        for point in parts[part]:
+            found += judge(point)
+    if parts["mixed"]:
+        found += _mixed(parts["mixed"])
+    return found
+
+
+def _loads(loads: dict[float, list[dict]]) -> Iterator[Verdict]:
+    shares = {load: _attainment(points) for load, points in loads.items()}
+    yield Verdict(
+        "1a", f"at least {LEAST_ATTAINMENT:.0%} of the admitted keep their target at each load",
+        ", ".join(f"{share:.1%} at {load:g}" for load, share in shares.items()),
+        all(share >= LEAST_ATTAINMENT for share in shares.values()),
+    )  # fmt: skip
+    rates = {load: mean(_column(points, "goodput")) for load, points in loads.items()}
+    best = max(rates.values())
+    ratios = {load: rate / best for load, rate in rates.items() if load >= OVERLOADED and best}
+    if ratios:
+        yield Verdict(
+            "1b", f"goodput under overload is at least {LEAST_OF_BEST:.0%} of the best",
+            f"{', '.join(f'{ratio:.1%} at {load:g}' for load, ratio in ratios.items())} of "
+            f"{best:.2f}/s",
+            all(ratio >= LEAST_OF_BEST for ratio in ratios.values()),
+        )  # fmt: skip
+    waits = [wait for points in loads.values() for p in points for wait in p["refused_after_ms"]]
+    p99 = percentile(waits, 99) if waits else 0.0
+    yield Verdict(
+        "1c", f"refusals are answered within {REFUSED_WITHIN_MS:g} ms (p99)",
+        f"{p99:.1f} ms, of {len(waits)}", p99 <= REFUSED_WITHIN_MS,
+    )  # fmt: skip
+
+
+def _baselines(
+    ours: dict[float, list[dict]], baselines: dict[float, list[dict]]
+) -> Iterator[Verdict]:
+    """Compare at each load what had the same arrivals.
+
+    A count that differs by one request a run is the same count: which of two requests ends just
+    before the window does, or just after, is chance.
+    """
+    for key, name in (("goodput", "TPOT target"), ("goodput_with_ttft", "both targets")):
+        for load, theirs in baselines.items():
+            seeds = set(_column(theirs, "seed"))
+            shared = [point for point in ours.get(load, ()) if point["seed"] in seeds]
+            if not shared:
+                continue
+            own = mean(_column(shared, key))
+            labels = list(dict.fromkeys(_column(theirs, "label")))
+            rates = {
+                label: mean(_column([p for p in theirs if p["label"] == label], key))
+                for label in labels
+            }
+            best = max(rates.values())
+            one = mean(_column(shared, "goodput_of_one"))
+            equal = " (equal: less than one request a run apart)" if own < best else ""
+            is_held = own >= best - one
+            yield Verdict(
+                "2" if key == "goodput" else "2+",
+                f"goodput by {name} at {load:g} is at least that of the best baseline",
+                f"{own:.2f}/s against {', '.join(f'{r:.2f} {n}' for n, r in rates.items())}"
+                f"{equal if is_held else ''}",
+                is_held,
+            )
+
+
+def _burst(point: dict) -> Iterator[Verdict]:
+    yield Verdict(
+        "3a", f"at least {LEAST_ATTAINMENT:.0%} keep their target throughout a burst",
+        f"{point['attainment']:.1%} of {point['judged']}", point["attainment"] >= LEAST_ATTAINMENT,
+    )  # fmt: skip
+    burst = point["burst"]
+    after_ms = burst["ttft_after_ms"]
+    yield Verdict(
+        "3b", f"{NORMAL_AGAIN_S:g} s after it nobody is refused or waits longer than usual",
+        f"the last such request came {burst['recovery_s']:.1f} s after it (usual: up to "
+        f"{burst['usual_ttft_ms']:.0f} ms; median TTFT {burst['ttft_before_ms']:.0f} ms before, "
+        f"{'never normal' if after_ms is None else f'{after_ms:.0f}'} after)",
+        after_ms is not None and burst["recovery_s"] <= NORMAL_AGAIN_S,
+    )  # fmt: skip
+
+
+def _long(point: dict) -> Iterator[Verdict]:
+    long, target_ms = point["long"], point["tpot_slo_ms"]
+    longest_ms = LONGEST_GAP * target_ms
+    doubts = "" if long["all_to_the_end"] else "; some streams had ended before it was read"
+    doubts += "" if long["all_served"] else "; not all were served"
+    yield Verdict(
+        "4a", f"streams beside a long prompt have gaps of at most {longest_ms:g} ms (p99)",
+        f"{long['p99_gap_ms']:.0f} ms of {long['num_gaps']} gaps in the {long['read_s']:.1f} s in "
+        f"which {long['num_prompt_tokens']} tokens waited and were read{doubts}",
+        long["all_served"] and long["p99_gap_ms"] <= longest_ms,
+    )  # fmt: skip
+    yield Verdict(
+        "4b", f"their mean TPOT keeps {target_ms:g} ms",
+        f"{long['mean_tpot_ms']:.1f} ms, worst {long['worst_tpot_ms']:.1f}, of "
+        f"{long['num_streams']} streams",
+        long["all_served"] and long["mean_tpot_ms"] <= target_ms,
+    )  # fmt: skip
+
+
+def _mixed(points: Sequence[dict]) -> Iterator[Verdict]:
+    classes: dict[float, list[dict]] = defaultdict(list)
+    for point in points:
+        for part in point["classes"]:
+            classes[part["tpot_ms"]].append(part)
+    for target_ms, parts in sorted(classes.items()):
+        judged = sum(part.get("completed", 0) + part.get("failed", 0) for part in parts)
+        share = sum(part["good"] for part in parts) / judged if judged else 0.0
+        yield Verdict(
+            "5", f"at least {LEAST_ATTAINMENT:.0%} of those with {target_ms:g} ms keep it beside "
+            "the others", f"{share:.1%} of {judged}", share >= LEAST_ATTAINMENT,
+        )  # fmt: skip
+
+
+def _attainment(points: Sequence[dict]) -> float:
+    return sum(_column(points, "good")) / max(1, sum(_column(points, "judged")))
+
+
+def _by_load(points: Sequence[dict]) -> dict[float, list[dict]]:
+    loads: dict[float, list[dict]] = defaultdict(list)
+    for point in points:
+        loads[point["load"]].append(point)
+    return dict(sorted(loads.items()))
+
+
+def _column(points: Sequence[dict], key: str) -> list:
+    return [point[key] for point in points]
