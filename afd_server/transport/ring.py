@@ -10,7 +10,7 @@ import mmap
 import os
 import struct
 from collections.abc import Sequence
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from pathlib import Path
 from typing import Any  # Any: functions of a library, typed by hand
 
@@ -38,14 +38,6 @@ class RingGone(TransportError):
 
 class RingBroken(RingGone):
     """What the other side wrote makes no sense."""
-
-
-class Sight(IntFlag):
-    """What a watch saw."""
-
-    NOTHING = 0
-    DUE = 1  # a record, or the end of a ring
-    CROWDED = 2  # others want this core
 
 
 class Put(IntEnum):
@@ -224,9 +216,13 @@ class Watch:
         self._count = len(rings)
         self._handles = (ctypes.c_void_p * self._count)(*(ring.handle for ring in rings))
 
-    def look(self, longest_ns: int) -> Sight:
-        """Watch closely for a while, without the interpreter's lock."""
-        return Sight(self._library.watch(self._handles, self._count, longest_ns))
+    def look(self, longest_ns: int) -> bool:
+        """Watch closely for a while, without the interpreter's lock.
+
+        Returns:
+            Whether a record, or the end of a ring, is due.
+        """
+        return bool(self._library.watch(self._handles, self._count, longest_ns))
 
     def announce_sleep(self) -> bool:
         """Say that this reader sleeps; tell if a record is due, so that it must not."""

@@ -23,7 +23,6 @@ from afd_server.transport.ring import (
     RingBroken,
     RingGone,
     RingLibrary,
-    Sight,
     Watch,
     create_memory,
     open_memory,
@@ -34,12 +33,10 @@ log = logging.getLogger(__name__)
 
 MAX_RINGS = 1024  # as many as a topology has members
 
-# How long it pays to watch. Beyond that a bell (0.1 to 0.3 ms) is small beside the wait itself,
-# and the core is better given to somebody else.
-LONGEST_WATCH_NS = 1_500_000
-LONGEST_COUNTED_NS = 10_000_000  # so that one long wait is forgotten after some short ones
-# Waits that sleep without a watch once the core proved crowded; doubled each time it does again.
-FEWEST_SLEEPS, MOST_SLEEPS = 64, 4096
+# How long it pays to watch, more than a lane's stage takes on a slow machine: whoever sleeps is
+# woken 0.1 to 0.5 ms late, and then keeps the other side waiting, so that it would sleep as well.
+LONGEST_WATCH_NS = 5_000_000
+LONGEST_COUNTED_NS = 20_000_000  # so that one long wait is forgotten after some short ones
 LOOK_EVERY_NS = 250_000  # at ZeroMQ and at the peers' lives, while there are records or a watch
 
 # The link's own frames: each is the only frame of its message and begins with a byte that no
@@ -100,8 +97,6 @@ class SharedMemoryLink:
         self._lives = select.poll()
         self._next_look_ns = 0
         self._usual_wait_ns = LONGEST_COUNTED_NS
-        self._sleeps_if_crowded = FEWEST_SLEEPS
-        self._sleeps_left = 0
 
     @property
     def address(self) -> str:
@@ -164,14 +159,10 @@ class SharedMemoryLink:
 
     def _wait(self, now_ns: int, until_ns: int) -> list[tuple[str, list[Buffer]]]:
         """Watch the rings if that usually ends soon, then sleep."""
-        stop_ns = min(now_ns + LONGEST_WATCH_NS, until_ns) if self._may_watch() else now_ns
+        is_short = self._usual_wait_ns <= LONGEST_WATCH_NS
+        stop_ns = min(now_ns + LONGEST_WATCH_NS, until_ns) if is_short else now_ns
         while now_ns < stop_ns:
-            sight = self._watch.look(min(LOOK_EVERY_NS, stop_ns - now_ns))
-            if sight & Sight.CROWDED:
-                self._sleeps_left = self._sleeps_if_crowded
-                self._sleeps_if_crowded = min(2 * self._sleeps_if_crowded, MOST_SLEEPS)
-                stop_ns = 0
-            if sight & Sight.DUE:
+            if self._watch.look(min(LOOK_EVERY_NS, stop_ns - now_ns)):
                 return self._take()
             if received := self._look(0.0):
                 return received
@@ -181,13 +172,6 @@ class SharedMemoryLink:
         received = self._look(max(0, until_ns - now_ns) / 1e9)
         self._watch.end_sleep()
         return received + self._take()
-
-    def _may_watch(self) -> bool:
-        if self._sleeps_left:
-            self._sleeps_left -= 1
-            return False
-        self._sleeps_if_crowded = max(self._sleeps_if_crowded - 1, FEWEST_SLEEPS)
-        return self._usual_wait_ns <= LONGEST_WATCH_NS
 
     def _take(self) -> list[tuple[str, list[Buffer]]]:
         """Empty the rings, up to a limit; lose the peers whose ring is of no use any more."""

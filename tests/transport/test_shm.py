@@ -18,8 +18,6 @@ from afd_server.transport.ring import (
     MAX_FRAMES,
     MAX_RECORD_BYTES,
     MAX_RECORDS,
-    Sight,
-    Watch,
     create_memory,
 )
 from afd_server.transport.shm import SharedMemoryLink
@@ -192,25 +190,6 @@ def test_short_waits_bring_the_watch_back(net):
         assert b.receive(1.0) == [("a", [b"x", b""])]
         timer.join()
     assert b._usual_wait_ns < shm.LONGEST_WATCH_NS
-
-
-@pytest.mark.parametrize("sight", [Sight.CROWDED, Sight.CROWDED | Sight.DUE])
-def test_on_a_crowded_core_it_watches_less_and_less(net, monkeypatch, sight):
-    _, b = pair(net)
-    looks = []
-
-    def look(_watch, _longest_ns):
-        looks.append(len(waits))
-        return sight
-
-    monkeypatch.setattr(Watch, "look", look)
-    waits = []
-    for _ in range(8 * shm.FEWEST_SLEEPS):
-        b._usual_wait_ns = 0
-        assert b.receive(0.0001) == []
-        waits.append(None)
-    gaps = [after - before for before, after in zip(looks, looks[1:], strict=False)]
-    assert gaps == [shm.FEWEST_SLEEPS + 1, 2 * shm.FEWEST_SLEEPS, 4 * shm.FEWEST_SLEEPS - 2]
 
 
 # -- ends

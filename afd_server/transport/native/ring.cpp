@@ -25,10 +25,8 @@ constexpr uint64_t kLine = 64;
 constexpr uint64_t kPage = 4096;
 constexpr uint64_t kSlots = 64;  // unread records of a direction: the credits
 constexpr int kPausesBetweenYields = 64;  // about 2 us: the peer may wait for this very core
-constexpr int64_t kCrowdedNs = 1000000;  // no wakeup of a moment, but the slice of somebody else
 
 enum : int64_t { kNothing = 0, kFull = -1, kAsleep = -2, kClosed = -3, kBroken = -4 };
-constexpr int64_t kDue = 1, kCrowded = 2;
 
 struct Shared {
   // Written by the writer.
@@ -161,23 +159,18 @@ void afd_ring_advance(Ring* ring) {
   ring->in->read.store(++ring->read, std::memory_order_release);
 }
 
-// Watches all rings until something is due (kDue in the result) or the time is over, and gives its
-// core to whoever wants it every few microseconds. If somebody kept it for long, it ends at once with
-// kCrowded: who watches on a crowded core loses slice after slice, who sleeps is let in when woken.
+// Watches all rings until something is due or the time is over, and gives its core to whoever wants
+// it every few microseconds. Returns whether something is due.
 int64_t afd_ring_watch(Ring* const* rings, int64_t count, int64_t longest_ns) {
-  int64_t now = now_ns();
-  const int64_t until = now + longest_ns;
+  const int64_t until = now_ns() + longest_ns;
   do {
     for (int i = 0; i < kPausesBetweenYields; ++i) {
-      if (any_due(rings, count)) return kDue;
+      if (any_due(rings, count)) return 1;
       pause_briefly();
     }
     sched_yield();
-    const int64_t before = now;
-    now = now_ns();
-    if (now - before >= kCrowdedNs) return kCrowded | (any_due(rings, count) ? kDue : 0);
-  } while (now < until);
-  return any_due(rings, count) ? kDue : 0;
+  } while (now_ns() < until);
+  return any_due(rings, count);
 }
 
 // Takes the announcement of afd_ring_doze back.
