@@ -46,6 +46,8 @@ def add_in_part_order(parts: Sequence[Tensor]) -> Tensor:
 
     The order is fixed so that the result does not depend on which reply came first.
     """
+    if len(parts) == 1:
+        return parts[0]
     total = parts[0].float()
     for part in parts[1:]:
         total = total + part.float()

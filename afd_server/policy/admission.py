@@ -12,7 +12,8 @@ RETRY_AFTER_S = 1.0
 LONGEST_RETRY_S = 60.0  # clients give up on servers that say much more
 WAIT_SHARE = 0.35  # of the TTFT target that may be spent on waiting for others
 REACHABLE_SHARE = 0.5  # of what a request alone gets: a target below it is refused
-FADING = 0.08  # weight of the newest first token in the estimate of their pace
+FADING = 0.08  # weight of the newest first token in the estimate of their pace; of the first ones
+# more, so that they are averaged
 
 SLOMode = Literal["enforce", "best-effort", "off"]
 
@@ -46,6 +47,7 @@ class FirstTokenQueue:
 
     def __init__(self) -> None:
         self._waiting: dict[int, tuple[int, str]] = {}  # by key, priority and tenant
+        self._num_served = 0
         self._interval_s = 0.0  # between first tokens while somebody waits for one
         self._since_s = 0.0  # the latest first token, or when the queue was last empty
 
@@ -63,7 +65,9 @@ class FirstTokenQueue:
     def serve(self, key: int, now_s: float) -> None:
         """Take out a request that has its first token."""
         if self._waiting.pop(key, None) is not None:
-            self._interval_s += FADING * (now_s - self._since_s - self._interval_s)
+            self._num_served += 1
+            weight = max(FADING, 1 / self._num_served)
+            self._interval_s += weight * (now_s - self._since_s - self._interval_s)
             self._since_s = now_s
 
     def leave(self, key: int) -> None:

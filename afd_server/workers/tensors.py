@@ -35,7 +35,8 @@ def row_dtype(numerics: Numerics) -> torch.dtype:
 def to_payload(tensor: Tensor) -> Payload:
     """Lay a contiguous CPU tensor open as bytes; the payload shares its memory."""
     tensor = tensor.contiguous()
-    data = tensor.view(torch.uint8).numpy().data.cast("B")
+    plain = tensor.view(torch.uint8) if tensor.dtype is torch.bfloat16 else tensor  # numpy has none
+    data = plain.numpy().data.cast("B")
     return Payload(_WIRE[tensor.dtype], tuple(tensor.shape), data)
 
 

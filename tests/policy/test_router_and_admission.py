@@ -104,6 +104,16 @@ def test_an_empty_queue_takes_anybody_however_slow_it_was():
     queue_of(interval_s=60.0).check(ENFORCED, 0.001, 0, "a", 1)
 
 
+def test_the_pace_is_known_from_the_first_tokens_on():
+    queue = FirstTokenQueue()
+    for key in range(4):
+        queue.enter(key, 0, "a", 0.0)
+    queue.serve(0, 2.0)
+    assert queue.expected_wait_s(0, "a") == pytest.approx(3 * 2.0)
+    queue.serve(1, 3.0)
+    assert queue.expected_wait_s(0, "a") == pytest.approx(2 * 1.5)
+
+
 def test_the_queue_is_bounded_even_when_nothing_is_known_of_its_pace():
     queue = FirstTokenQueue()
     for key in range(8):

@@ -127,10 +127,11 @@ class FFNWorker:
         begin_s = self._clock.now()
         self._record_wait(begin_s)
         group = gather(self._waiting.values(), self._max_gather_rows)[0]
-        rows = torch.cat([call.activations for call in group])
+        alone = len(group) == 1
+        rows = group[0].activations if alone else torch.cat([c.activations for c in group])
         answers = self._held.answer(group[0].layer, rows)
         end_s = self._clock.now()
-        by_call = torch.split(answers, [call.num_answers for call in group])
+        by_call = [answers] if alone else answers.split([c.num_answers for c in group])
         for call, partial in zip(group, by_call, strict=True):
             source, epoch, step, lane, layer, part = call.key
             taken_us, held_us = int(call.taken_s * 1e6), int((end_s - call.taken_s) * 1e6)
