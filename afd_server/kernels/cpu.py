@@ -30,7 +30,7 @@ from afd_server.kernels.table import (
 )
 
 LIBRARIES = Path(__file__).parent / "native"
-INTERFACE = 1  # as `afd_interface` of native/kernels.cpp
+INTERFACE = 2  # as `afd_interface` of native/kernels.cpp
 COLUMNS = 16  # output channels interleaved in a packed block, as kernels.cpp has it
 
 WeightFormat = Literal["int8", "float32", "bfloat16"]

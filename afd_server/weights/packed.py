@@ -20,7 +20,7 @@ from afd_server.models.base import TensorReader
 
 log = logging.getLogger(__name__)
 
-PACK_VERSION = 1  # of the kernels' layouts: raise it when one of them changes
+PACK_VERSION = 2  # of the kernels' formats: raise it when one of them changes
 
 
 def pack_path(directory: Path, *identity: object) -> Path:

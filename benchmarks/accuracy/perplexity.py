@@ -1,8 +1,9 @@
 """What quantisation costs: perplexity of the demo model in each numerics, against float32.
 
-Each text gives one window of tokens; the model predicts every token of it from those before.
+Each text gives windows of tokens, one after the other; the model predicts every token of a window
+from those before it.
 
-    python benchmarks/accuracy/perplexity.py LICENSE docs/protocol.md --output result.json
+    python benchmarks/accuracy/perplexity.py LICENSE docs/architecture.md --output result.json
 """
 
 import argparse
@@ -75,7 +76,8 @@ class Scorer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("texts", nargs="+", type=Path)
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=1024, help="of a window")
+    parser.add_argument("--windows", type=int, default=1, help="at most so many of each text")
     parser.add_argument("--skip", type=int, default=0, help="tokens at the beginning of each text")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--output", type=Path)
@@ -86,10 +88,12 @@ def main() -> None:
     spec = read_model_spec(directory)
     windows = {}
     for path in options.texts:
-        ids = tokenizer.encode(path.read_text("utf-8")).ids[options.skip :][: options.tokens]
-        if len(ids) < options.tokens:
+        ids = tokenizer.encode(path.read_text("utf-8")).ids[options.skip :]
+        count = min(options.windows, len(ids) // options.tokens)
+        if count == 0:
             parser.error(f"{path} has {len(ids)} tokens, wanted {options.tokens}")
-        windows[path.name] = ids
+        for start in range(0, count * options.tokens, options.tokens):
+            windows[f"{path.name} {options.skip + start}"] = ids[start : start + options.tokens]
     scores = {
         name: {text: scorer.perplexity(ids) for text, ids in windows.items()}
         for name, numerics in {"float32": EXACT, **OTHERS}.items()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,10 +17,12 @@ from afd_server.kernels.cpu import (
 from afd_server.kernels.fingerprint import kernel_fingerprint
 from afd_server.kernels.kv_format import store, stored_size
 from afd_server.kernels.quant import (
+    GROUP,
     linear_int8,
     pack_int8,
     quantise_rows,
     quantised_row_bytes,
+    rotate,
     split_rows,
 )
 from afd_server.kernels.reference import (
@@ -57,6 +60,7 @@ def test_quantised_rows_and_int8_products_have_the_bits_of_the_specification(bui
         x = draw(num_rows, width, seed=num_rows, scale=3.0)
         if num_rows > 1:
             x[1] = 0.0  # a row without any scale
+            x[2:, ::7] *= 1000.0  # and some with channels far above the others
         rows = kernels.prepare(x)
         assert rows.shape == (num_rows, kernels.row_format.size(width))
         assert torch.equal(rows, quantise_rows(x))
@@ -88,16 +92,45 @@ def test_float_products_are_near_the_references(build, weights, width, columns):
         assert torch.allclose(got.double(), expected, rtol=1e-5, atol=1e-4)
 
 
+def restore(rows, width):
+    """The float rows that quantised rows stand for."""
+    values, scales = split_rows(rows)
+    return (rotate(values * scales.unsqueeze(-1)) / 8).flatten(1)[:, :width]
+
+
 @given(st.integers(1, 6), st.integers(1, 200), st.floats(1e-20, 1e20))
 @settings(max_examples=40, deadline=None)
 def test_quantised_rows_are_within_half_a_step(num_rows, width, scale):
     x = draw(num_rows, width, seed=width) * scale
     rows = quantise_rows(x)
     assert rows.shape[1] == quantised_row_bytes(width)
-    values, scales = split_rows(rows)
-    restored = (values * scales.unsqueeze(-1)).flatten(1)[:, :width]
-    step = scales.repeat_interleave(64, 1)[:, :width]
-    assert ((restored - x).abs() <= 0.5001 * step + 1e-30).all()
+    errors = F.pad(restore(rows, width) - x, (0, -width % GROUP)).view(num_rows, -1, GROUP)
+    steps = split_rows(rows)[1]
+    # of each rotated column; rotating back keeps the length of a group's 64 errors
+    assert (errors.norm(dim=-1) <= 0.5001 * 8 * steps + 1e-30).all()
+
+
+@given(st.lists(st.integers(-1000, 1000), min_size=64, max_size=64))
+def test_a_rotation_is_undone_by_itself_up_to_64(column):
+    group = torch.tensor(column, dtype=torch.float32)
+    assert torch.equal(rotate(rotate(group)), 64 * group)
+
+
+def test_a_rotation_changes_no_product():
+    x, y = (draw(50, 3, 64, seed=seed).double() for seed in (0, 1))
+    rotated = (rotate(x) * rotate(y)).sum(-1) / 64
+    assert torch.allclose(rotated, (x * y).sum(-1), rtol=0, atol=1e-12)
+
+
+@given(st.integers(0, 575), st.floats(20, 1000))
+@settings(max_examples=20, deadline=None)
+def test_a_channel_far_above_the_others_coarsens_its_group_little(channel, height):
+    x = draw(8, 576, seed=channel)
+    x[:, channel] = height
+    group = torch.arange(576) // GROUP == channel // GROUP
+    step = height / 127  # with a scale of the group as it is
+    unrotated = (x[:, group] / step).round() * step - x[:, group]
+    assert (restore(quantise_rows(x), 576) - x)[:, group].norm() < 0.5 * unrotated.norm()
 
 
 def test_an_int8_product_is_near_the_float_product():
@@ -182,6 +215,7 @@ def test_stale_blocks_cannot_poison_a_row():
 def test_native_norms_and_activations_are_the_references_row_by_row(build, width):
     kernels, exact = native(build), native(build, "float32")
     x, delta, weight = draw(37, width, scale=4.0), draw(37, width, seed=5), draw(width, seed=1)
+    weight[::9] *= 50.0
     both = draw(37, 2 * width, seed=2, scale=20.0)
     total, normed = exact.add_norm(x, delta, weight, 1e-5)
     assert torch.equal(total, x + delta)
@@ -264,3 +298,9 @@ def test_a_build_that_is_not_there_is_said():
     missing = next((name for name in NEEDS if name not in BUILDS), "avx1024")
     with pytest.raises(ConfigError, match=r"g\+\+ and reinstall"):
         native(missing)
+
+
+def test_a_library_of_another_format_is_refused(monkeypatch):
+    monkeypatch.setattr("afd_server.kernels.cpu.INTERFACE", 1)
+    with pytest.raises(ConfigError, match="built from other sources"):
+        native("portable")

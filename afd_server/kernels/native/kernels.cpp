@@ -23,8 +23,8 @@ auto with_format(int32_t format, Call call) {
 
 extern "C" {
 
-// Raised with every change of what a function below takes: a library of other sources is refused.
-int32_t afd_interface() { return 1; }
+// Raised with every change of what a function below takes or gives: another library is refused.
+int32_t afd_interface() { return 2; }
 
 // Quantises rows [rows, width] to [rows, row_bytes(width)].
 void afd_quantise(const float* x, int64_t rows, int64_t width, uint8_t* out) {

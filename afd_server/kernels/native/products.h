@@ -23,26 +23,62 @@ inline int64_t num_groups(int64_t width) { return (width + kGroup - 1) / kGroup;
 
 inline int64_t row_bytes(int64_t width) { return num_groups(width) * (kGroup + sizeof(float)); }
 
-// Quantises one row: a group's scale is amax / 127, its values are rounded to nearest, ties to even.
+// Multiplies a group by the Hadamard matrix of order 64, as `rotate` of kernels/quant.py does: a
+// lane becomes its sum with a neighbour or the difference, stage by stage. Factors of ±1 are exact.
+#if defined(__AVX512F__)
+inline void rotate_group(v16 (&x)[4]) {
+  const v16 one = {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1};
+  const v16 two = {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1};
+  const v16 four = {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1};
+  const v16 eight = {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1};
+  for (v16& a : x) {
+    a = fma(a, one, __builtin_shufflevector(a, a, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+    a = fma(a, two, __builtin_shufflevector(a, a, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    a = fma(a, four, __builtin_shufflevector(a, a, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    a = fma(a, eight, __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  const v16 a = x[0] + x[1], b = x[0] - x[1], c = x[2] + x[3], d = x[2] - x[3];
+  x[0] = a + c, x[1] = b + d, x[2] = a - c, x[3] = b - d;
+}
+#else  // GCC shuffles sixteen lanes one by one there
+inline void rotate_group(v16 (&group)[4]) {
+  v8 x[8];
+  memcpy(x, group, sizeof x);
+  for (v8& a : x) {
+    a = a * v8{1, -1, 1, -1, 1, -1, 1, -1} + __builtin_shufflevector(a, a, 1, 0, 3, 2, 5, 4, 7, 6);
+    a = a * v8{1, 1, -1, -1, 1, 1, -1, -1} + __builtin_shufflevector(a, a, 2, 3, 0, 1, 6, 7, 4, 5);
+    a = a * v8{1, 1, 1, 1, -1, -1, -1, -1} + __builtin_shufflevector(a, a, 4, 5, 6, 7, 0, 1, 2, 3);
+  }
+  for (int step = 1; step < 8; step *= 2)
+    for (int i = 0; i < 8; i++)
+      if ((i & step) == 0) {
+        const v8 a = x[i], b = x[i + step];
+        x[i] = a + b, x[i + step] = a - b;
+      }
+  memcpy(group, x, sizeof x);
+}
+#endif
+
+// Quantises one row: each group is rotated; its scale is amax / 127 over 8, which makes the rotation
+// orthonormal; its values are rounded to nearest, ties to even.
 void quantise_row(const float* x, int64_t width, uint8_t* out) {
   const int64_t groups = num_groups(width);
   uint8_t* values = out + groups * sizeof(float);
   for (int64_t group = 0; group < groups; group++) {
     v16 part[4];
-    v16 highest = {};
     for (int i = 0; i < 4; i++) {
       const int64_t at = group * kGroup + 16 * i;
       part[i] = load_some(x + at, width - at);
-      highest = larger(highest, part[i] < 0.0f ? -part[i] : part[i]);
     }
+    rotate_group(part);
+    v16 highest = {};
+    for (const v16& a : part) highest = larger(highest, a < 0.0f ? -a : a);
     const float peak = largest_lane(highest);
     const float inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
-    const float scale = peak / 127.0f;
+    const float scale = peak / 127.0f * 0.125f;
     memcpy(out + group * sizeof(float), &scale, sizeof scale);
     for (int i = 0; i < 4; i++) {
-      // adding 1.5 * 2^23 rounds to nearest, ties to even, for values this small
-      const v16 shifted = part[i] * inverse + 12582912.0f;
-      const b16 rounded = __builtin_convertvector((i16)shifted, b16);  // the lowest byte
+      const b16 rounded = round_to_bytes(part[i] * inverse);
       memcpy(values + group * kGroup + 16 * i, &rounded, sizeof rounded);
     }
   }

@@ -172,6 +172,17 @@ inline v16 load(const int8_t* from) {
   return wide;
 }
 
+// Rounds to nearest, ties to even; |x| < 128. GCC 12 narrows lane by lane unless it is told the
+// instruction: 77 ns for 64 values and what else is done to them, instead of 14.
+inline b16 round_to_bytes(v16 x) {
+  const i16 shifted = (i16)(x + 12582912.0f);  // 1.5 * 2^23: the integer is in the lowest byte
+#if defined(__AVX512F__)
+  return (b16)_mm512_cvtepi32_epi8((__m512i)shifted);
+#else
+  return __builtin_convertvector(shifted, b16);
+#endif
+}
+
 // Elements before a stored key or value: in int8 those of its float32 scale.
 template <typename KV>
 constexpr int64_t kScaleElements = 0;
@@ -190,9 +201,7 @@ inline void store_rounded(int8_t* to, const float* from, int64_t count) {
   const float scale = peak / 127.0f;
   memcpy(to, &scale, sizeof scale);
   for (int64_t i = 0; i < count; i += 16) {
-    // adding 1.5 * 2^23 rounds to nearest, ties to even, for values this small
-    const v16 shifted = load_some(from + i, count - i) * inverse + 12582912.0f;
-    const b16 rounded = __builtin_convertvector((i16)shifted, b16);  // the lowest byte
+    const b16 rounded = round_to_bytes(load_some(from + i, count - i) * inverse);
     memcpy(to + sizeof scale + i, &rounded, count - i < 16 ? count - i : 16);
   }
 }
