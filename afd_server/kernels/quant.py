@@ -79,7 +79,7 @@ def rotate(groups: Tensor) -> Tensor:
     Six stages of sums and differences in a fixed order, which the native kernels keep.
     """
     for step in (1, 2, 4, 8, 16, 32):
-        pairs = groups.unflatten(-1, (-1, 2, step))
+        pairs = groups.reshape(*groups.shape[:-1], GROUP // step // 2, 2, step)
         low, high = pairs[..., 0, :], pairs[..., 1, :]
         groups = torch.stack((low + high, low - high), -2).flatten(-3)
     return groups
