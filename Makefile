@@ -8,7 +8,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv serve test test-all determinism faults format lint types arch bench check
+.PHONY: help venv serve test test-rest test-all determinism faults format lint types arch bench check
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,8 +31,10 @@ serve: $(STAMP) ## start a server; flags go into ARGS, as in ARGS='--port 8080'
 test: $(STAMP) ## the tests that need no model, no Ray and little time
 	$(BIN)/python -m pytest $(ARGS)
 
-test-all: $(STAMP) ## all tests: also those marked slow, ray or faults
-	$(BIN)/python -m pytest -m '' $(ARGS)
+test-rest: $(STAMP) ## the others: those marked slow, ray or faults
+	$(BIN)/python -m pytest -m 'slow or ray or faults' $(ARGS)
+
+test-all: test test-rest ## all tests
 
 determinism: $(STAMP) ## 10,000 requests alone and in random company, compared bit for bit
 	$(BIN)/python -m pytest tests/workers/test_determinism.py --comparisons 10000 --timeout 7200

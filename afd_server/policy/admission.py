@@ -11,7 +11,6 @@ from afd_server.core.request import SLO
 RETRY_AFTER_S = 1.0
 LONGEST_RETRY_S = 60.0  # clients give up on servers that say much more
 WAIT_SHARE = 0.35  # of the TTFT target that may be spent on waiting for others
-REACHABLE_SHARE = 0.5  # of what a request alone gets: a target below it is refused
 FADING = 0.08  # weight of the newest first token in the estimate of their pace; of the first ones
 # more, so that they are averaged
 
@@ -139,12 +138,12 @@ def check_capacity(config: AdmissionConfig, num_live: int, num_new: int) -> None
 
 
 def check_reachable(tpot_s: float, alone_s: float) -> None:
-    """Refuse a target that not even a request alone would come near.
+    """Refuse a target that not even a request alone would keep.
 
     Raises:
         InvalidRequest: so it is.
     """
-    if tpot_s < REACHABLE_SHARE * alone_s:
+    if tpot_s < alone_s:
         raise InvalidRequest(
             f"a TPOT of {tpot_s * 1e3:g} ms is out of reach: a request that is alone gets a token "
             f"every {alone_s * 1e3:.1f} ms here; ask for more than that",

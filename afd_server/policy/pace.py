@@ -13,11 +13,12 @@ from afd_server.policy.step_time import StepLoad, StepTimeModel, with_prefill, w
 
 HEADROOM = 0.94  # of a target: tokens are due that much earlier than was promised
 DECODE_SHARE = 0.82  # of a target that decoding alone may come to take; the rest is for prompts
-LONGEST_GAP = 1.7  # targets: slack or not, no prefill makes a step longer
+LONGEST_GAP = 1.95  # targets: slack or not, hardly any step with prefill takes longer
 EXPECTED_GROWTH = 64  # tokens by which a sequence is taken to grow when it is judged
 PATIENCE = 10  # targets without any prefill, after which some is done at anybody's cost
 MIN_PREFILL = 16  # tokens; fewer are not worth their part of a step
 STEP_QUANTILE = 0.75  # of a step's time, for what must be done by a moment
+GAP_QUANTILE = 0.98  # the same for the longest gap: how far a step may stray depends on the machine
 MEAN_QUANTILE = 0.6  # of many steps' time, whose mean lies above the median
 
 
@@ -73,12 +74,16 @@ class Pace:
         if not targets:
             return most
         slack_s = min(map(self.due_s, decoding)) - now_s
-        window_s = min(slack_s, LONGEST_GAP * min(targets))
+        longest_s = LONGEST_GAP * min(targets)
         fitting, too_many = 0, most + 1
         while too_many - fitting > 1:
             middle = (fitting + too_many) // 2
-            step_s = self.model.predict(with_prefill(load, start, middle), STEP_QUANTILE)
-            fitting, too_many = (middle, too_many) if step_s <= window_s else (fitting, middle)
+            step = with_prefill(load, start, middle)
+            fits = (
+                self.model.predict(step, STEP_QUANTILE) <= slack_s
+                and self.model.predict(step, GAP_QUANTILE) <= longest_s
+            )
+            fitting, too_many = (middle, too_many) if fits else (fitting, middle)
         if fitting < min(MIN_PREFILL, most):
             is_starved = now_s - self._last_prefill_s > PATIENCE * min(targets)
             return min(MIN_PREFILL, most) if is_starved else 0
