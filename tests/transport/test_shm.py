@@ -288,6 +288,7 @@ def test_a_killed_peer_is_noticed_and_its_memory_given_back(net):
 def test_a_stopped_peer_is_written_no_more_than_the_credits_and_answers_when_it_goes_on(net):
     with echo(net) as (a, process):
         process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
         for count in range(1000):
             try:
                 a.send("b", [b"%d" % count, b""])
