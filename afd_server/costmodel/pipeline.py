@@ -28,6 +28,15 @@ class StageTimes:
         return self.attention_s + self.ffn_s + 2 * self.transfer_s
 
 
+def quickest(measured: Sequence[StageTimes]) -> StageTimes:
+    """Return the least that each stage took: what nothing else on the cores held up."""
+    return StageTimes(
+        min(times.attention_s for times in measured),
+        min(times.ffn_s for times in measured),
+        min(times.transfer_s for times in measured),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class MeasuredStages:
     """Stage times of two micro-batches, and so of any: T(rows) = fixed + rows · slope.

@@ -12,6 +12,7 @@ from afd_server.costmodel.pipeline import (
     StageTimes,
     choose_lanes,
     layer_s,
+    quickest,
 )
 
 US = st.integers(1, 500)  # microseconds
@@ -103,3 +104,8 @@ def test_measured_stages_come_back_and_noise_makes_no_time_negative(few, many, f
 def test_one_size_is_taken_for_every_other():
     one = MeasuredStages(1, stages(3, 2, 1), 1, stages(3, 2, 1))
     assert one.at(1) == one.at(20) == stages(3, 2, 1)
+
+
+def test_of_each_stage_the_least_counts_whichever_step_was_held_up():
+    steps = [StageTimes(3e-4, 9e-4, 2e-5), StageTimes(8e-4, 2e-4, 3e-5)]
+    assert quickest(steps) == StageTimes(3e-4, 2e-4, 2e-5)

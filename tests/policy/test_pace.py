@@ -65,6 +65,17 @@ def test_slack_that_was_earned_is_spent_on_prefill_but_not_in_one_gap(pace):
     assert pace.prefill_budget(StepLoad(), 0, [], 256, now_s) == 256
 
 
+def test_where_steps_stray_far_less_is_read_in_one_gap(pace):
+    ahead, load = decoding(99.0, 200), StepLoad(rows=1, keys=100)
+    budgets = [pace.prefill_budget(load, 0, [ahead], 256, 100.0)]
+    usual_s = pace.model.predict(load)
+    for spread in (0.2, 0.4):
+        for step in range(400):
+            pace.model.observe(load, usual_s * (1 + spread * (-1) ** step))
+        budgets.append(pace.prefill_budget(load, 0, [ahead], 256, 100.0))
+    assert budgets[0] > budgets[1] > budgets[2] >= MIN_PREFILL
+
+
 def test_who_has_least_slack_decides_how_much_is_read(pace):
     pace.note_prefill(100.0)
     ahead, near = decoding(99.95, 4), decoding(99.95, 2)

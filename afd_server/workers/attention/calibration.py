@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from afd_server.core.batch import PlannedSequence, StepPlan
 from afd_server.core.clock import Clock
@@ -13,6 +13,7 @@ from afd_server.costmodel.pipeline import (
     MeasuredStages,
     StageTimes,
     choose_lanes,
+    quickest,
 )
 from afd_server.policy.scheduler import Scheduler
 from afd_server.policy.step_time import StepLoad, load_of
@@ -153,7 +154,7 @@ class Calibration:
             return min(UNMEASURED_LANES, self._num_streams)
         few, many = min(self._measured), max(self._measured)
         measured = MeasuredStages(
-            few, _quickest(self._measured[few]), many, _quickest(self._measured[many])
+            few, quickest(self._measured[few]), many, quickest(self._measured[many])
         )
         choice = choose_lanes(measured, self._num_streams, num_attention / self._num_replicas)
         log.info("%s", _sentence(measured, choice, self._num_streams))
@@ -198,15 +199,6 @@ def _made_up(token_ids: tuple[int, ...], start: int, tables: Tables) -> PlannedS
     """Return a greedy sequence whose tokens from a position on are to be computed."""
     sampling = SamplingParams(max_tokens=1, temperature=0.0)
     return PlannedSequence(0, 0, token_ids, start, tables, True, sampling)
-
-
-def _quickest(measured: Sequence[StageTimes]) -> StageTimes:
-    """Return the least that each stage took: what nothing else on the cores held up."""
-    return StageTimes(
-        min(times.attention_s for times in measured),
-        min(times.ffn_s for times in measured),
-        min(times.transfer_s for times in measured),
-    )
 
 
 def _sentence(measured: MeasuredStages, choice: LaneChoice, num_streams: int) -> str:

@@ -127,11 +127,11 @@ class FFNWorker:
         begin_s = self._clock.now()
         self._record_wait(begin_s)
         group = gather(self._waiting.values(), self._max_gather_rows)[0]
-        alone = len(group) == 1
-        rows = group[0].activations if alone else torch.cat([c.activations for c in group])
+        is_alone = len(group) == 1
+        rows = group[0].activations if is_alone else torch.cat([c.activations for c in group])
         answers = self._held.answer(group[0].layer, rows)
         end_s = self._clock.now()
-        by_call = (answers,) if alone else torch.split(answers, [c.num_answers for c in group])
+        by_call = (answers,) if is_alone else torch.split(answers, [c.num_answers for c in group])
         for call, partial in zip(group, by_call, strict=True):
             source, epoch, step, lane, layer, part = call.key
             taken_us, held_us = int(call.taken_s * 1e6), int((end_s - call.taken_s) * 1e6)
