@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any  # Any: values of JSON
 
+from afd_server.core.stage import AHEAD
 from afd_server.telemetry.timeline import Event, EventKind
 
 OPENING, CLOSING = '{"displayTimeUnit": "ms", "traceEvents": [', "]}\n"
@@ -88,11 +89,12 @@ def _name(what: str, pid: int, tid: int, name: str) -> dict[str, Any]:
 
 
 def _track(event: Event) -> str:
+    lane = f"lane {event.lane % AHEAD}{' ahead' if event.lane >= AHEAD else ''}"
     match event.kind:
         case EventKind.A_TO_F | EventKind.F_TO_A:
-            return f"lane {event.lane}, ffn/{event.peer}"
+            return f"{lane}, ffn/{event.peer}"
         case EventKind.FFN | EventKind.GATHERED:
             return "ffn"
         case EventKind.WAIT:
             return "bubbles"
-    return f"lane {event.lane}"
+    return lane

@@ -104,6 +104,11 @@ class FFNClient:
         self.counters: Counter[str] = Counter()
 
     @property
+    def is_away(self) -> bool:
+        """Tell whether most layers' calls travel."""
+        return 2 * self._placement.num_away > self._spec.num_layers
+
+    @property
     def num_resends(self) -> int:
         """Return how often something was sent again."""
         return self.counters["resends"]

@@ -21,7 +21,7 @@ from afd_server.core.request import (
     Request,
     SamplingParams,
 )
-from afd_server.core.stage import StageId
+from afd_server.core.stage import AHEAD, StageId
 from afd_server.core.topology import Role
 from afd_server.models.base import AttentionHalf, FFNCall
 from afd_server.policy.scheduler import Scheduler
@@ -43,7 +43,7 @@ from afd_server.workers.attention.calibration import Calibration
 from afd_server.workers.attention.expert_counts import ExpertCounts
 from afd_server.workers.attention.ffn_client import FFNClient
 from afd_server.workers.attention.kv_store import KVStore
-from afd_server.workers.attention.lanes import Lane, Outcome
+from afd_server.workers.attention.lanes import Lane, Outcome, Part
 from afd_server.workers.attention.sampler import Sampler
 from afd_server.workers.tensors import events_payload
 
@@ -100,9 +100,9 @@ class AttentionWorker:
         self._sampler = sampler
         self._calibration = calibration
         num_open = num_lanes if calibration is None else 1
-        self._lanes = [Lane(index, sampler) for index in range(num_open)]
+        self._lanes = [Lane(index, sampler, ffn.is_away) for index in range(num_open)]
         self._idle: list[Lane] = list(self._lanes)
-        self._runnable: deque[Lane] = deque()  # idle with a chance of work, or with their sum in
+        self._runnable: deque[Part] = deque()  # of an idle lane, not begun, or with their sum in
         self._owners: dict[tuple[int, int], str] = {}  # (key, attempt) → gateway
         self._num_rows = 0
         self._live_since_s: float | None = None  # None while no lane has a step
@@ -124,29 +124,34 @@ class AttentionWorker:
         elif isinstance(message, Cancel):
             self._cancel(message.key, message.attempt)
         elif isinstance(message, Combine):
-            lane = self._ffn.accept(received, message)
-            if lane is not None:
-                self._runnable.append(self._lanes[lane])
+            index = self._ffn.accept(received, message)
+            if index is not None:
+                self._runnable.append(self._lanes[index % AHEAD].part(index))
 
     def advance(self) -> bool:
-        """Run one lane to the next boundary that its FFN calls have to cross, or to its end.
+        """Run a part of a step to the next boundary that its calls have to cross, or to its end.
 
         Returns:
-            Whether another lane could run at once.
+            Whether another part could run at once.
         """
         self._ffn.resend_due()
         if not self._runnable:
             return False
-        lane = self._runnable.popleft()
-        begin_s = self._clock.now()
-        if self._waits_since_s is not None:
-            self._timeline.record(EventKind.WAIT, self._waits_since_s, begin_s)
-        if lane.is_idle:
-            self._start(lane, begin_s)
+        part, begin_s = self._runnable.popleft(), self._clock.now()
+        if part.lane.must_wait(part):
+            part.is_held = True
         else:
-            self._go_on(lane, begin_s, lane.resume(self._ffn.take(lane.index)))
+            if self._waits_since_s is not None:
+                self._timeline.record(EventKind.WAIT, self._waits_since_s, begin_s)
+                self._waits_since_s = None
+            if part.lane.is_idle:
+                self._start(part.lane, begin_s)
+            else:
+                answer = self._ffn.take(part.index) if part.num_stages else None
+                self._go_on(part, begin_s, part.resume(answer))
         is_waiting = not self._runnable and len(self._idle) < len(self._lanes)
-        self._waits_since_s = self._clock.now() if is_waiting else None
+        if is_waiting and self._waits_since_s is None:
+            self._waits_since_s = self._clock.now()
         return bool(self._runnable)
 
     def wait_s(self) -> float | None:
@@ -210,8 +215,9 @@ class AttentionWorker:
         if self._calibration is None:
             self._num_rows += plan.num_tokens
         planned_s = self._clock.now()
-        outcome = lane.start(plan, self._model, self._kv, begin_s)
-        self._go_on(lane, planned_s, outcome)
+        first, *others = lane.start(plan, self._model, self._kv, begin_s)
+        self._runnable.extend(others)
+        self._go_on(first, planned_s, first.resume(None))
 
     def _plan(self, lane: Lane, now_s: float) -> StepPlan | None:
         """Choose an idle lane's next step; of requests once the calibration is over."""
@@ -227,24 +233,34 @@ class AttentionWorker:
         """Go on with as many lanes as there should be."""
         num_lanes = calibration.choose(len(self._endpoint.topology.pool(Role.ATTENTION)))
         self._scheduler.open_lanes(num_lanes)
-        opened = [Lane(index, self._sampler) for index in range(len(self._lanes), num_lanes)]
+        indices, is_split = range(len(self._lanes), num_lanes), self._ffn.is_away
+        opened = [Lane(index, self._sampler, is_split) for index in indices]
         self._lanes += opened
-        self._runnable += opened
+        self._runnable += [lane.rest for lane in opened]
 
-    def _go_on(self, lane: Lane, begin_s: float, outcome: Outcome) -> None:
-        """Send a lane's call and run on while sums are there at once; or end its step."""
+    def _go_on(self, part: Part, begin_s: float, outcome: Outcome) -> None:
+        """Send a part's call and run on while sums are there at once; or end its lane's step."""
         while not isinstance(outcome, StepResult):
-            if not self._dispatch(begin_s, *outcome):
+            stage, call = outcome
+            rows = part.num_rows if call is None else call.rows.shape[0]
+            self._timeline.record(EventKind.ATTENTION, begin_s, self._clock.now(), stage, rows)
+            is_complete = call is not None and self._dispatch(stage, call)
+            follower = part.lane.rest
+            if follower.is_held and not part.lane.must_wait(follower):
+                follower.is_held = False
+                self._runnable.append(follower)
+            if not is_complete:
+                return
+            if part.lane.must_wait(part):
+                part.is_held = True
                 return
             begin_s = self._clock.now()
-            outcome = lane.resume(self._ffn.take(lane.index))
-        self._finish(lane, begin_s, outcome)
+            outcome = part.resume(self._ffn.take(part.index))
+        self._finish(part.lane, begin_s, outcome)
 
-    def _dispatch(self, begin_s: float, stage: StageId, call: FFNCall) -> bool:
-        """Note the stage that made a call, and send the call."""
+    def _dispatch(self, stage: StageId, call: FFNCall) -> bool:
+        """Send a call; tell whether its sum is there already."""
         assert self._live_since_s is not None, "a lane runs, so there is live work"
-        rows = call.rows.shape[0]
-        self._timeline.record(EventKind.ATTENTION, begin_s, self._clock.now(), stage, rows)
         if self._calibration is None:
             self._expert_counts.count(call)
         return self._ffn.dispatch(stage, call, self._live_since_s)
@@ -260,7 +276,7 @@ class AttentionWorker:
         else:
             self._report(self._scheduler.commit(result, end_s))
         record(EventKind.STEP, lane.begun_s, end_s, stage, plan.num_tokens)
-        self._runnable.append(lane)
+        self._runnable.append(lane.rest)
         self._wake_idle()
 
     def _submit(self, gateway: str, submit: Submit) -> None:
@@ -288,7 +304,7 @@ class AttentionWorker:
         self._wake_idle()  # its blocks may let another one in
 
     def _wake_idle(self) -> None:
-        self._runnable.extend(self._idle)
+        self._runnable.extend(lane.rest for lane in self._idle)
         self._idle.clear()
 
     def _report(self, emitted: Sequence[Emitted]) -> None:
