@@ -33,14 +33,13 @@ struct KVHead {  // one key/value head of one sequence
     return blocks[position >> block_bits] * block_stride + offset * stored;
   }
 
-  // The hardware does not know which block comes next.
-  void prefetch(int64_t at, int head_dim) const {
-    for (int i = 0; i < head_dim; i += 64 / static_cast<int>(sizeof(KV))) {
-      __builtin_prefetch(keys + at + i);
-      __builtin_prefetch(values + at + i);
-    }
-  }
 };
+
+// The hardware does not know which block comes next.
+template <typename KV>
+void prefetch(const KV* at, int head_dim) {
+  for (int i = 0; i < head_dim; i += 64 / static_cast<int>(sizeof(KV))) __builtin_prefetch(at + i);
+}
 
 // Attends with an online softmax over tiles of 16 keys, in order. Tiles start at multiples of 16
 // and hidden keys weigh exactly nothing, so a query's bits do not depend on the others.
@@ -59,12 +58,10 @@ void attend(const KVHead<KV>& kv, const Query* queries, float scale) {
   }
   int64_t next[kKeyTile];
   const auto locate = [&](int64_t begin, int64_t* places) {
-    if (begin >= stop) return;
     for (int j = 0; j < kKeyTile; j++) {
-      // outside of what is seen, any seen key will do: it is hidden below
+      // outside of what is seen, any seen key will do: it is hidden below, or never used
       const int64_t position = begin + j < stop ? begin + j : stop - 1;
       places[j] = kv.at(position < first ? first : position);
-      kv.prefetch(places[j], kHeadDim);
     }
   };
   locate(first / kKeyTile * kKeyTile, next);
@@ -85,6 +82,7 @@ void attend(const KVHead<KV>& kv, const Query* queries, float scale) {
           sum[q] = i == 0 ? part * key : fma(part, key, sum[q]);
         }
       }
+      prefetch(kv.keys + next[j], kHeadDim);  // a few at a time: the core waits for few lines at once
 #pragma GCC unroll 6
       for (int q = 0; q < kQueries; q++) product[q][j] = sum[q];
     }
@@ -124,6 +122,7 @@ void attend(const KVHead<KV>& kv, const Query* queries, float scale) {
         for (int q = 0; q < kQueries; q++)
           weighted[q][i] = fma(splat(weights[q][j]), value, weighted[q][i]);
       }
+      prefetch(kv.values + next[j], kHeadDim);
     }
   }
   for (int q = 0; q < kQueries; q++)
