@@ -9,6 +9,7 @@ import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,9 +21,11 @@ from afd_server.core.errors import ConfigError
 from afd_server.kernels import reference
 from afd_server.kernels.quant import GROUP, Int8Weight, pack_int8, quantised_row_bytes
 from afd_server.kernels.table import (
+    BoundSwiGLU,
     Kernels,
     KVLayer,
     LinearWeight,
+    NativeCall,
     PagedAttention,
     PagedRows,
     RowFormat,
@@ -30,7 +33,7 @@ from afd_server.kernels.table import (
 )
 
 LIBRARIES = Path(__file__).parent / "native"
-INTERFACE = 2  # as `afd_interface` of native/kernels.cpp
+INTERFACE = 3  # as `afd_interface` of native/kernels.cpp
 COLUMNS = 16  # output channels interleaved in a packed block, as kernels.cpp has it
 
 WeightFormat = Literal["int8", "float32", "bfloat16"]
@@ -96,6 +99,8 @@ def native_kernels(weights: WeightFormat, build: str | None = None) -> Kernels:
         )
     library = _load(_library_path(build or builds[0]))
     quantised = weights == "int8"
+    linear = _linear_int8(library) if quantised else _linear_float(library)
+    silu_mul = _silu_mul(library, quantised)
     return Kernels(
         name=f"native-{weights}",
         row_format=RowFormat(torch.uint8, quantised_row_bytes)
@@ -106,14 +111,17 @@ def native_kernels(weights: WeightFormat, build: str | None = None) -> Kernels:
         dump=_dump,
         unpack=_unpack,
         prepare=_quantise(library) if quantised else lambda x: x,
-        linear=_linear_int8(library) if quantised else _linear_float(library),
+        linear=linear,
         rms_norm=_rms_norm(library),
         add_norm=_add_norm_quantise(library) if quantised else _add_norm(library),
         rope=_rope(library),
         write_kv=_write_kv(library),
         rope_write_kv=_rope_write_kv(library),
         paged_attention=_attention(library),
-        silu_mul=_silu_mul(library, quantised),
+        silu_mul=silu_mul,
+        swiglu=_swiglu_int8(library)
+        if quantised
+        else partial(reference.PlainSwiGLU, linear, silu_mul),
         argmax=_argmax(library),
         gumbel_argmax=_gumbel_argmax(library),
         select=_select(library),
@@ -357,6 +365,62 @@ def _silu_mul(library: ctypes.CDLL, quantised: bool) -> SiLUMul:
         return out
 
     return silu_mul
+
+
+class _SwiGLU(ctypes.Structure):
+    """One FFN as kernels.cpp has it."""
+
+    _fields_ = (
+        ("groups", _SIZE), ("inner", _SIZE), ("hidden", _SIZE), ("gate_up", _POINTER),
+        ("down", _POINTER), ("gate_up_scales", _POINTER), ("down_scales", _POINTER),
+        ("limit", _DOUBLE),
+    )  # fmt: skip
+
+
+class _SwiGLUInt8:
+    """One FFN in a single call of the library."""
+
+    def __init__(
+        self, function: Callable[..., None], gate_up: object, down: object, limit: float | None
+    ) -> None:
+        assert isinstance(gate_up, PackedInt8) and isinstance(down, PackedInt8), "not packed"
+        self._function = function
+        self._width = down.num_rows
+        self._bytes = gate_up.scales.shape[1] * (4 + GROUP)
+        ffn = _SwiGLU(
+            gate_up.scales.shape[1],
+            gate_up.num_rows // 2,
+            down.num_rows,
+            gate_up.blocks.data_ptr(),
+            down.blocks.data_ptr(),
+            gate_up.scales.data_ptr(),
+            down.scales.data_ptr(),
+            math.inf if limit is None else limit,
+        )
+        self._context = ctypes.addressof(ffn)
+        address = ctypes.cast(function, ctypes.c_void_p).value  # type: ignore[arg-type]
+        assert address is not None, "a function of a loaded library"
+        owner = (ffn, gate_up, down, function)
+        self.native: NativeCall | None = NativeCall(
+            address, self._context, self._bytes, self._width, owner
+        )
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        assert rows.dtype is torch.uint8 and rows.shape[1] == self._bytes, (
+            f"rows of {rows.dtype} [{rows.shape[1]}] for {self._bytes}; were they prepared?"
+        )
+        rows, out = rows.contiguous(), torch.empty(rows.shape[0], self._width)
+        self._function(self._context, rows.data_ptr(), rows.shape[0], out.data_ptr())
+        return out
+
+
+def _swiglu_int8(
+    library: ctypes.CDLL,
+) -> Callable[[LinearWeight, LinearWeight, float | None], BoundSwiGLU]:
+    function = library.afd_swiglu_int8
+    function.argtypes = [_POINTER, _POINTER, _SIZE, _POINTER]
+    function.restype = None
+    return partial(_SwiGLUInt8, function)
 
 
 def _rope(library: ctypes.CDLL) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

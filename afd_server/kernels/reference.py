@@ -7,7 +7,8 @@ padded with zeros, so a row's bits depend on that row alone.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,14 @@ from torch import Tensor
 
 from afd_server.kernels import sampling
 from afd_server.kernels.kv_format import restore, store, stored_dim
-from afd_server.kernels.table import Kernels, KVLayer, LinearWeight, PagedRows, RowFormat
+from afd_server.kernels.table import (
+    Kernels,
+    KVLayer,
+    LinearWeight,
+    PagedRows,
+    RowFormat,
+    SiLUMul,
+)
 
 # 16 rows cost hardly more than 1 (the weights' memory traffic rules), and a prefill in tiles of
 # 16 was 22 % slower than in one call (fp32 576x1536, one Zen 5 core).
@@ -236,6 +244,30 @@ def silu_mul(gate_up: Tensor, limit: float | None = None) -> Tensor:
     return (gate * up).to(gate_up.dtype)
 
 
+class PlainSwiGLU:
+    """One FFN made of other kernels."""
+
+    native = None
+
+    def __init__(
+        self,
+        linear: Callable[[Tensor, LinearWeight], Tensor],
+        silu_mul: SiLUMul,
+        gate_up: LinearWeight,
+        down: LinearWeight,
+        limit: float | None,
+    ) -> None:
+        self._linear = linear
+        self._silu_mul = silu_mul
+        self._gate_up = gate_up
+        self._down = down
+        self._limit = limit
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        inner = self._silu_mul(self._linear(rows, self._gate_up), self._limit)
+        return self._linear(inner, self._down)
+
+
 def sigmoid(x: Tensor) -> Tensor:
     """Compute 1 / (1 + exp(−x)) in float32, written with `exp` as `silu_mul` is."""
     return 1.0 / (1.0 + torch.exp(-x.float()))
@@ -259,6 +291,7 @@ def reference(dtype: torch.dtype) -> Kernels:
         rope_write_kv=rope_write_kv,
         paged_attention=paged_attention,
         silu_mul=silu_mul,
+        swiglu=partial(PlainSwiGLU, linear, silu_mul),
         argmax=sampling.argmax,
         gumbel_argmax=sampling.gumbel_argmax,
         select=sampling.select,

@@ -49,6 +49,36 @@ class SiLUMul(Protocol):
     def __call__(self, gate_up: Tensor, limit: float | None = None, /) -> Tensor: ...
 
 
+class BoundSwiGLU(Protocol):
+    """One FFN of prepared rows: gate over up, their product, down."""
+
+    @property
+    def native(self) -> "NativeCall | None":
+        """Return the same for code outside of Python, if there is such."""
+        ...
+
+    def __call__(self, rows: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NativeCall:
+    """What code outside of Python calls to compute rows: function(context, rows, count, out).
+
+    Attributes:
+        function: address of a `void(const void*, const uint8_t*, int64_t, float*)`.
+        context: address of what it needs; valid as long as `owner` lives.
+        row_bytes: of one row that it reads.
+        width: float32 elements of one row that it writes.
+        owner: keeps the memory.
+    """
+
+    function: int
+    context: int
+    row_bytes: int
+    width: int
+    owner: object
+
+
 # A weight as its kernels keep it, made by `Kernels.pack` from [out, in]. Models never look inside.
 LinearWeight = object
 
@@ -69,6 +99,7 @@ class Kernels:
     in the call. The semantics are those of `kernels.reference` and `kernels.sampling`. Where a
     result is only ever multiplied next it is made as *prepared rows* at once, in `row_format`.
     `dump` takes a packed weight apart into the tensors named by `pack_parts`; `unpack` undoes it.
+    `swiglu` binds one FFN's weights and the limit of its `silu_mul`.
     """
 
     name: str
@@ -86,6 +117,7 @@ class Kernels:
     rope_write_kv: Callable[[Tensor, int, Tensor, Tensor, Tensor, KVLayer], Tensor]
     paged_attention: PagedAttention
     silu_mul: SiLUMul
+    swiglu: Callable[[LinearWeight, LinearWeight, float | None], BoundSwiGLU]
     argmax: Callable[[Tensor], int]
     gumbel_argmax: Callable[[Tensor, Tensor | None, float, int], int]
     select: Callable[[Tensor, float, int, float, float], Tensor]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from afd_server.core.model_spec import ModelSpec
 from afd_server.core.topology import ColumnShard, column_shard
-from afd_server.kernels.table import Kernels, KVLayer, LinearWeight, PagedRows
+from afd_server.kernels.table import Kernels, KVLayer, LinearWeight, NativeCall, PagedRows
 
 
 class FFNCall(NamedTuple):
@@ -145,6 +145,10 @@ class FFNHalf(Protocol):
             [rows, hidden]; in a routed layer with experts elsewhere as `models.routing.answers_of`
             tells.
         """
+        ...
+
+    def native(self, layer: int) -> NativeCall | None:
+        """Return what computes a dense layer's partial sum outside of Python, if there is such."""
         ...
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from afd_server.core.expert_spec import ExpertSpec
 from afd_server.core.model_spec import ModelSpec
 from afd_server.kernels import reference
-from afd_server.kernels.table import Kernels
+from afd_server.kernels.table import Kernels, NativeCall
 from afd_server.models.base import FFNCall, FFNShare, MicroBatch, WeightSource
 from afd_server.models.layers import (
     Decoder,
@@ -176,9 +176,9 @@ class RoutedFFN:
         self._spec = spec
         self._kernels = kernels
         self._ffns = {  # by layer and expert
-            (layer, expert): _load_expert(names, spec, weights, layer, expert, share)
+            (layer, expert): _load_expert(names, spec, weights, kernels, layer, expert, share)
             if spec.num_chosen(layer)
-            else dense_layer(spec, weights, layer, share)
+            else dense_layer(spec, weights, kernels, layer, share)
             for layer in range(spec.num_layers)
             for expert in share.experts_of(layer, spec)
         }
@@ -186,25 +186,30 @@ class RoutedFFN:
     def partial_sum(self, layer: int, rows: Tensor) -> Tensor:
         num_chosen = self._spec.num_chosen(layer)
         if not num_chosen:
-            return self._ffns[layer, 0].compute(rows, self._kernels)
+            return self._ffns[layer, 0].compute(rows)
         return compute_routed(
             split(rows, num_chosen, self._kernels.row_format.dtype),
-            lambda expert, some: self._ffns[layer, expert].compute(some, self._kernels),
+            lambda expert, some: self._ffns[layer, expert].compute(some),
             self._spec.hidden_size,
         )
+
+    def native(self, layer: int) -> NativeCall | None:
+        ffn = None if self._spec.num_chosen(layer) else self._ffns.get((layer, 0))
+        return None if ffn is None else ffn.compute.native
 
 
 def _load_expert(
     names: ExpertNames,
     spec: ModelSpec,
     weights: WeightSource,
+    kernels: Kernels,
     layer: int,
     expert: int,
     share: FFNShare,
 ) -> SwiGLU:
     tensors = names.tensors(weights, layer, expert, _experts(spec))
     name, shape = f"model.layers.{layer}.experts.{expert}", spec.ffn_shape(layer, expert)
-    return SwiGLU(name, tensors, spec.hidden_size, shape, weights, share)
+    return SwiGLU(name, tensors, spec.hidden_size, shape, weights, kernels, share)
 
 
 def _experts(spec: ModelSpec) -> ExpertSpec:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from afd_server.core.model_spec import ModelSpec
-from afd_server.kernels.table import Kernels
+from afd_server.kernels.table import Kernels, NativeCall
 from afd_server.models.base import Architecture, FFNShare, WeightSource
 
 
@@ -39,6 +39,10 @@ class Held:
             return self._ffn.partial_sum(layer, rows)
         assert self._head is not None, "the head is held by others"
         return self._head.logits(rows)
+
+    def native(self, layer: int) -> NativeCall | None:
+        """Return what answers a dense layer's calls outside of Python, if there is such."""
+        return self._ffn.native(layer) if layer < self._head_layer else None
 
 
 class _Head:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from afd_server.core.attention_spec import GQASpec
 from afd_server.core.model_spec import FFNShape, ModelSpec
-from afd_server.kernels.table import Kernels, KVLayer, LinearWeight
+from afd_server.kernels.table import Kernels, KVLayer, LinearWeight, NativeCall
 from afd_server.models.base import FFNCall, FFNShare, MicroBatch, WeightSource
 from afd_server.models.rope import rope_table
 
@@ -170,15 +170,18 @@ class DenseFFN:
     def __init__(
         self, spec: ModelSpec, weights: WeightSource, kernels: Kernels, share: FFNShare
     ) -> None:
-        self._kernels = kernels
         self._layers = {
-            layer: dense_layer(spec, weights, layer, share)
+            layer: dense_layer(spec, weights, kernels, layer, share)
             for layer in range(spec.num_layers)
             if share.experts_of(layer, spec)
         }
 
     def partial_sum(self, layer: int, rows: Tensor) -> Tensor:
-        return self._layers[layer].compute(rows, self._kernels)
+        return self._layers[layer].compute(rows)
+
+    def native(self, layer: int) -> NativeCall | None:
+        ffn = self._layers.get(layer)
+        return None if ffn is None else ffn.compute.native
 
 
 class FFNTensors(NamedTuple):
@@ -220,8 +223,11 @@ class SwiGLU:
         name: of the packed weights.
         tensors: where they are read from.
         hidden_size, shape: of the whole FFN.
-        weights: reads and packs.
+        weights, kernels: read and pack; compute.
         share: which shard it is.
+
+    Attributes:
+        compute: gives the shard's share of the output, [rows, hidden], of prepared rows.
     """
 
     def __init__(
@@ -231,6 +237,7 @@ class SwiGLU:
         hidden_size: int,
         shape: FFNShape,
         weights: WeightSource,
+        kernels: Kernels,
         share: FFNShare,
     ) -> None:
         inner, shard = shape.intermediate_size, share.columns(shape.intermediate_size)
@@ -247,18 +254,17 @@ class SwiGLU:
             place = (slice(None), slice(*shard))
             return tensors.read(weights, tensors.down, (hidden_size, inner), place)
 
-        self._gate_up = weights.pack(f"{name}.gate_up", read_gate_up)
-        self._down = weights.pack(f"{name}.down", read_down)
-        self._limit = shape.limit
-
-    def compute(self, rows: Tensor, kernels: Kernels) -> Tensor:
-        """Return the shard's share of the output, [rows, hidden], of prepared rows."""
-        inner = kernels.silu_mul(kernels.linear(rows, self._gate_up), self._limit)
-        return kernels.linear(inner, self._down)
+        gate_up = weights.pack(f"{name}.gate_up", read_gate_up)
+        down = weights.pack(f"{name}.down", read_down)
+        self.compute = kernels.swiglu(gate_up, down, shape.limit)
 
 
-def dense_layer(spec: ModelSpec, weights: WeightSource, layer: int, share: FFNShare) -> SwiGLU:
+def dense_layer(
+    spec: ModelSpec, weights: WeightSource, kernels: Kernels, layer: int, share: FFNShare
+) -> SwiGLU:
     """Load the shard of a layer that has one FFN."""
     module = f"model.layers.{layer}.mlp"
     shape = spec.ffn_shape(layer)
-    return SwiGLU(module, tensors_of_module(module), spec.hidden_size, shape, weights, share)
+    return SwiGLU(
+        module, tensors_of_module(module), spec.hidden_size, shape, weights, kernels, share
+    )

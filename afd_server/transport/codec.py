@@ -176,6 +176,11 @@ def _beginning(tag: int, source: str, model_digest: str, fingerprint: str) -> by
     return b"".join([packer.pack_array_header(num_items), *map(packer.pack, constant)])
 
 
+def header_beginning(kind: type[Any], source: str, model_digest: str, fingerprint: str) -> bytes:
+    """Return what the headers of one sender's messages of a kind begin with."""
+    return _beginning(_TAG_OF[kind], source, model_digest, fingerprint)
+
+
 def encode(envelope: Envelope, message: Message, with_crc: bool) -> list[Buffer]:
     """Return the two frames of a message."""
     kind, payload = type(message), _payload_of(message)

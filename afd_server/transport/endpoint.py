@@ -4,6 +4,7 @@ The second half of the checks on receipt: membership, numerics and who may say w
 half is `codec`.
 """
 
+import ctypes
 import logging
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
@@ -14,7 +15,15 @@ from afd_server.core.clock import Clock
 from afd_server.core.errors import ProtocolError, TransportError
 from afd_server.core.topology import Member, Role, Topology
 from afd_server.transport.base import Link
-from afd_server.transport.codec import Envelope, Header, HeaderReader, decode, encode
+from afd_server.transport.calls import Caller
+from afd_server.transport.codec import (
+    Envelope,
+    Header,
+    HeaderReader,
+    decode,
+    encode,
+    header_beginning,
+)
 from afd_server.transport.messages import (
     EMPTY,
     Buffer,
@@ -92,7 +101,7 @@ class Endpoint:
         self._clock = clock
         self._introduced = {member.incarnation: member for member in introduced}
         self._with_crc = with_crc
-        self._sequence = 0
+        self.sequence = ctypes.c_int64(0)  # of the messages sent; native code counts on
         self._reader = HeaderReader()
         self._bad_at: defaultdict[str, deque[float]] = defaultdict(
             lambda: deque(maxlen=MAX_BAD_FRAMES)
@@ -118,16 +127,19 @@ class Endpoint:
         Raises:
             TransportError: it cannot be reached now.
         """
-        self._sequence += 1
+        self.link.send(peer, encode(self.envelope(), message, self._with_crc))
+
+    def envelope(self) -> Envelope:
+        """Return the envelope of this process's next message."""
+        self.sequence.value += 1
         identity = self.identity
-        envelope = Envelope(
+        return Envelope(
             identity.incarnation,
             self.topology.epoch,
-            self._sequence,
+            self.sequence.value,
             identity.model_digest,
             identity.fingerprint,
         )
-        self.link.send(peer, encode(envelope, message, self._with_crc))
 
     def try_send(self, peer: str, message: Message) -> bool:
         """Send what will be repeated anyway; count and report a failure instead of raising."""
@@ -205,6 +217,28 @@ class Endpoint:
             epoch = header.envelope.epoch
             refusal = Combine(step, lane, layer, part, epoch, 0, 0, error.reason, EMPTY)
             self.try_send(route, refusal)
+
+    def callers(self) -> dict[str, Caller]:
+        """Return the attention workers that are listened to, and how their calls look."""
+        digest, own = self.identity.model_digest, self.identity
+        reply = header_beginning(Combine, own.incarnation, digest, own.fingerprint)
+        return {
+            member.incarnation: Caller(
+                member.slot,
+                header_beginning(Dispatch, member.incarnation, digest, member.fingerprint),
+                reply,
+            )
+            for member in self.topology.pool(Role.ATTENTION)
+            if member.incarnation not in self.quarantined
+        }
+
+    @property
+    def quarantined(self) -> frozenset[str]:
+        """Return the peers that are not listened to at present."""
+        if not self._quarantined_until:
+            return frozenset()
+        now = self._clock.now()
+        return frozenset(route for route, until in self._quarantined_until.items() if now < until)
 
     @property
     def num_bad_frames(self) -> int:

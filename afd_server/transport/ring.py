@@ -135,6 +135,7 @@ class RingLibrary:
         self.peek = _typed(short.afd_ring_peek, number, handle)
         self.advance = _typed(short.afd_ring_advance, None, handle)
         self.watch = _typed(long.afd_ring_watch, number, handle, number, number)
+        self.serve = _typed(long.afd_serve, number, handle, number)
         self.doze = _typed(short.afd_ring_doze, number, handle, number)
         self.wake = _typed(short.afd_ring_wake, None, handle, number)
 
@@ -155,8 +156,8 @@ class Ring:
         self._library = library
         self._memory = memory
         self._view = memoryview(memory)
-        first = ctypes.c_char.from_buffer(memory)
-        self.handle: int | None = library.open(ctypes.addressof(first), CAPACITY, side)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self.handle: int | None = library.open(self.address, CAPACITY, side)
         assert self.handle is not None, "no memory for a few counters"
 
     def put(self, frames: Sequence[Buffer]) -> Put:

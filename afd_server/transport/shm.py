@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from afd_server.core.errors import TransportError
+from afd_server.transport.calls import MOST_RINGS, CallServer
 from afd_server.transport.messages import Buffer
 from afd_server.transport.ring import (
     Put,
@@ -37,7 +38,7 @@ MAX_RINGS = 1024  # as many as a topology has members
 # woken 0.1 to 0.5 ms late, and then keeps the other side waiting, so that it would sleep as well.
 LONGEST_WATCH_NS = 5_000_000
 LONGEST_COUNTED_NS = 20_000_000  # so that one long wait is forgotten after some short ones
-LOOK_EVERY_NS = 250_000  # at ZeroMQ and at the peers' lives, while there are records or a watch
+LOOK_EVERY_NS = 1_000_000  # at ZeroMQ and at the peers' lives, while there are records or a watch
 
 # The link's own frames: each is the only frame of its message and begins with a byte that no
 # MessagePack list begins with. The last byte of the mark is the version.
@@ -94,6 +95,7 @@ class SharedMemoryLink:
         self._offers: dict[str, _Offer] = {}
         self._ways: dict[str, _Way] = {}
         self._watch = Watch(self._library, ())
+        self._server: CallServer | None = None
         self._lives = select.poll()
         self._next_look_ns = 0
         self._usual_wait_ns = LONGEST_COUNTED_NS
@@ -106,6 +108,11 @@ class SharedMemoryLink:
     def peers_in_memory(self) -> frozenset[str]:
         """Return the peers that are reached without ZeroMQ."""
         return frozenset(self._ways)
+
+    def answer_with(self, server: CallServer) -> None:
+        """Let calls be answered by native code while this link looks for messages."""
+        self._server = server
+        self._see_rings()
 
     def connect(self, peer: str, address: str) -> None:
         if self._addresses.get(peer) == address:
@@ -142,13 +149,16 @@ class SharedMemoryLink:
 
     def receive(self, timeout_s: float) -> list[tuple[str, list[Buffer]]]:
         now_ns = time.monotonic_ns()
+        if self._server is not None:
+            self._watch_rings(0)
         received = self._take()
         if received:
             return received if now_ns < self._next_look_ns else received + self._look(0.0)
         if timeout_s <= 0 or not self._ways:
             return self._look(timeout_s)
         received = self._wait(now_ns, now_ns + int(timeout_s * 1e9))
-        waited_ns = min(time.monotonic_ns() - now_ns, LONGEST_COUNTED_NS)
+        since_ns = now_ns if self._server is None else max(now_ns, self._server.answered_ns)
+        waited_ns = min(time.monotonic_ns() - since_ns, LONGEST_COUNTED_NS)
         self._usual_wait_ns += (waited_ns - self._usual_wait_ns) // 8
         return received
 
@@ -162,16 +172,40 @@ class SharedMemoryLink:
         is_short = self._usual_wait_ns <= LONGEST_WATCH_NS
         stop_ns = min(now_ns + LONGEST_WATCH_NS, until_ns) if is_short else now_ns
         while now_ns < stop_ns:
-            if self._watch.look(min(LOOK_EVERY_NS, stop_ns - now_ns)):
+            if self._watch_rings(min(LOOK_EVERY_NS, stop_ns - now_ns)):
                 return self._take()
             if received := self._look(0.0):
                 return received
             now_ns = time.monotonic_ns()
+            if self._server is not None:
+                busy_until_ns = self._server.answered_ns + LONGEST_WATCH_NS
+                stop_ns = max(stop_ns, min(busy_until_ns, until_ns))
         if self._watch.announce_sleep():
             return self._take()
         received = self._look(max(0, until_ns - now_ns) / 1e9)
         self._watch.end_sleep()
         return received + self._take()
+
+    def _watch_rings(self, longest_ns: int) -> bool:
+        """Watch the rings, and have calls answered; tell if something is left to do."""
+        server = self._server
+        if server is None:
+            return self._watch.look(longest_ns)
+        is_due = server.serve(longest_ns)
+        for peer in server.take_sleepers():
+            with contextlib.suppress(TransportError):  # it has gone, or asks again
+                self._link.send(peer, [_control(_Kind.BELL, self._ways[peer].token)])
+        return is_due
+
+    def _see_rings(self) -> None:
+        """Watch the rings that there are now."""
+        rings = {peer: way.ring for peer, way in self._ways.items()}
+        if self._server is not None and len(rings) > MOST_RINGS:
+            log.warning("%d rings: calls are answered without native code", len(rings))
+            self._server = None
+        if self._server is not None:
+            self._server.use_rings(rings)
+        self._watch = Watch(self._library, list(rings.values()))
 
     def _take(self) -> list[tuple[str, list[Buffer]]]:
         """Empty the rings, up to a limit; lose the peers whose ring is of no use any more."""
@@ -262,7 +296,7 @@ class SharedMemoryLink:
     def _add(self, peer: str, way: _Way) -> None:
         self._ways[peer] = way
         self._lives.register(way.life, select.POLLIN)
-        self._watch = Watch(self._library, [way.ring for way in self._ways.values()])
+        self._see_rings()
         log.info("%s is reached through shared memory", peer)
 
     def _lose(self, peer: str, why: Exception) -> None:
@@ -279,7 +313,7 @@ class SharedMemoryLink:
             offer.memory.close()
             os.close(offer.descriptor)
         if way is not None:
-            self._watch = Watch(self._library, [way.ring for way in self._ways.values()])
+            self._see_rings()
             self._lives.unregister(way.life)
             os.close(way.life)
             way.ring.close()

@@ -28,6 +28,7 @@ from afd_server.policy.blocks import num_kv_blocks
 from afd_server.policy.scheduler import Scheduler, SchedulerConfig
 from afd_server.telemetry.timeline import Timeline
 from afd_server.transport.base import Link
+from afd_server.transport.calls import CallServer, NativeLayer
 from afd_server.transport.endpoint import Endpoint, Identity, Received
 from afd_server.transport.messages import (
     ExpertLoad,
@@ -36,6 +37,7 @@ from afd_server.transport.messages import (
     ProcessState,
     TopologyUpdate,
 )
+from afd_server.transport.ring import RingLibrary
 from afd_server.transport.shm import SharedMemoryLink
 from afd_server.transport.zeromq import ZeroMQLink
 from afd_server.weights.checkpoint import Checkpoint
@@ -344,6 +346,19 @@ def build_ffn_worker(
     weights = _weights(spec, kernels, share)
     held = Held(ARCHITECTURES[model_spec.model_type], model_spec, weights, kernels, share)
     weights.keep()
+    server = None
+    if isinstance(endpoint.link, SharedMemoryLink) and not spec.with_crc:
+        calls = [held.native(layer) for layer in range(model_spec.num_layers)]
+        layers = [
+            NativeLayer(call.function, call.context, call.row_bytes, call.width)
+            if call is not None
+            else NativeLayer(0, 0, 0, 0)
+            for call in calls
+        ]
+        server = CallServer(
+            RingLibrary(), layers, spec.slot, spec.ffn.max_gather_rows, endpoint.sequence
+        )
+        endpoint.link.answer_with(server)
     return FFNWorker(
         held,
         model_spec,
@@ -354,6 +369,7 @@ def build_ffn_worker(
         spec.ffn.max_gather_rows,
         clock,
         Timeline(),
+        server,
     )
 
 

@@ -1,5 +1,7 @@
 """The native kernels, in every build that this machine can run, against their specification."""
 
+import ctypes
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -304,3 +306,24 @@ def test_a_library_of_another_format_is_refused(monkeypatch):
     monkeypatch.setattr("afd_server.kernels.cpu.INTERFACE", 1)
     with pytest.raises(ConfigError, match="built from other sources"):
         native("portable")
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize(("hidden", "inner"), [(64, 64), (100, 33), (576, 1536)])
+def test_an_ffn_in_one_call_has_the_bits_of_its_parts(build, hidden, inner):
+    kernels = native(build)
+    gate_up = kernels.pack(draw(2 * inner, hidden, seed=1))
+    down = kernels.pack(draw(hidden, inner, seed=2))
+    for num_rows in (0, 1, 5, 24, 70):
+        rows = kernels.prepare(draw(num_rows, hidden, seed=num_rows, scale=3.0))
+        for limit in (None, 0.3):
+            ffn = kernels.swiglu(gate_up, down, limit)
+            parts = kernels.linear(kernels.silu_mul(kernels.linear(rows, gate_up), limit), down)
+            assert torch.equal(ffn(rows), parts)
+            call, out = ffn.native, torch.empty(num_rows, hidden)
+            assert (call.row_bytes, call.width) == (rows.shape[1], hidden)
+            function = ctypes.CFUNCTYPE(
+                None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p
+            )(call.function)
+            function(call.context, rows.data_ptr(), num_rows, out.data_ptr())
+            assert torch.equal(out, parts)

@@ -24,7 +24,7 @@ auto with_format(int32_t format, Call call) {
 extern "C" {
 
 // Raised with every change of what a function below takes or gives: another library is refused.
-int32_t afd_interface() { return 2; }
+int32_t afd_interface() { return 3; }
 
 // Quantises rows [rows, width] to [rows, row_bytes(width)].
 void afd_quantise(const float* x, int64_t rows, int64_t width, uint8_t* out) {
@@ -127,6 +127,28 @@ void afd_silu_mul_quantise(const float* gate_up, int64_t rows, int64_t width, fl
     silu_mul_row(gate_up + row * 2 * width, width, limit, product.data());
     quantise_row(product.data(), width, out + row * row_bytes(width));
   }
+}
+
+// A column shard of one FFN: out[rows, hidden] = down · (silu(gate · x) · (up · x)), of quantised
+// rows. `kernels/cpu.py` mirrors the struct.
+struct SwiGLU {
+  int64_t groups, inner, hidden;
+  const uint8_t *gate_up, *down;
+  const float *gate_up_scales, *down_scales;
+  double limit;
+};
+
+void afd_swiglu_int8(const SwiGLU* ffn, const uint8_t* x, int64_t rows, float* out) {
+  thread_local std::vector<float> both;
+  thread_local std::vector<uint8_t> product;
+  both.resize(rows * 2 * ffn->inner);
+  product.resize(rows * row_bytes(ffn->inner));
+  afd_linear_int8(x, rows, ffn->groups, ffn->gate_up, ffn->gate_up_scales, 2 * ffn->inner,
+                  both.data());
+  afd_silu_mul_quantise(both.data(), rows, ffn->inner, static_cast<float>(ffn->limit),
+                        product.data());
+  afd_linear_int8(product.data(), rows, num_groups(ffn->inner), ffn->down, ffn->down_scales,
+                  ffn->hidden, out);
 }
 
 // Rotates heads by their position. x [rows, heads, head_dim] with `stride` elements between rows;

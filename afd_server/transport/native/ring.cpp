@@ -85,6 +85,28 @@ bool any_due(Ring* const* rings, int64_t count) {
   return false;
 }
 
+// Returns where in the mapping `length` bytes may be written, whether their reader sleeps or not.
+int64_t reserve(Ring* ring, uint64_t length) {
+  const uint64_t unread = ring->written - ring->out->read.load(std::memory_order_acquire);
+  if (unread > kSlots) return kBroken;
+  if (unread == kSlots) return kFull;
+  const uint64_t size = (length + kLine - 1) / kLine * kLine;
+  uint64_t begin = 0, limit = ring->capacity;
+  if (unread) {
+    const uint64_t oldest = ring->extents[(ring->written - unread) % kSlots].begin;
+    begin = ring->extents[(ring->written - 1) % kSlots].end;
+    if (begin <= oldest) {  // wrapped around already, and up to the oldest is free
+      limit = oldest;
+    } else if (begin + size > limit) {
+      begin = 0;
+      limit = oldest;
+    }
+  }
+  if (length > ring->capacity || begin + size > limit) return kFull;
+  ring->extents[ring->written % kSlots] = {begin, begin + size};
+  return static_cast<int64_t>(ring->out_at + begin);
+}
+
 }  // namespace
 
 extern "C" {
@@ -112,25 +134,7 @@ void afd_ring_close(Ring* ring) {
 // no use in writing for a sleeper: what wakes it may as well be the message.
 int64_t afd_ring_reserve(Ring* ring, uint64_t length) {
   if (ring->in->closed.load(std::memory_order_acquire)) return kClosed;
-  if (ring->out->sleeping.load(std::memory_order_relaxed)) return kAsleep;
-  const uint64_t unread = ring->written - ring->out->read.load(std::memory_order_acquire);
-  if (unread > kSlots) return kBroken;
-  if (unread == kSlots) return kFull;
-  const uint64_t size = (length + kLine - 1) / kLine * kLine;
-  uint64_t begin = 0, limit = ring->capacity;
-  if (unread) {
-    const uint64_t oldest = ring->extents[(ring->written - unread) % kSlots].begin;
-    begin = ring->extents[(ring->written - 1) % kSlots].end;
-    if (begin <= oldest) {  // wrapped around already, and up to the oldest is free
-      limit = oldest;
-    } else if (begin + size > limit) {
-      begin = 0;
-      limit = oldest;
-    }
-  }
-  if (length > ring->capacity || begin + size > limit) return kFull;
-  ring->extents[ring->written % kSlots] = {begin, begin + size};
-  return static_cast<int64_t>(ring->out_at + begin);
+  return ring->out->sleeping.load(std::memory_order_relaxed) ? kAsleep : reserve(ring, length);
 }
 
 // Publishes the `length` bytes last reserved; returns whether the reader has gone to sleep meanwhile
@@ -191,3 +195,5 @@ int64_t afd_ring_doze(Ring* const* rings, int64_t count) {
 }
 
 }  // extern "C"
+
+#include "calls.h"

@@ -18,6 +18,7 @@ from afd_server.models.head import Held
 from afd_server.models.routing import CHOICE_BYTES, ELSEWHERE, answers_of, experts_of
 from afd_server.policy.gather import gather
 from afd_server.telemetry.timeline import EventKind, Timeline
+from afd_server.transport.calls import CallServer
 from afd_server.transport.endpoint import Endpoint, Received
 from afd_server.transport.messages import EMPTY, Combine, Dispatch, LoadReport
 from afd_server.workers.tensors import events_payload, to_payload, to_tensor
@@ -57,6 +58,8 @@ class FFNWorker:
         max_gather_rows: most rows computed together.
         clock: dates what goes into the timeline.
         timeline: takes what was computed, and waits.
+        server: answers calls of layers that are computed natively before they get here; None
+            without it.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class FFNWorker:
         max_gather_rows: int,
         clock: Clock,
         timeline: Timeline,
+        server: CallServer | None = None,
     ) -> None:
         self._held = held
         self._spec = spec
@@ -83,12 +87,16 @@ class FFNWorker:
         self._timeline = timeline
         self._waits_since_s: float | None = clock.now()  # None while calls are there
         self._waiting: dict[tuple[str, int, int, int, int, int], _WaitingCall] = {}
+        self._server = server
+        if server is not None:
+            server.idle_since_s = self._waits_since_s
+        self._quarantined: frozenset[str] = frozenset()
         self._num_calls = 0
         self._num_rows = 0
 
     @property
     def num_steps(self) -> int:
-        return self._num_calls
+        return self._num_calls + (self._server.num_calls if self._server is not None else 0)
 
     @property
     def is_ready(self) -> bool:
@@ -122,6 +130,8 @@ class FFNWorker:
         Returns:
             Whether more calls wait.
         """
+        if self._server is not None:
+            self._follow(self._server)
         if not self._waiting:
             return False
         begin_s = self._clock.now()
@@ -144,6 +154,8 @@ class FFNWorker:
         self._num_rows += rows.shape[0]
         self._record(group, begin_s, end_s)
         self._waits_since_s = None if self._waiting else self._clock.now()
+        if self._server is not None:
+            self._server.idle_since_s = self._waits_since_s
         return bool(self._waiting)
 
     def wait_s(self) -> float | None:
@@ -155,12 +167,18 @@ class FFNWorker:
         topology = self._endpoint.topology
         for key in [key for key in self._waiting if topology.find(key[0]) is None]:
             del self._waiting[key]
+        if self._server is not None:
+            self._server.follow(topology.epoch, self._endpoint.callers())
 
     def load(self, num_bad_frames: int) -> LoadReport:
         """Return the present load and what was done; `running` counts the calls that wait."""
+        num_native_rows = 0
+        if self._server is not None:
+            self._timeline.extend(self._server.take_events())
+            num_native_rows = self._server.num_rows
         events = events_payload(self._timeline)
         return LoadReport(
-            steps=self._num_calls,
+            steps=self.num_steps,
             running=len(self._waiting),
             waiting=0,
             free_blocks=0,
@@ -169,7 +187,7 @@ class FFNWorker:
             preemptions=0,
             queried_tokens=0,
             hit_tokens=0,
-            rows=self._num_rows,
+            rows=self._num_rows + num_native_rows,
             bad_frames=num_bad_frames,
             resends=0,
             dropped_events=self._timeline.num_dropped,
@@ -181,6 +199,16 @@ class FFNWorker:
 
     def expert_load(self) -> None:
         """Return None: the gates are on the attention side."""
+
+    def _follow(self, server: CallServer) -> None:
+        """Keep up with what the native side did, and with whom it must not listen to."""
+        self._timeline.extend(server.take_events())
+        if self._waits_since_s is not None and server.idle_since_s is not None:
+            self._waits_since_s = max(self._waits_since_s, server.idle_since_s)
+        quarantined = self._endpoint.quarantined
+        if quarantined != self._quarantined:
+            self._quarantined = quarantined
+            server.follow(self._endpoint.topology.epoch, self._endpoint.callers())
 
     def _record_wait(self, now_s: float) -> None:
         """Note how long there was live work and nothing to compute."""

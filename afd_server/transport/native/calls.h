@@ -1,0 +1,235 @@
+// Answers FFN calls in the middle of a reader's wait: from ring to kernel to ring, without Python.
+//
+// Only what is exactly right is answered here: a dispatch of the fixed layout (transport/codec.py)
+// from a known caller, for a layer that is computed natively, with the rows that it takes. Whatever
+// else arrives is left in its ring, and ends the wait. A part of ring.cpp.
+#pragma once
+
+#include <cstring>
+#include <utility>
+#include <vector>
+
+namespace {
+
+constexpr int64_t kFrames = 2;
+constexpr int64_t kHead = 4 * (1 + kFrames);     // number of frames, their lengths
+constexpr int64_t kNumber = 9;                   // a marker and 8 bytes, the highest first
+constexpr uint8_t kMarker = 0xcf, kNoText = 0xa0;
+constexpr uint64_t kUint8 = 1, kFloat32 = 4;     // DType
+constexpr int64_t kCallNumbers = 15, kAnswerNumbers = 17, kTextPlace = 10;
+constexpr int64_t kMostHeader = 2048, kMostRecord = 1 << 20;
+
+struct Caller {  // `expected_size` is 0 for a ring that is only watched
+  Ring* ring;
+  char* memory;  // where the ring's mapping begins
+  const uint8_t *expected, *reply;  // what its calls begin with, and the answers to them
+  int64_t expected_size, reply_size, slot;
+};
+
+struct Layer {  // `function` is null for a layer that is not computed here
+  void (*function)(const void* context, const uint8_t* rows, int64_t count, float* out);
+  const void* context;
+  int64_t row_bytes, width;
+};
+
+struct Event {  // telemetry/timeline.py
+  double begin_s, end_s;
+  uint64_t step;
+  uint32_t rows, lane, kind;
+  uint16_t layer, peer;
+};
+static_assert(sizeof(Event) == 40, "as struct.Struct('<ddQIIIHH')");
+enum : uint32_t { kFFN = 6, kGathered = 7, kWait = 8 };
+
+struct Call {
+  int64_t caller, epoch, step, lane, layer, part, rows;
+  double taken_s, live_since_s;
+  std::vector<uint8_t> data;
+};
+
+struct Server {  // transport/calls.py
+  Caller* callers;
+  Layer* layers;
+  Event* events;
+  int64_t* sequence;
+  int64_t num_callers, num_layers, slot, epoch, most_rows, most_events;
+  int64_t num_events, num_calls, num_rows;
+  double idle_since_s, answered_s;
+  uint64_t bell;  // bit i: the reader of ring i has gone to sleep and must be woken
+};
+
+double seconds() { return now_ns() * 1e-9; }
+
+int64_t number_at(const uint8_t* at) {
+  uint64_t number;
+  memcpy(&number, at + 1, 8);
+  return static_cast<int64_t>(__builtin_bswap64(number));
+}
+
+uint8_t* put_number(uint8_t* at, uint64_t number) {
+  *at = kMarker;
+  number = __builtin_bswap64(number);
+  memcpy(at + 1, &number, 8);
+  return at + kNumber;
+}
+
+// Reads the record at `at` if it is a call to be answered here; its rows are the last bytes of it.
+bool read_call(const Server& server, const Caller& caller, const uint8_t* at, int64_t length,
+               Call& call) {
+  uint32_t head[1 + kFrames];
+  const int64_t header = caller.expected_size + kCallNumbers * kNumber;
+  if (caller.expected_size == 0 || length < kHead + header) return false;
+  memcpy(head, at, kHead);
+  if (head[0] != kFrames || head[1] != header || head[2] != length - kHead - header) return false;
+  at += kHead;
+  if (memcmp(at, caller.expected, caller.expected_size) != 0) return false;
+  at += caller.expected_size;
+  int64_t numbers[kCallNumbers];
+  for (int i = 0; i < kCallNumbers; i++, at += kNumber) {
+    if (*at != kMarker) return false;
+    numbers[i] = number_at(at);
+    if (numbers[i] < 0) return false;
+  }
+  // epoch, sequence, budget, then the dispatch, then dtype, rank, dimensions, bytes, CRC
+  const int64_t *own = numbers + 3, *facts = numbers + 8;
+  call = {0, numbers[0], own[0], own[1], own[2], own[3], facts[2], 0.0, own[4] * 1e-6, {}};
+  if (call.layer >= server.num_layers || call.part != server.slot) return false;
+  const Layer& layer = server.layers[call.layer];
+  const int64_t bytes = length - kHead - header;
+  return layer.function != nullptr && facts[0] == kUint8 && facts[1] == 2 && call.rows > 0 &&
+         call.rows <= server.most_rows && facts[3] == layer.row_bytes && facts[4] == 0 &&
+         facts[5] == bytes && bytes == call.rows * layer.row_bytes && facts[6] == 0 &&
+         call.rows * layer.width * 4 < kMostRecord - kHead - kMostHeader;
+}
+
+// Writes the answer to a call; one that finds no room is lost, and asked for again.
+void answer(Server& server, const Call& call, const float* partial, double end_s) {
+  const Caller& caller = server.callers[call.caller];
+  const int64_t width = server.layers[call.layer].width, bytes = call.rows * width * 4;
+  const int64_t header = caller.reply_size + kAnswerNumbers * kNumber + 1;
+  const int64_t size = kHead + header + bytes;
+  const int64_t place = reserve(caller.ring, size);  // a sleeper will find it when it is woken
+  if (place < 0) return;
+  uint8_t* at = reinterpret_cast<uint8_t*>(caller.memory) + place;
+  const uint32_t head[] = {kFrames, static_cast<uint32_t>(header), static_cast<uint32_t>(bytes)};
+  memcpy(at, head, kHead);
+  memcpy(at + kHead, caller.reply, caller.reply_size);
+  at += kHead + caller.reply_size;
+  const int64_t numbers[kAnswerNumbers] = {
+      server.epoch, ++*server.sequence, 0,
+      call.step, call.lane, call.layer, call.part, call.epoch,
+      static_cast<int64_t>(call.taken_s * 1e6), static_cast<int64_t>((end_s - call.taken_s) * 1e6),
+      kFloat32, 2, call.rows, width, 0, bytes, 0};
+  for (int i = 0; i < kAnswerNumbers; i++) {
+    if (i == kTextPlace) *at++ = kNoText;  // no refusal
+    at = put_number(at, numbers[i]);
+  }
+  memcpy(at, partial, bytes);
+  if (afd_ring_commit(caller.ring, size)) server.bell |= uint64_t{1} << call.caller;
+}
+
+// Takes what can be answered here off the rings; returns whether something else is due in any.
+bool take_calls(const Server& server, std::vector<Call>& calls) {
+  bool others = false;
+  for (int64_t i = 0; i < server.num_callers; i++) {
+    const Caller& caller = server.callers[i];
+    for (int64_t found; (found = afd_ring_peek(caller.ring)) != kNothing;) {
+      Call call;
+      const int64_t length = found & 0xffffffff;
+      const uint8_t* at = reinterpret_cast<uint8_t*>(caller.memory) + (found >> 32);
+      if (found < 0 || !read_call(server, caller, at, length, call)) {
+        others = true;
+        break;
+      }
+      call.caller = i;
+      call.taken_s = seconds();
+      call.live_since_s = call.taken_s - call.live_since_s;
+      call.data.assign(at + length - call.rows * server.layers[call.layer].row_bytes, at + length);
+      calls.push_back(std::move(call));
+      afd_ring_advance(caller.ring);
+    }
+  }
+  return others;
+}
+
+void record(Server& server, uint32_t kind, double begin_s, double end_s, const Call& call) {
+  const auto lane = static_cast<uint32_t>(call.lane);
+  const auto layer = static_cast<uint16_t>(call.layer);
+  const auto peer = static_cast<uint16_t>(server.callers[call.caller].slot);
+  const auto step = static_cast<uint64_t>(call.step);
+  const auto rows = static_cast<uint32_t>(call.rows);
+  if (server.num_events < server.most_events)
+    server.events[server.num_events++] = {begin_s, end_s, step, rows, lane, kind, layer, peer};
+}
+
+// Answers the first call and those of the same layer that may be computed with it.
+void compute(Server& server, std::vector<Call>& calls) {
+  thread_local std::vector<Call> group, others;
+  thread_local std::vector<uint8_t> batch;
+  thread_local std::vector<float> out;
+  const Layer& layer = server.layers[calls[0].layer];
+  group.clear();
+  others.clear();
+  batch.clear();
+  int64_t count = 0;
+  double live_since_s = calls[0].live_since_s;
+  for (Call& call : calls) {
+    live_since_s = call.live_since_s < live_since_s ? call.live_since_s : live_since_s;
+    if (call.layer != calls[0].layer || (count && count + call.rows > server.most_rows)) {
+      others.push_back(std::move(call));
+      continue;
+    }
+    count += call.rows;
+    batch.insert(batch.end(), call.data.begin(), call.data.end());
+    group.push_back(std::move(call));
+  }
+  out.resize(count * layer.width);
+  const double begin_s = seconds();
+  if (server.idle_since_s > 0) {
+    const double since_s = live_since_s > server.idle_since_s ? live_since_s : server.idle_since_s;
+    if (since_s < begin_s && server.num_events < server.most_events)
+      server.events[server.num_events++] = {since_s, begin_s, 0, 0, 0, kWait, 0, 0};
+  }
+  layer.function(layer.context, batch.data(), count, out.data());
+  const double end_s = seconds();
+  const float* partial = out.data();
+  for (size_t i = 0; i < group.size(); i++) {
+    answer(server, group[i], partial, end_s);
+    partial += group[i].rows * layer.width;
+    record(server, i ? kGathered : kFFN, begin_s, end_s, group[i]);
+  }
+  server.num_calls += static_cast<int64_t>(group.size());
+  server.num_rows += count;
+  server.answered_s = seconds();
+  server.idle_since_s = others.empty() ? server.answered_s : 0.0;
+  calls.swap(others);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Watches the server's rings as afd_ring_watch does, and answers what it can; returns whether
+// something else is due, or somebody must be woken, or the events are to be taken.
+int64_t afd_serve(Server* server, int64_t longest_ns) {
+  thread_local std::vector<Call> calls;
+  const int64_t until = now_ns() + longest_ns;
+  const auto must_return = [&] {
+    return server->bell != 0 || server->num_events > server->most_events / 2;
+  };
+  do {
+    for (int i = 0; i < kPausesBetweenYields; ++i) {
+      bool others = take_calls(*server, calls);
+      while (!calls.empty()) {
+        compute(*server, calls);
+        if (!others && !must_return() && now_ns() < until) others = take_calls(*server, calls);
+      }
+      if (others || must_return()) return 1;
+      pause_briefly();
+    }
+    sched_yield();
+  } while (now_ns() < until);
+  return 0;
+}
+
+}  // extern "C"

@@ -1,0 +1,264 @@
+"""What native code answers in the middle of a wait, and what it leaves to Python."""
+
+import contextlib
+import ctypes
+import itertools
+import struct
+import threading
+import zlib
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from afd_server.core.clock import MonotonicClock
+from afd_server.core.errors import TransportError
+from afd_server.core.topology import Member, Role, Topology
+from afd_server.telemetry.timeline import EventKind, read_events
+from afd_server.transport.calls import CallServer, NativeLayer
+from afd_server.transport.codec import HeaderReader, decode, encode
+from afd_server.transport.endpoint import Endpoint, Identity
+from afd_server.transport.messages import Combine, Dispatch, DType, Heartbeat, Payload, ProcessState
+from afd_server.transport.ring import RingLibrary
+from support.links import SharedMemoryNet, await_frames, opened, pair
+
+ROW_BYTES, WIDTH, SLOT, MOST_ROWS, EPOCH = 12, 3, 1, 8, 7
+FUNCTION = ctypes.CFUNCTYPE(
+    None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint8), ctypes.c_int64,
+    ctypes.POINTER(ctypes.c_float),
+)  # fmt: skip
+
+
+def computed(layer, row):
+    return [float(sum(row)), float(row[0]), float(layer)]
+
+
+class Worker:
+    """Two links and a server behind the second, for layers 0 and 2 of three."""
+
+    def __init__(self, net):
+        self.a, self.b = pair(net)
+        self.batches = []
+        self.functions = [FUNCTION(self.compute(layer)) for layer in range(3)]
+        layers = [
+            NativeLayer(ctypes.cast(f, ctypes.c_void_p).value, 0, ROW_BYTES, WIDTH)
+            if layer != 1
+            else NativeLayer(0, 0, 0, 0)
+            for layer, f in enumerate(self.functions)
+        ]
+        clock = MonotonicClock()
+        members = (
+            Member(Role.ATTENTION, 3, "a", "ipc://a", "numerics"),
+            Member(Role.FFN, SLOT, "b", "ipc://b", "numerics"),
+        )
+        self.caller = Endpoint(self.a, Identity("a", "model", "numerics"), clock, (), False)
+        self.answerer = Endpoint(self.b, Identity("b", "model", "numerics"), clock, (), False)
+        self.caller.topology = self.answerer.topology = Topology(EPOCH, members)
+        self.server = CallServer(RingLibrary(), layers, SLOT, MOST_ROWS, self.answerer.sequence)
+        self.b.answer_with(self.server)
+        self.server.follow(EPOCH, self.answerer.callers())
+
+    def compute(self, layer):
+        def function(_context, rows, count, out):
+            batch = [bytes(rows[i * ROW_BYTES : (i + 1) * ROW_BYTES]) for i in range(count)]
+            self.batches.append((layer, count))
+            for place, value in enumerate(
+                itertools.chain.from_iterable(computed(layer, row) for row in batch)
+            ):
+                out[place] = value
+
+        return function
+
+    def answers(self, count):
+        """Let the server work; return the answers, each fully checked."""
+        left = self.b.receive(0)
+        got = []
+        while len(got) < count:
+            got += [received.message for received in self.caller.receive(1.0)]
+        return got, left
+
+
+@pytest.fixture
+def worker(tmp_path):
+    for net in opened(SharedMemoryNet, tmp_path):
+        yield Worker(net)
+
+
+def rows_of(count, first=0):
+    return bytes((first + i * i) % 251 for i in range(count * ROW_BYTES))
+
+
+def dispatch(rows, layer=2, **changes):
+    fields = {"step": 11, "lane": 65_537, "layer": layer, "part": SLOT, "live_us": 5_000}
+    payload = Payload(DType.UINT8, (len(rows) // ROW_BYTES, ROW_BYTES), rows)
+    return Dispatch(**{**fields, "activations": payload, **changes})
+
+
+def values_of(combine):
+    return list(struct.unpack(f"<{len(combine.partial.data) // 4}f", combine.partial.data))
+
+
+def expected_values(layer, rows):
+    pieces = [rows[i : i + ROW_BYTES] for i in range(0, len(rows), ROW_BYTES)]
+    return [value for row in pieces for value in computed(layer, row)]
+
+
+@pytest.mark.parametrize("count", [1, 5, MOST_ROWS])
+def test_a_call_is_answered_without_python(worker, count):
+    rows = rows_of(count)
+    worker.caller.send("b", dispatch(rows))
+    (answer,), left = worker.answers(1)
+    assert left == []
+    assert isinstance(answer, Combine) and answer.refusal == ""
+    key = (answer.step, answer.lane, answer.layer, answer.part, answer.call_epoch)
+    assert key == (11, 65_537, 2, SLOT, EPOCH)
+    assert answer.partial.shape == (count, WIDTH)
+    assert values_of(answer) == expected_values(2, rows)
+    assert answer.taken_us > 0 and 0 <= answer.held_us < 10_000_000
+    assert (worker.server.num_calls, worker.server.num_rows) == (1, count)
+    assert worker.answerer.sequence.value == 1
+
+
+def test_calls_of_a_layer_are_computed_together_up_to_the_limit_and_others_in_their_turn(worker):
+    calls = [(2, 3), (0, 2), (2, 4), (2, 3), (0, 1)]
+    for step, (layer, count) in enumerate(calls):
+        worker.caller.send("b", dispatch(rows_of(count, step), layer, step=step))
+    answers, _ = worker.answers(len(calls))
+    assert worker.batches == [(2, 7), (0, 3), (2, 3)]
+    for answer in answers:
+        layer, count = calls[answer.step]
+        assert values_of(answer) == expected_values(layer, rows_of(count, answer.step))
+    events = list(read_events(worker.server.take_events()))
+    kinds = [event.kind for event in events if event.kind != EventKind.WAIT]
+    assert kinds == [
+        EventKind.FFN, EventKind.GATHERED, EventKind.FFN, EventKind.GATHERED, EventKind.FFN,
+    ]  # fmt: skip
+    assert {event.peer for event in events if event.kind != EventKind.WAIT} == {3}
+    assert worker.server.take_events() == b""
+
+
+def other_payload(dtype, shape, size):
+    return {"activations": Payload(dtype, shape, bytes(size))}
+
+
+LEFT_TO_PYTHON = [
+    dispatch(rows_of(2), layer=1),
+    dispatch(rows_of(2), layer=3),
+    dispatch(rows_of(2), part=SLOT + 1),
+    dispatch(rows_of(MOST_ROWS + 1)),
+    dispatch(b"", **other_payload(DType.UINT8, (0, ROW_BYTES), 0)),
+    dispatch(b"", **other_payload(DType.UINT8, (2, ROW_BYTES + 1), 2 * ROW_BYTES + 2)),
+    dispatch(b"", **other_payload(DType.FLOAT32, (1, 3), ROW_BYTES)),
+    dispatch(b"", **other_payload(DType.UINT8, (2, ROW_BYTES, 1), 2 * ROW_BYTES)),
+    Heartbeat(Role.ATTENTION, 3, ProcessState.READY, 1, "ipc://a", ""),
+]
+
+
+@pytest.mark.parametrize("message", LEFT_TO_PYTHON, ids=range(len(LEFT_TO_PYTHON)))
+def test_whatever_is_not_exactly_a_call_for_it_is_left_to_python(worker, message):
+    worker.caller.send("b", message)
+    (received,) = worker.answerer.receive(1.0)
+    assert received.message == message
+    assert worker.batches == []
+
+
+def test_calls_with_a_checksum_are_left_to_python(worker):
+    with_crc = Endpoint(worker.a, worker.caller.identity, MonotonicClock())
+    with_crc.topology = worker.caller.topology
+    with_crc.send("b", dispatch(rows_of(1)))
+    ((_, frames),) = worker.b.receive(1.0)
+    assert zlib.crc32(frames[1]) and worker.batches == []
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [
+        Identity("c", "model", "numerics"),
+        Identity("a", "another", "numerics"),
+        Identity("a", "model", "others"),
+    ],
+)
+def test_who_is_not_in_the_topology_as_it_says_is_left_to_python(worker, identity):
+    stranger = Endpoint(worker.a, identity, MonotonicClock(), (), False)
+    stranger.send("b", dispatch(rows_of(1)))
+    assert list(worker.answerer.receive(1.0)) == []
+    assert worker.answerer.num_bad_frames == 1
+    assert worker.batches == []
+
+
+def test_who_is_in_quarantine_is_left_to_python(worker):
+    for _ in range(3):
+        worker.a.send("b", [b"\x00", b""])
+    for _ in range(10):
+        list(worker.answerer.receive(0.01))
+    assert worker.answerer.quarantined == {"a"}
+    worker.server.follow(EPOCH, worker.answerer.callers())
+    worker.caller.send("b", dispatch(rows_of(1)))
+    assert list(worker.answerer.receive(1.0)) == []
+    assert worker.answerer.counters["bad_quarantined"] >= 1
+    assert worker.batches == []
+
+
+def test_a_caller_that_sleeps_is_woken_by_its_answer(worker):
+    results = []
+    rows = rows_of(2)
+    worker.caller.send("b", dispatch(rows))
+    sleeper = threading.Thread(
+        target=lambda: results.extend(await_frames(worker.a, 1)), daemon=True
+    )
+    worker.a._usual_wait_ns = 10**9  # it does not watch: it sleeps at once
+    sleeper.start()
+    for _ in range(200):
+        if results:
+            break
+        worker.b.receive(0.01)
+    sleeper.join(10)
+    ((_, (header, data)),) = results
+    answer = decode(HeaderReader().read(header), data, False)
+    assert values_of(answer) == expected_values(2, rows)
+
+
+def test_an_endless_stream_of_calls_does_not_keep_python_from_its_turn(worker):
+    worker.b._watch_rings(0)
+    until = threading.Event()
+
+    def call_on():
+        while not until.is_set():
+            with contextlib.suppress(TransportError):  # the ring is full; the next one may fit
+                worker.caller.send("b", dispatch(rows_of(1)))
+            worker.a.receive(0)
+
+    thread = threading.Thread(target=call_on, daemon=True)
+    thread.start()
+    for _ in range(20):
+        worker.server.serve(1_000_000)
+    until.set()
+    thread.join(10)
+    assert worker.server.num_calls > 0
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_a_mutated_call_is_answered_only_if_python_reads_the_same_call(worker, data):
+    sent = encode(worker.caller.envelope(), dispatch(rows_of(2)), False)
+    header, payload = bytearray(sent[0]), bytes(sent[1])
+    for _ in range(data.draw(st.integers(1, 3))):
+        header[data.draw(st.integers(0, len(header) - 1))] = data.draw(st.integers(0, 255))
+    worker.batches.clear()
+    worker.a.send("b", [bytes(header), payload])
+    left = worker.b.receive(0)
+    if not worker.batches:
+        ((_, frames),) = left or worker.b.receive(1.0)
+        assert [bytes(frame) for frame in frames] == [bytes(header), payload]
+        return
+    assert left == []
+    called = decode(HeaderReader().read(bytes(header)), payload, False)
+    ((_, (answer_header, answer_data)),) = await_frames(worker.a, 1)
+    answer = decode(HeaderReader().read(answer_header), answer_data, False)
+    for name in ("step", "lane", "layer", "part"):
+        assert getattr(answer, name) == getattr(called, name)
+    assert called.part == SLOT and called.layer in (0, 2)
+    assert called.activations.shape == (2, ROW_BYTES)
+    assert values_of(answer) == expected_values(called.layer, payload)
