@@ -1,18 +1,23 @@
-"""FFN calls answered by native code while a link waits: `native/calls.h`, called through ctypes.
+"""Both ends of FFN calls in native code while a link waits: `native/calls.h`, through ctypes.
 
-It answers what is exactly right, from known callers, and leaves the rest to Python, which reads
-the same frames with the same checks and answers in the same bytes, ten times as slowly.
+They deal with what is exactly right and comes from known peers, and leave the rest to Python, which
+reads the same frames with the same checks and writes the same bytes, ten times as slowly.
 """
 
 import ctypes
+import struct
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+from afd_server.core.stage import StageId
 from afd_server.transport.ring import Ring, RingLibrary
 
 MOST_RINGS = 64  # bits of `bell`
 MOST_EVENTS = 2048
 EVENT_BYTES = 40
+MOST_CALLS = 64  # out at once; most answers between two looks
+MOST_TRANSFERS = 4096
+_TRANSFER = struct.Struct("<ddddQIIII")
 
 
 class NativeLayer(NamedTuple):
@@ -30,28 +35,70 @@ class NativeLayer(NamedTuple):
     width: int
 
 
-class Caller(NamedTuple):
-    """A worker whose calls are answered.
+class Peer(NamedTuple):
+    """A worker at the other end of calls.
 
     Attributes:
-        slot: of the worker, for the events.
-        expected: what the header of its dispatches begins with, before the changing numbers.
-        reply: what the header of the answers to it begins with.
+        slot: of the worker, for the timeline.
+        expected: what the headers of its calls or answers begin with, before the numbers.
+        own: what the headers that are sent to it begin with.
     """
 
     slot: int
     expected: bytes
-    reply: bytes
+    own: bytes
+
+
+NOBODY = Peer(0, b"", b"")
+
+
+class Transfer(NamedTuple):
+    """How a call went. Times are seconds, `taken_s` on the other worker's clock."""
+
+    sent_s: float
+    taken_s: float
+    held_s: float
+    back_s: float
+    step: int
+    lane: int
+    layer: int
+    rows: int
+    slot: int
+
+
+class NativeEnd(Protocol):
+    """One end of calls, as a link sees it."""
+
+    @property
+    def answered_ns(self) -> int:
+        """Return when the latest answer was given or came, monotonic; 0 if none was."""
+        ...
+
+    def use_rings(self, rings: Mapping[str, Ring]) -> None:
+        """Look at these peers' rings from now on."""
+        ...
+
+    def watch(self, longest_ns: int) -> bool:
+        """Watch the rings for a while, without the interpreter's lock, and do what can be done.
+
+        Returns:
+            Whether there is something to do that is left to Python.
+        """
+        ...
+
+    def take_sleepers(self) -> list[str]:
+        """Return the peers that must be woken: they were sent to just when they went to sleep."""
+        ...
 
 
 _POINTER, _INTEGER, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
-class _Caller(ctypes.Structure):
+class _Peer(ctypes.Structure):
     _fields_ = (
         ("ring", _POINTER), ("memory", _POINTER),
-        ("expected", ctypes.c_char_p), ("reply", ctypes.c_char_p),
-        ("expected_size", _INTEGER), ("reply_size", _INTEGER), ("slot", _INTEGER),
+        ("expected", ctypes.c_char_p), ("own", ctypes.c_char_p),
+        ("expected_size", _INTEGER), ("own_size", _INTEGER), ("slot", _INTEGER),
     )  # fmt: skip
 
 
@@ -70,6 +117,63 @@ class _Server(ctypes.Structure):
         ("num_events", _INTEGER), ("num_calls", _INTEGER), ("num_rows", _INTEGER),
         ("idle_since_s", _DOUBLE), ("answered_s", _DOUBLE), ("bell", ctypes.c_uint64),
     )  # fmt: skip
+
+
+class _Out(ctypes.Structure):
+    _fields_ = (
+        ("state", _INTEGER), ("peer", _INTEGER), ("epoch", _INTEGER), ("step", _INTEGER),
+        ("lane", _INTEGER), ("layer", _INTEGER), ("part", _INTEGER), ("rows", _INTEGER),
+        ("width", _INTEGER), ("answer", _POINTER), ("sent_s", _DOUBLE),
+    )  # fmt: skip
+
+
+class _Client(ctypes.Structure):
+    _fields_ = (
+        ("peers", _POINTER), ("outs", _POINTER), ("transfers", _POINTER), ("ready", _POINTER),
+        ("sequence", _POINTER), ("num_peers", _INTEGER), ("num_outs", _INTEGER),
+        ("most_transfers", _INTEGER), ("num_transfers", _INTEGER), ("num_ready", _INTEGER),
+        ("answered_s", _DOUBLE),
+    )  # fmt: skip
+
+
+class _Peers:
+    """The peers of an end, as far as there are rings to them, in a table for native code."""
+
+    def __init__(self) -> None:
+        self._rings: Mapping[str, Ring] = {}
+        self._known: Mapping[str, Peer] = {}
+        self._table = (_Peer * 0)()
+        self.places: dict[str, int] = {}  # in the table, of the known ones
+
+    def follow(self, known: Mapping[str, Peer]) -> None:
+        self._known = known
+        self._set_up()
+
+    def use_rings(self, rings: Mapping[str, Ring]) -> None:
+        self._rings = rings
+        self._set_up()
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self._table)
+
+    def __len__(self) -> int:
+        return len(self._rings)
+
+    def slot(self, peer: str) -> int:
+        return self._known[peer].slot
+
+    def named(self, bits: int) -> list[str]:
+        return [peer for bit, peer in enumerate(self._rings) if bits >> bit & 1] if bits else []
+
+    def _set_up(self) -> None:
+        assert len(self._rings) <= MOST_RINGS, f"{len(self._rings)} rings"
+        self._table = (_Peer * len(self._rings))()
+        for entry, (name, ring) in zip(self._table, self._rings.items(), strict=True):
+            slot, expected, own = self._known.get(name, NOBODY)
+            sizes = len(expected), len(own)
+            entry.__init__(ring.handle, ring.address, expected, own, *sizes, slot)
+        self.places = {name: i for i, name in enumerate(self._rings) if name in self._known}
 
 
 class CallServer:
@@ -104,10 +208,7 @@ class CallServer:
             most_events=MOST_EVENTS,
         )
         self._address = ctypes.addressof(self._state)
-        self._rings: Mapping[str, Ring] = {}
-        self._callers: Mapping[str, Caller] = {}
-        self._entries = (_Caller * 0)()
-        self._set_up()
+        self._peers = _Peers()
 
     @property
     def num_calls(self) -> int:
@@ -133,29 +234,25 @@ class CallServer:
     def idle_since_s(self, since_s: float | None) -> None:
         self._state.idle_since_s = since_s or 0.0
 
-    def follow(self, epoch: int, callers: Mapping[str, Caller]) -> None:
+    def follow(self, epoch: int, callers: Mapping[str, Peer]) -> None:
         """Answer these peers from now on, under this epoch, and nobody else."""
         self._state.epoch = epoch
-        self._callers = callers
+        self._peers.follow(callers)
         self._set_up()
 
     def use_rings(self, rings: Mapping[str, Ring]) -> None:
         """Look at these peers' rings from now on."""
-        self._rings = rings
+        self._peers.use_rings(rings)
         self._set_up()
 
-    def serve(self, longest_ns: int) -> bool:
-        """Watch the rings for a while, without the interpreter's lock, and answer calls.
-
-        Returns:
-            Whether there is something to do that is left to Python.
-        """
+    def watch(self, longest_ns: int) -> bool:
+        """Answer calls for a while; see `NativeEnd`."""
         return bool(self._library.serve(self._address, longest_ns))
 
     def take_sleepers(self) -> list[str]:
         """Return the peers that must be woken: they were answered just when they went to sleep."""
         bell, self._state.bell = int(self._state.bell), 0
-        return [peer for bit, peer in enumerate(self._rings) if bell >> bit & 1] if bell else []
+        return self._peers.named(bell)
 
     def take_events(self) -> bytes:
         """Return the new events, as a timeline keeps them."""
@@ -163,17 +260,112 @@ class CallServer:
         return self._events.raw[:size] if size else b""
 
     def _set_up(self) -> None:
-        assert len(self._rings) <= MOST_RINGS, f"{len(self._rings)} rings"
-        nobody = Caller(0, b"", b"")
-        entries = []
-        for peer, ring in self._rings.items():
-            caller = self._callers.get(peer, nobody)
-            sizes = len(caller.expected), len(caller.reply)
-            entries.append(
-                _Caller(
-                    ring.handle, ring.address, caller.expected, caller.reply, *sizes, caller.slot
-                )
-            )
-        self._entries = (_Caller * len(entries))(*entries)
-        self._state.callers = ctypes.addressof(self._entries)
-        self._state.num_callers = len(entries)
+        self._state.callers, self._state.num_callers = self._peers.address, len(self._peers)
+
+
+class CallClient:
+    """Sends the calls of prepared uint8 rows, and takes float32 answers.
+
+    A call is known by a place below `MOST_CALLS`, which is free again when its answer has come.
+
+    Args:
+        sequence: counts the messages of this process.
+    """
+
+    def __init__(self, library: RingLibrary, sequence: ctypes.c_int64) -> None:
+        self._library = library
+        self._outs = (_Out * MOST_CALLS)()
+        self._ready = (_INTEGER * MOST_CALLS)()
+        self._transfers = ctypes.create_string_buffer(MOST_TRANSFERS * _TRANSFER.size)
+        self._sequence = sequence
+        self._state = _Client(
+            outs=ctypes.addressof(self._outs),
+            transfers=ctypes.addressof(self._transfers),
+            ready=ctypes.addressof(self._ready),
+            sequence=ctypes.addressof(sequence),
+            num_outs=MOST_CALLS,
+            most_transfers=MOST_TRANSFERS,
+        )
+        self._address = ctypes.addressof(self._state)
+        self._peers = _Peers()
+        self._epoch = 0
+        self._sleepers: list[str] = []
+
+    @property
+    def answered_ns(self) -> int:
+        """Return when the latest answer came, monotonic; 0 if none did."""
+        return int(self._state.answered_s * 1e9)
+
+    def follow(self, epoch: int, answerers: Mapping[str, Peer]) -> None:
+        """Call these peers from now on, under this epoch, and nobody else.
+
+        Calls that are out are given up, as they are with every change of rings.
+        """
+        self._epoch = epoch
+        self._peers.follow(answerers)
+        self._set_up()
+
+    def use_rings(self, rings: Mapping[str, Ring]) -> None:
+        """Look at these peers' rings from now on."""
+        self._peers.use_rings(rings)
+        self._set_up()
+
+    def call(
+        self, place: int, peer: str, stage: StageId, live_us: int, rows: "Rows", answer: "Rows"
+    ) -> bool:
+        """Send a call, unless the peer cannot be reached this way now.
+
+        Args:
+            place: free, and below `MOST_CALLS`.
+            peer: the worker's incarnation.
+            stage: of the call.
+            live_us: as a `Dispatch` has it.
+            rows: the call's.
+            answer: memory for the answer, until that is ready or the call is given up.
+        """
+        to = self._peers.places.get(peer)
+        if to is None or place >= MOST_CALLS:
+            return False
+        done = self._library.call(
+            self._address, place, to, self._epoch, *stage, self._peers.slot(peer), live_us,
+            *rows, answer.address, answer.width,
+        )  # fmt: skip
+        if done > 0:
+            self._sleepers.append(peer)
+        return bool(done >= 0)
+
+    def give_up(self, place: int) -> None:
+        """Forget a call that is out; its answer is left to Python."""
+        self._outs[place].state = 0
+
+    def watch(self, longest_ns: int) -> bool:
+        """Take answers for a while; see `NativeEnd`."""
+        return bool(self._library.wait(self._address, longest_ns))
+
+    def take_sleepers(self) -> list[str]:
+        """Return the peers that must be woken: they were called just when they went to sleep."""
+        sleepers, self._sleepers = self._sleepers, []
+        return sleepers
+
+    def take_ready(self) -> list[int]:
+        """Return the places of the calls whose answers have come since the last time."""
+        count, self._state.num_ready = self._state.num_ready, 0
+        return self._ready[:count]
+
+    def take_transfers(self) -> list[Transfer]:
+        """Return how these calls went, in the order of their answers."""
+        size, self._state.num_transfers = self._state.num_transfers * _TRANSFER.size, 0
+        return list(map(Transfer._make, _TRANSFER.iter_unpack(self._transfers.raw[:size])))
+
+    def _set_up(self) -> None:
+        for out in self._outs:  # they name a peer by its place; Python takes what they still get
+            out.state = 0
+        self._state.peers, self._state.num_peers = self._peers.address, len(self._peers)
+
+
+class Rows(NamedTuple):
+    """Rows in memory: [count, width], of bytes in a call and of float32 in an answer."""
+
+    address: int
+    num_rows: int
+    width: int

@@ -15,7 +15,7 @@ from afd_server.core.clock import Clock
 from afd_server.core.errors import ProtocolError, TransportError
 from afd_server.core.topology import Member, Role, Topology
 from afd_server.transport.base import Link
-from afd_server.transport.calls import Caller
+from afd_server.transport.calls import Peer
 from afd_server.transport.codec import (
     Envelope,
     Header,
@@ -218,18 +218,24 @@ class Endpoint:
             refusal = Combine(step, lane, layer, part, epoch, 0, 0, error.reason, EMPTY)
             self.try_send(route, refusal)
 
-    def callers(self) -> dict[str, Caller]:
-        """Return the attention workers that are listened to, and how their calls look."""
-        digest, own = self.identity.model_digest, self.identity
-        reply = header_beginning(Combine, own.incarnation, digest, own.fingerprint)
+    def pool(self, role: Role) -> dict[str, Peer]:
+        """Return the other pool's workers that are listened to, and how headers of calls look.
+
+        Args:
+            role: of the other pool: this worker answers the attention pool, or calls the FFN pool.
+        """
+        own = self.identity
+        theirs, ours = (Dispatch, Combine) if role is Role.ATTENTION else (Combine, Dispatch)
+        beginning = header_beginning(ours, own.incarnation, own.model_digest, own.fingerprint)
+        quarantined = self.quarantined
         return {
-            member.incarnation: Caller(
+            member.incarnation: Peer(
                 member.slot,
-                header_beginning(Dispatch, member.incarnation, digest, member.fingerprint),
-                reply,
+                header_beginning(theirs, member.incarnation, own.model_digest, member.fingerprint),
+                beginning,
             )
-            for member in self.topology.pool(Role.ATTENTION)
-            if member.incarnation not in self.quarantined
+            for member in self.topology.pool(role)
+            if member.incarnation not in quarantined
         }
 
     @property

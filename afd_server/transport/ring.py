@@ -136,6 +136,12 @@ class RingLibrary:
         self.advance = _typed(short.afd_ring_advance, None, handle)
         self.watch = _typed(long.afd_ring_watch, number, handle, number, number)
         self.serve = _typed(long.afd_serve, number, handle, number)
+        self.wait = _typed(long.afd_await, number, handle, number)
+        numbers = [number] * 8
+        memory = handle
+        self.call = _typed(
+            short.afd_call, number, handle, *numbers, memory, number, number, memory, number
+        )
         self.doze = _typed(short.afd_ring_doze, number, handle, number)
         self.wake = _typed(short.afd_ring_wake, None, handle, number)
 

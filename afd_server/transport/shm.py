@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from afd_server.core.errors import TransportError
-from afd_server.transport.calls import MOST_RINGS, CallServer
+from afd_server.transport.calls import MOST_RINGS, NativeEnd
 from afd_server.transport.messages import Buffer
 from afd_server.transport.ring import (
     Put,
@@ -95,7 +95,7 @@ class SharedMemoryLink:
         self._offers: dict[str, _Offer] = {}
         self._ways: dict[str, _Way] = {}
         self._watch = Watch(self._library, ())
-        self._server: CallServer | None = None
+        self._native: NativeEnd | None = None
         self._lives = select.poll()
         self._next_look_ns = 0
         self._usual_wait_ns = LONGEST_COUNTED_NS
@@ -109,9 +109,9 @@ class SharedMemoryLink:
         """Return the peers that are reached without ZeroMQ."""
         return frozenset(self._ways)
 
-    def answer_with(self, server: CallServer) -> None:
-        """Let calls be answered by native code while this link looks for messages."""
-        self._server = server
+    def assist(self, native: NativeEnd) -> None:
+        """Let native code deal with calls while this link looks for messages."""
+        self._native = native
         self._see_rings()
 
     def connect(self, peer: str, address: str) -> None:
@@ -149,15 +149,14 @@ class SharedMemoryLink:
 
     def receive(self, timeout_s: float) -> list[tuple[str, list[Buffer]]]:
         now_ns = time.monotonic_ns()
-        if self._server is not None:
-            self._watch_rings(0)
+        is_due = self._native is not None and self._watch_rings(0)
         received = self._take()
-        if received:
+        if received or is_due or (self._native is not None and timeout_s <= 0):
             return received if now_ns < self._next_look_ns else received + self._look(0.0)
         if timeout_s <= 0 or not self._ways:
             return self._look(timeout_s)
         received = self._wait(now_ns, now_ns + int(timeout_s * 1e9))
-        since_ns = now_ns if self._server is None else max(now_ns, self._server.answered_ns)
+        since_ns = now_ns if self._native is None else max(now_ns, self._native.answered_ns)
         waited_ns = min(time.monotonic_ns() - since_ns, LONGEST_COUNTED_NS)
         self._usual_wait_ns += (waited_ns - self._usual_wait_ns) // 8
         return received
@@ -177,34 +176,41 @@ class SharedMemoryLink:
             if received := self._look(0.0):
                 return received
             now_ns = time.monotonic_ns()
-            if self._server is not None:
-                busy_until_ns = self._server.answered_ns + LONGEST_WATCH_NS
+            if self._native is not None:
+                busy_until_ns = self._native.answered_ns + LONGEST_WATCH_NS
                 stop_ns = max(stop_ns, min(busy_until_ns, until_ns))
         if self._watch.announce_sleep():
             return self._take()
         received = self._look(max(0, until_ns - now_ns) / 1e9)
         self._watch.end_sleep()
+        if self._native is not None:
+            self._watch_rings(0)
         return received + self._take()
 
     def _watch_rings(self, longest_ns: int) -> bool:
-        """Watch the rings, and have calls answered; tell if something is left to do."""
-        server = self._server
-        if server is None:
+        """Watch the rings, and have calls dealt with; tell if something is left to do."""
+        native = self._native
+        if native is None:
             return self._watch.look(longest_ns)
-        is_due = server.serve(longest_ns)
-        for peer in server.take_sleepers():
-            with contextlib.suppress(TransportError):  # it has gone, or asks again
-                self._link.send(peer, [_control(_Kind.BELL, self._ways[peer].token)])
+        self._wake(native)
+        is_due = native.watch(longest_ns)
+        self._wake(native)
         return is_due
+
+    def _wake(self, native: NativeEnd) -> None:
+        for peer in native.take_sleepers():
+            if peer in self._ways:
+                with contextlib.suppress(TransportError):  # it has gone, or asks again
+                    self._link.send(peer, [_control(_Kind.BELL, self._ways[peer].token)])
 
     def _see_rings(self) -> None:
         """Watch the rings that there are now."""
         rings = {peer: way.ring for peer, way in self._ways.items()}
-        if self._server is not None and len(rings) > MOST_RINGS:
-            log.warning("%d rings: calls are answered without native code", len(rings))
-            self._server = None
-        if self._server is not None:
-            self._server.use_rings(rings)
+        if self._native is not None and len(rings) > MOST_RINGS:
+            log.warning("%d rings: calls are dealt with in Python", len(rings))
+            self._native = None
+        if self._native is not None:
+            self._native.use_rings(rings)
         self._watch = Watch(self._library, list(rings.values()))
 
     def _take(self) -> list[tuple[str, list[Buffer]]]:

@@ -28,7 +28,7 @@ from afd_server.policy.blocks import num_kv_blocks
 from afd_server.policy.scheduler import Scheduler, SchedulerConfig
 from afd_server.telemetry.timeline import Timeline
 from afd_server.transport.base import Link
-from afd_server.transport.calls import CallServer, NativeLayer
+from afd_server.transport.calls import CallClient, CallServer, NativeLayer
 from afd_server.transport.endpoint import Endpoint, Identity, Received
 from afd_server.transport.messages import (
     ExpertLoad,
@@ -288,6 +288,10 @@ def build_attention_worker(
     model = architecture.attention(model_spec, weights, kernels, config.max_model_len)
     kv = KVStore(model_spec, num_blocks, config.block_size, kv_dtype, model_spec.kv_groups)
     timeline = Timeline()
+    native = None
+    if isinstance(endpoint.link, SharedMemoryLink) and not spec.with_crc:
+        native = CallClient(RingLibrary(), endpoint.sequence)
+        endpoint.link.assist(native)
     ffn = FFNClient(
         placement,
         spec.slot,
@@ -298,6 +302,7 @@ def build_attention_worker(
         clock,
         timeline,
         config.resend_s,
+        native,
     )
     weights.keep()
     calibration = None
@@ -358,7 +363,7 @@ def build_ffn_worker(
         server = CallServer(
             RingLibrary(), layers, spec.slot, spec.ffn.max_gather_rows, endpoint.sequence
         )
-        endpoint.link.answer_with(server)
+        endpoint.link.assist(server)
     return FFNWorker(
         held,
         model_spec,

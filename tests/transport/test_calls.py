@@ -5,6 +5,7 @@ import ctypes
 import itertools
 import struct
 import threading
+import time
 import zlib
 
 import pytest
@@ -13,20 +14,24 @@ from hypothesis import strategies as st
 
 from afd_server.core.clock import MonotonicClock
 from afd_server.core.errors import TransportError
+from afd_server.core.stage import StageId
 from afd_server.core.topology import Member, Role, Topology
 from afd_server.telemetry.timeline import EventKind, read_events
-from afd_server.transport.calls import CallServer, NativeLayer
+from afd_server.transport.calls import MOST_CALLS, CallClient, CallServer, NativeLayer, Rows
 from afd_server.transport.codec import HeaderReader, decode, encode
 from afd_server.transport.endpoint import Endpoint, Identity
 from afd_server.transport.messages import Combine, Dispatch, DType, Heartbeat, Payload, ProcessState
-from afd_server.transport.ring import RingLibrary
-from support.links import SharedMemoryNet, await_frames, opened, pair
+from afd_server.transport.ring import MAX_RECORDS, RingLibrary
+from support.links import PATIENCE, SharedMemoryNet, await_frames, opened, pair
 
 ROW_BYTES, WIDTH, SLOT, MOST_ROWS, EPOCH = 12, 3, 1, 8, 7
 FUNCTION = ctypes.CFUNCTYPE(
     None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint8), ctypes.c_int64,
     ctypes.POINTER(ctypes.c_float),
 )  # fmt: skip
+
+
+STAGE = StageId(11, 65_537, 2)
 
 
 def computed(layer, row):
@@ -55,8 +60,8 @@ class Worker:
         self.answerer = Endpoint(self.b, Identity("b", "model", "numerics"), clock, (), False)
         self.caller.topology = self.answerer.topology = Topology(EPOCH, members)
         self.server = CallServer(RingLibrary(), layers, SLOT, MOST_ROWS, self.answerer.sequence)
-        self.b.answer_with(self.server)
-        self.server.follow(EPOCH, self.answerer.callers())
+        self.b.assist(self.server)
+        self.server.follow(EPOCH, self.answerer.pool(Role.ATTENTION))
 
     def compute(self, layer):
         def function(_context, rows, count, out):
@@ -192,7 +197,7 @@ def test_who_is_in_quarantine_is_left_to_python(worker):
     for _ in range(10):
         list(worker.answerer.receive(0.01))
     assert worker.answerer.quarantined == {"a"}
-    worker.server.follow(EPOCH, worker.answerer.callers())
+    worker.server.follow(EPOCH, worker.answerer.pool(Role.ATTENTION))
     worker.caller.send("b", dispatch(rows_of(1)))
     assert list(worker.answerer.receive(1.0)) == []
     assert worker.answerer.counters["bad_quarantined"] >= 1
@@ -231,7 +236,7 @@ def test_an_endless_stream_of_calls_does_not_keep_python_from_its_turn(worker):
     thread = threading.Thread(target=call_on, daemon=True)
     thread.start()
     for _ in range(20):
-        worker.server.serve(1_000_000)
+        worker.server.watch(1_000_000)
     until.set()
     thread.join(10)
     assert worker.server.num_calls > 0
@@ -262,3 +267,170 @@ def test_a_mutated_call_is_answered_only_if_python_reads_the_same_call(worker, d
     assert called.part == SLOT and called.layer in (0, 2)
     assert called.activations.shape == (2, ROW_BYTES)
     assert values_of(answer) == expected_values(called.layer, payload)
+
+
+# -- the calling side
+
+
+class Pair(Worker):
+    """Both ends in native code."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.client = CallClient(RingLibrary(), self.caller.sequence)
+        self.a.assist(self.client)
+        self.client.follow(EPOCH, self.caller.pool(Role.FFN))
+        self.kept = []
+
+    def call(self, place, count, stage=STAGE, first=0):
+        """Send a call; return the memory of its answer."""
+        rows = ctypes.create_string_buffer(rows_of(count, first), count * ROW_BYTES)
+        answer = (ctypes.c_float * (count * WIDTH))()
+        self.kept.append((rows, answer))
+        sent = self.client.call(
+            place,
+            "b",
+            stage,
+            5_000,
+            Rows(ctypes.addressof(rows), count, ROW_BYTES),
+            Rows(ctypes.addressof(answer), count, WIDTH),
+        )
+        return answer if sent else None
+
+    def await_ready(self, count):
+        ready = []
+        for _ in range(PATIENCE):
+            self.b.receive(0)
+            assert self.a.receive(0.001) == []
+            ready += self.client.take_ready()
+            if len(ready) >= count:
+                return ready
+        raise AssertionError(f"{len(ready)} of {count} answers came")
+
+
+@pytest.fixture
+def both(tmp_path):
+    for net in opened(SharedMemoryNet, tmp_path):
+        yield Pair(net)
+
+
+def test_answers_come_to_the_memory_that_waits_for_them(both):
+    calls = {place: (2 * (place % 2), place + 1) for place in (0, 1, 2, 5, MOST_CALLS - 1)}
+    calls = {place: (layer, min(count, MOST_ROWS)) for place, (layer, count) in calls.items()}
+    answers = {
+        place: both.call(place, count, StageId(40 + place, place, layer), place)
+        for place, (layer, count) in calls.items()
+    }
+    assert sorted(both.await_ready(len(calls))) == sorted(calls)
+    for place, (layer, count) in calls.items():
+        assert list(answers[place]) == expected_values(layer, rows_of(count, place))
+    transfers = both.client.take_transfers()
+    assert {(t.step, t.lane, t.layer, t.rows, t.slot) for t in transfers} == {
+        (40 + place, place, layer, count, SLOT) for place, (layer, count) in calls.items()
+    }
+    assert all(t.sent_s <= t.taken_s + 1e-5 and t.held_s >= 0 for t in transfers)
+    assert all(t.taken_s + t.held_s <= t.back_s + 1e-5 for t in transfers)
+    assert both.client.take_transfers() == [] and both.client.take_ready() == []
+
+
+def test_what_native_code_sends_python_reads(both):
+    both.server.follow(EPOCH, {})
+    assert both.call(3, 2) is not None
+    (received,) = both.answerer.receive(1.0)
+    assert received.message == dispatch(rows_of(2))
+    assert received.envelope == both.caller.envelope()._replace(sequence=1)
+
+
+def answered(both, **changes):
+    """Answer a call of two rows by hand, with other values than it should have."""
+    values = struct.pack(f"<{2 * WIDTH}f", *range(2 * WIDTH))
+    fields = {
+        "step": 11, "lane": 65_537, "layer": 2, "part": SLOT, "call_epoch": EPOCH,
+        "taken_us": 1, "held_us": 1, "refusal": "",
+        "partial": Payload(DType.FLOAT32, (2, WIDTH), values),
+    }  # fmt: skip
+    both.answerer.send("a", Combine(**{**fields, **changes}))
+    return [received.message for received in both.caller.receive(0.2)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": 12},
+        {"lane": 0},
+        {"layer": 1},
+        {"part": 0},
+        {"call_epoch": EPOCH - 1},
+        {"refusal": "range", "partial": Payload(DType.NONE, (), b"")},
+        {"partial": Payload(DType.FLOAT32, (1, WIDTH), bytes(4 * WIDTH))},
+        {"partial": Payload(DType.FLOAT32, (2, WIDTH, 1), bytes(8 * WIDTH))},
+        {"partial": Payload(DType.INT32, (2, WIDTH), bytes(8 * WIDTH))},
+    ],
+)
+def test_whatever_is_not_exactly_the_answer_is_left_to_python(both, changes):
+    both.server.follow(EPOCH, {})
+    answer = both.call(3, 2)
+    (left,) = answered(both, **changes)
+    assert all(getattr(left, name) == value for name, value in changes.items())
+    assert both.client.take_ready() == []
+    assert answered(both) == [] and both.client.take_ready() == [3]  # it is still waited for
+    assert list(answer) == list(range(2 * WIDTH))
+
+
+@pytest.mark.parametrize("change", ["give up", "follow", "rings"])
+def test_an_answer_to_a_call_given_up_is_left_to_python(both, change):
+    both.server.follow(EPOCH, {})
+    answer = both.call(3, 2)
+    if change == "give up":
+        both.client.give_up(3)
+    elif change == "follow":
+        both.client.follow(EPOCH, both.caller.pool(Role.FFN))
+    else:
+        both.a._see_rings()
+    (left,) = answered(both)
+    assert isinstance(left, Combine) and both.client.take_ready() == []
+    assert list(answer) == [0.0] * 2 * WIDTH
+    assert answered(both, step=99) != []
+
+
+def test_who_cannot_be_called_natively_is_not(both):
+    assert both.call(MOST_CALLS, 1) is None
+    both.client.follow(EPOCH, {})
+    assert both.call(0, 1) is None
+    both.client.follow(EPOCH, both.caller.pool(Role.FFN))
+    taken = 0
+    while both.call(0, MOST_ROWS) is not None:  # nobody reads
+        taken += 1
+        assert taken <= MAX_RECORDS
+    both.b.receive(0)
+    assert both.call(0, 1) is not None
+
+
+def test_a_server_that_sleeps_is_woken_by_a_call(both):
+    both.b._usual_wait_ns = 10**9  # it does not watch: it sleeps at once
+    until, left = threading.Event(), []
+
+    def serve():
+        while not until.is_set():
+            left.extend(both.b.receive(0.5))
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    num_answered = 0
+    try:
+        for step in range(20):
+            num_left = len(left)
+            time.sleep(0.01)  # it sleeps now; what comes just when Python looks is left to it
+            answer = both.call(0, 1, StageId(step, 0, 2))
+            for _ in range(PATIENCE):
+                left.extend(both.a.receive(0.001))
+                if both.client.take_ready():
+                    assert list(answer) == expected_values(2, rows_of(1))
+                    num_answered += 1
+                    break
+                if len(left) > num_left:
+                    break
+    finally:
+        until.set()
+        thread.join(10)
+    assert num_answered > 0 and num_answered + len(left) == 20

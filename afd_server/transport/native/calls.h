@@ -1,8 +1,10 @@
-// Answers FFN calls in the middle of a reader's wait: from ring to kernel to ring, without Python.
+// Both ends of an FFN call in the middle of a reader's wait, without Python: the server goes from
+// ring to kernel to ring, the client from ring to the memory that waits for an answer.
 //
-// Only what is exactly right is answered here: a dispatch of the fixed layout (transport/codec.py)
-// from a known caller, for a layer that is computed natively, with the rows that it takes. Whatever
-// else arrives is left in its ring, and ends the wait. A part of ring.cpp.
+// Only what is exactly right is dealt with here: a message of the fixed layout (transport/codec.py)
+// from a known peer; for the server of a layer that is computed natively, with the rows that it
+// takes; for the client the answer to a call that is out. Whatever else arrives is left in its
+// ring, and ends the wait. A part of ring.cpp.
 #pragma once
 
 #include <cstring>
@@ -15,15 +17,15 @@ constexpr int64_t kFrames = 2;
 constexpr int64_t kHead = 4 * (1 + kFrames);     // number of frames, their lengths
 constexpr int64_t kNumber = 9;                   // a marker and 8 bytes, the highest first
 constexpr uint8_t kMarker = 0xcf, kNoText = 0xa0;
-constexpr uint64_t kUint8 = 1, kFloat32 = 4;     // DType
+constexpr int64_t kUint8 = 1, kFloat32 = 4;     // DType
 constexpr int64_t kCallNumbers = 15, kAnswerNumbers = 17, kTextPlace = 10;
 constexpr int64_t kMostHeader = 2048, kMostRecord = 1 << 20;
 
-struct Caller {  // `expected_size` is 0 for a ring that is only watched
+struct Peer {  // `expected_size` is 0 for a ring that is only watched
   Ring* ring;
   char* memory;  // where the ring's mapping begins
-  const uint8_t *expected, *reply;  // what its calls begin with, and the answers to them
-  int64_t expected_size, reply_size, slot;
+  const uint8_t *expected, *own;  // what its headers begin with, and those that are sent to it
+  int64_t expected_size, own_size, slot;
 };
 
 struct Layer {  // `function` is null for a layer that is not computed here
@@ -48,7 +50,7 @@ struct Call {
 };
 
 struct Server {  // transport/calls.py
-  Caller* callers;
+  Peer* callers;
   Layer* layers;
   Event* events;
   int64_t* sequence;
@@ -73,29 +75,56 @@ uint8_t* put_number(uint8_t* at, uint64_t number) {
   return at + kNumber;
 }
 
-// Reads the record at `at` if it is a call to be answered here; its rows are the last bytes of it.
-bool read_call(const Server& server, const Caller& caller, const uint8_t* at, int64_t length,
-               Call& call) {
+// Reads the header of a record into its numbers; returns the payload, or null if it is not one of
+// the peer's headers of this layout. `text` is the place of an empty string, if there is one.
+const uint8_t* read_header(const Peer& peer, const uint8_t* at, int64_t length, int64_t count,
+                           int64_t text, int64_t* numbers) {
   uint32_t head[1 + kFrames];
-  const int64_t header = caller.expected_size + kCallNumbers * kNumber;
-  if (caller.expected_size == 0 || length < kHead + header) return false;
+  const int64_t header = peer.expected_size + count * kNumber + (text < count);
+  if (peer.expected_size == 0 || length < kHead + header) return nullptr;
   memcpy(head, at, kHead);
-  if (head[0] != kFrames || head[1] != header || head[2] != length - kHead - header) return false;
-  at += kHead;
-  if (memcmp(at, caller.expected, caller.expected_size) != 0) return false;
-  at += caller.expected_size;
-  int64_t numbers[kCallNumbers];
-  for (int i = 0; i < kCallNumbers; i++, at += kNumber) {
-    if (*at != kMarker) return false;
-    numbers[i] = number_at(at);
-    if (numbers[i] < 0) return false;
+  if (head[0] != kFrames || head[1] != header || head[2] != length - kHead - header) return nullptr;
+  if (memcmp(at + kHead, peer.expected, peer.expected_size) != 0) return nullptr;
+  at += kHead + peer.expected_size;
+  for (int64_t i = 0; i < count; i++, at += kNumber) {
+    if (i == text && *at++ != kNoText) return nullptr;
+    if (*at != kMarker || (numbers[i] = number_at(at)) < 0) return nullptr;
   }
+  return at;
+}
+
+// Writes a record for a peer, whether it sleeps or not; returns what afd_ring_commit does, or less
+// than 0 if there is no room.
+int64_t write_record(const Peer& peer, const int64_t* numbers, int64_t count, int64_t text,
+                     const void* payload, int64_t bytes) {
+  const int64_t header = peer.own_size + count * kNumber + (text < count);
+  const int64_t size = kHead + header + bytes;
+  const int64_t place = reserve(peer.ring, size);
+  if (place < 0) return place;
+  uint8_t* at = reinterpret_cast<uint8_t*>(peer.memory) + place;
+  const uint32_t head[] = {kFrames, static_cast<uint32_t>(header), static_cast<uint32_t>(bytes)};
+  memcpy(at, head, kHead);
+  memcpy(at + kHead, peer.own, peer.own_size);
+  at += kHead + peer.own_size;
+  for (int64_t i = 0; i < count; i++) {
+    if (i == text) *at++ = kNoText;
+    at = put_number(at, numbers[i]);
+  }
+  memcpy(at, payload, bytes);
+  return afd_ring_commit(peer.ring, size);
+}
+
+// Reads the record at `at` if it is a call to be answered here; its rows are the last bytes of it.
+bool read_call(const Server& server, const Peer& caller, const uint8_t* at, int64_t length,
+               Call& call) {
+  int64_t numbers[kCallNumbers];
+  const uint8_t* rows = read_header(caller, at, length, kCallNumbers, kCallNumbers, numbers);
+  if (rows == nullptr) return false;
   // epoch, sequence, budget, then the dispatch, then dtype, rank, dimensions, bytes, CRC
-  const int64_t *own = numbers + 3, *facts = numbers + 8;
+  const int64_t *own = numbers + 3, *facts = numbers + 8, bytes = at + length - rows;
   call = {0, numbers[0], own[0], own[1], own[2], own[3], facts[2], 0.0, own[4] * 1e-6, {}};
   if (call.layer >= server.num_layers || call.part != server.slot) return false;
   const Layer& layer = server.layers[call.layer];
-  const int64_t bytes = length - kHead - header;
   return layer.function != nullptr && facts[0] == kUint8 && facts[1] == 2 && call.rows > 0 &&
          call.rows <= server.most_rows && facts[3] == layer.row_bytes && facts[4] == 0 &&
          facts[5] == bytes && bytes == call.rows * layer.row_bytes && facts[6] == 0 &&
@@ -104,35 +133,22 @@ bool read_call(const Server& server, const Caller& caller, const uint8_t* at, in
 
 // Writes the answer to a call; one that finds no room is lost, and asked for again.
 void answer(Server& server, const Call& call, const float* partial, double end_s) {
-  const Caller& caller = server.callers[call.caller];
   const int64_t width = server.layers[call.layer].width, bytes = call.rows * width * 4;
-  const int64_t header = caller.reply_size + kAnswerNumbers * kNumber + 1;
-  const int64_t size = kHead + header + bytes;
-  const int64_t place = reserve(caller.ring, size);  // a sleeper will find it when it is woken
-  if (place < 0) return;
-  uint8_t* at = reinterpret_cast<uint8_t*>(caller.memory) + place;
-  const uint32_t head[] = {kFrames, static_cast<uint32_t>(header), static_cast<uint32_t>(bytes)};
-  memcpy(at, head, kHead);
-  memcpy(at + kHead, caller.reply, caller.reply_size);
-  at += kHead + caller.reply_size;
   const int64_t numbers[kAnswerNumbers] = {
       server.epoch, ++*server.sequence, 0,
       call.step, call.lane, call.layer, call.part, call.epoch,
       static_cast<int64_t>(call.taken_s * 1e6), static_cast<int64_t>((end_s - call.taken_s) * 1e6),
       kFloat32, 2, call.rows, width, 0, bytes, 0};
-  for (int i = 0; i < kAnswerNumbers; i++) {
-    if (i == kTextPlace) *at++ = kNoText;  // no refusal
-    at = put_number(at, numbers[i]);
-  }
-  memcpy(at, partial, bytes);
-  if (afd_ring_commit(caller.ring, size)) server.bell |= uint64_t{1} << call.caller;
+  const Peer& caller = server.callers[call.caller];
+  if (write_record(caller, numbers, kAnswerNumbers, kTextPlace, partial, bytes) > 0)
+    server.bell |= uint64_t{1} << call.caller;  // a sleeper finds it when it is woken
 }
 
 // Takes what can be answered here off the rings; returns whether something else is due in any.
 bool take_calls(const Server& server, std::vector<Call>& calls) {
   bool others = false;
   for (int64_t i = 0; i < server.num_callers; i++) {
-    const Caller& caller = server.callers[i];
+    const Peer& caller = server.callers[i];
     for (int64_t found; (found = afd_ring_peek(caller.ring)) != kNothing;) {
       Call call;
       const int64_t length = found & 0xffffffff;
@@ -205,6 +221,77 @@ void compute(Server& server, std::vector<Call>& calls) {
   calls.swap(others);
 }
 
+enum : int64_t { kFree = 0, kOut = 1 };
+
+struct Out {  // a call that is out, and where its answer goes
+  int64_t state, peer, epoch, step, lane, layer, part, rows, width;
+  float* answer;
+  double sent_s;
+};
+
+struct Transfer {  // transport/calls.py
+  double sent_s, taken_s, held_s, back_s;
+  uint64_t step;
+  uint32_t lane, layer, rows, slot;
+};
+
+struct Client {  // transport/calls.py
+  Peer* peers;
+  Out* outs;
+  Transfer* transfers;
+  int64_t* ready;  // places of calls whose answers are there
+  int64_t* sequence;
+  int64_t num_peers, num_outs, most_transfers, num_transfers, num_ready;
+  double answered_s;
+};
+
+// Takes the record at `at` if it is the answer to a call that is out.
+bool take_answer(Client& client, int64_t peer, const uint8_t* at, int64_t length) {
+  int64_t numbers[kAnswerNumbers];
+  const uint8_t* data =
+      read_header(client.peers[peer], at, length, kAnswerNumbers, kTextPlace, numbers);
+  if (data == nullptr) return false;
+  const int64_t *own = numbers + 3, *facts = numbers + 10, bytes = at + length - data;
+  for (int64_t i = 0; i < client.num_outs; i++) {
+    Out& out = client.outs[i];
+    if (out.state != kOut || out.peer != peer || out.step != own[0] || out.lane != own[1] ||
+        out.layer != own[2] || out.part != own[3] || out.epoch != own[4])
+      continue;
+    if (facts[0] != kFloat32 || facts[1] != 2 || facts[2] != out.rows || facts[3] != out.width ||
+        facts[4] != 0 || facts[5] != bytes || bytes != out.rows * out.width * 4 || facts[6] != 0)
+      return false;
+    memcpy(out.answer, data, bytes);
+    out.state = kFree;
+    client.ready[client.num_ready++] = i;
+    client.answered_s = seconds();
+    if (client.num_transfers < client.most_transfers)
+      client.transfers[client.num_transfers++] = {
+          out.sent_s, own[5] * 1e-6, own[6] * 1e-6, client.answered_s,
+          static_cast<uint64_t>(out.step), static_cast<uint32_t>(out.lane),
+          static_cast<uint32_t>(out.layer), static_cast<uint32_t>(out.rows),
+          static_cast<uint32_t>(client.peers[peer].slot)};
+    return true;
+  }
+  return false;
+}
+
+// Takes the answers off the rings; returns whether something else is due in any.
+bool take_answers(Client& client) {
+  bool others = false;
+  for (int64_t i = 0; i < client.num_peers; i++) {
+    const Peer& peer = client.peers[i];
+    for (int64_t found; (found = afd_ring_peek(peer.ring)) != kNothing;) {
+      const uint8_t* at = reinterpret_cast<uint8_t*>(peer.memory) + (found >> 32);
+      if (found < 0 || !take_answer(client, i, at, found & 0xffffffff)) {
+        others = true;
+        break;
+      }
+      afd_ring_advance(peer.ring);
+    }
+  }
+  return others;
+}
+
 }  // namespace
 
 extern "C" {
@@ -225,6 +312,38 @@ int64_t afd_serve(Server* server, int64_t longest_ns) {
         if (!others && !must_return() && now_ns() < until) others = take_calls(*server, calls);
       }
       if (others || must_return()) return 1;
+      pause_briefly();
+    }
+    sched_yield();
+  } while (now_ns() < until);
+  return 0;
+}
+
+// Sends a call and notes it at a place that is free; returns 1 if its reader must be woken, 0 if
+// not, and less if there was no room for it.
+int64_t afd_call(Client* client, int64_t place, int64_t peer, int64_t epoch, int64_t step,
+                 int64_t lane, int64_t layer, int64_t part, int64_t live_us, const uint8_t* data,
+                 int64_t rows, int64_t row_bytes, float* answer, int64_t width) {
+  const int64_t bytes = rows * row_bytes;
+  if (bytes > kMostRecord - kHead - kMostHeader) return kFull;
+  client->outs[place] = {kOut, peer, epoch, step, lane, layer, part, rows, width, answer, seconds()};
+  const int64_t numbers[kCallNumbers] = {epoch, ++*client->sequence, 0, step, lane, layer, part,
+                                         live_us, kUint8, 2, rows, row_bytes, 0, bytes, 0};
+  const Peer& reader = client->peers[peer];
+  const int64_t done =
+      write_record(reader, numbers, kCallNumbers, kCallNumbers, data, bytes);
+  if (done < 0) client->outs[place].state = kFree;
+  return done;
+}
+
+// Watches the client's rings as afd_ring_watch does, and takes answers; returns whether one has
+// come, or something else is due.
+int64_t afd_await(Client* client, int64_t longest_ns) {
+  const int64_t until = now_ns() + longest_ns;
+  do {
+    for (int i = 0; i < kPausesBetweenYields; ++i) {
+      const bool others = take_answers(*client);
+      if (others || client->num_ready > 0) return 1;
       pause_briefly();
     }
     sched_yield();

@@ -13,11 +13,12 @@ from torch import Tensor
 from afd_server.core.clock import Clock
 from afd_server.core.errors import ProtocolError, WorkerFailed
 from afd_server.core.model_spec import ModelSpec
-from afd_server.core.stage import StageId
+from afd_server.core.stage import AHEAD, StageId
 from afd_server.core.topology import Member, Placement, Role, column_shard
 from afd_server.models.base import FFNCall
 from afd_server.models.head import Held
 from afd_server.telemetry.timeline import EventKind, Timeline
+from afd_server.transport.calls import CallClient, Rows
 from afd_server.transport.endpoint import Endpoint, Received
 from afd_server.transport.messages import Combine, Dispatch, Payload
 from afd_server.workers.attention.peer_clock import PeerClock
@@ -45,7 +46,8 @@ class _PendingCall:
 
     `epoch` is that of its assignment; resends carry the newest one. `live_since_s` is since when
     the worker has had live sequences without a break. Without shares it waits for a topology that
-    has its experts. `own` answers the share of the attention side.
+    has its experts. `own` answers the share of the attention side. A call that native code has
+    sent has its sum in `answer`, once it is `answered`, and is known there by a `place`.
     """
 
     stage: StageId
@@ -57,10 +59,20 @@ class _PendingCall:
     parts: dict[int, _Part] = field(default_factory=dict)  # by the worker's slot
     own: Tensor | None = None
     resend_at: float = 0.0
+    place: int | None = None
+    answer: Tensor | None = None
+    is_answered: bool = False
+
+    @property
+    def is_out(self) -> bool:
+        """Tell whether somebody was asked, and not everybody has answered."""
+        return (bool(self.parts) or self.place is not None) and not self.is_complete
 
     @property
     def is_complete(self) -> bool:
         """Tell whether every part was answered."""
+        if self.is_answered:
+            return True
         if self.shares is None:
             return False
         return all(part.partial is not None for part in self.parts.values())
@@ -87,7 +99,11 @@ class FFNClient:
         clock: Clock,
         timeline: Timeline,
         resend_s: float,
+        native: CallClient | None = None,
     ) -> None:
+        self._native = native
+        self._quarantined: frozenset[str] = frozenset()
+        self._calls: dict[int, _PendingCall] = {}  # that native code has sent, by place
         self._placement = placement
         self._own = own
         self._spec = spec
@@ -122,8 +138,36 @@ class FFNClient:
         assert stage.lane not in self._pending, f"lane {stage.lane} already waits"
         pending = _PendingCall(stage, call, live_since_s)
         self._pending[stage.lane] = pending
+        if self._native is not None and self._call(self._native, pending):
+            return False
         self._assign(pending)
         return pending.is_complete
+
+    def take_ready(self) -> list[int]:
+        """Return the lanes whose calls native code has completed since the last time."""
+        if self._native is None:
+            return []
+        if self._endpoint.quarantined != self._quarantined:
+            self._follow()
+        ready = []
+        for place in self._native.take_ready():
+            pending = self._calls.pop(place, None)
+            if pending is not None:
+                pending.is_answered = True
+                ready.append(pending.stage.lane)
+        return ready
+
+    def note_transfers(self) -> None:
+        """Put into the timeline how the calls of native code went."""
+        if self._native is None:
+            return
+        for transfer in self._native.take_transfers():
+            stage = StageId(transfer.step, transfer.lane, transfer.layer)
+            peer = self._pool.get(transfer.slot, "")
+            self._note(
+                stage, transfer.rows, transfer.slot, peer, transfer.sent_s, transfer.taken_s,
+                transfer.taken_s + transfer.held_s, transfer.back_s,
+            )  # fmt: skip
 
     def accept(self, received: Received, combine: Combine) -> int | None:
         """Take in an answer.
@@ -132,6 +176,8 @@ class FFNClient:
             The lane whose call is complete now, or None.
         """
         pending = self._pending.get(combine.lane)
+        if pending is not None and pending.place is not None and not pending.is_answered:
+            self._give_up(pending)
         part = None if pending is None else pending.parts.get(combine.part)
         if (
             pending is None
@@ -167,6 +213,9 @@ class FFNClient:
     def take(self, lane: int) -> Tensor:
         """Return the sum of a complete call, [tokens, hidden] in its dtype, and forget the call."""
         pending = self._pending.pop(lane)
+        if pending.is_answered:
+            assert pending.answer is not None, f"lane {lane} was answered nowhere"
+            return pending.answer
         assert pending.shares is not None, f"lane {lane} has not been assigned"
         answers = [self._answers(pending, share.group) for share in pending.shares]
         return put_together(pending.call, pending.shares, answers)
@@ -178,6 +227,7 @@ class FFNClient:
         self._pool = {member.slot: member.incarnation for member in topology.pool(Role.FFN)}
         self._groups = {}
         self._peer_clocks = {inc: c for inc, c in self._peer_clocks.items() if find(inc)}
+        self._follow()
         for pending in self._pending.values():
             if pending.is_complete:
                 continue  # its lane is about to take the sum
@@ -189,18 +239,16 @@ class FFNClient:
         """Send again what has gone unanswered for too long."""
         now = self._clock.now()
         for pending in self._pending.values():
-            if pending.parts and pending.resend_at <= now and not pending.is_complete:
+            if pending.is_out and pending.resend_at <= now:
+                if pending.place is not None:
+                    self._give_up(pending)
                 self.counters["resends"] += 1
                 self._send(pending)
                 pending.sent_s = None
 
     def next_resend_s(self) -> float | None:
         """Return the seconds until `resend_due` has something to do; None if nothing waits."""
-        due = [
-            pending.resend_at
-            for pending in self._pending.values()
-            if pending.parts and not pending.is_complete
-        ]
+        due = [pending.resend_at for pending in self._pending.values() if pending.is_out]
         return max(0.0, min(due) - self._clock.now()) if due else None
 
     def _answers(self, pending: _PendingCall, group: int) -> list[Tensor]:
@@ -217,24 +265,90 @@ class FFNClient:
         self, pending: _PendingCall, part: _Part, ffn: Member, combine: Combine
     ) -> None:
         """Note how long a part's call and answer were under way."""
-        sent_s, back_s = pending.sent_s, self._endpoint.received_s
-        if sent_s is None:
-            return
-        taken_s = combine.taken_us / 1e6
-        computed_s = (combine.taken_us + combine.held_us) / 1e6
-        clock = self._peer_clocks.setdefault(ffn.incarnation, PeerClock())
+        if pending.sent_s is not None:
+            taken_s = combine.taken_us / 1e6
+            computed_s = (combine.taken_us + combine.held_us) / 1e6
+            self._note(
+                pending.stage, part.num_rows, ffn.slot, ffn.incarnation, pending.sent_s, taken_s,
+                computed_s, self._endpoint.received_s,
+            )  # fmt: skip
+
+    def _note(
+        self,
+        stage: StageId,
+        rows: int,
+        slot: int,
+        peer: str,
+        sent_s: float,
+        taken_s: float,
+        computed_s: float,
+        back_s: float,
+    ) -> None:
+        clock = self._peer_clocks.setdefault(peer, PeerClock())
         there_s, back_again_s = clock.directions(sent_s, taken_s, computed_s, back_s)
-        rows, record = part.num_rows, self._timeline.record
-        record(EventKind.A_TO_F, sent_s, sent_s + there_s, pending.stage, rows, ffn.slot)
-        record(EventKind.F_TO_A, back_s - back_again_s, back_s, pending.stage, rows, ffn.slot)
+        record = self._timeline.record
+        record(EventKind.A_TO_F, sent_s, sent_s + there_s, stage, rows, slot)
+        record(EventKind.F_TO_A, back_s - back_again_s, back_s, stage, rows, slot)
+
+    def _follow(self) -> None:
+        """Let native code call those who are in the topology and listened to."""
+        for pending in list(self._calls.values()):
+            self._give_up(pending)
+        if self._native is not None:
+            self._quarantined = self._endpoint.quarantined
+            self._native.follow(self._endpoint.topology.epoch, self._endpoint.pool(Role.FFN))
+
+    def _call(self, native: CallClient, pending: _PendingCall) -> bool:
+        """Have a call sent by native code, if it goes to one worker as it is."""
+        stage, call = pending.stage, pending.call
+        if call.num_chosen or call.is_head or call.rows.dtype is not torch.uint8:
+            return False
+        (group,) = self._groups_of(call.layer, stage.lane)
+        placement = self._placement
+        if group in (None, placement.attention_side) or placement.num_shards > 1:
+            return False
+        assert group is not None and self._dtype is torch.float32, "native rows, native sums"
+        now, rows = self._clock.now(), call.rows.contiguous()
+        answer = torch.empty(rows.shape[0], self._spec.hidden_size)
+        place = 2 * (stage.lane % AHEAD) + (stage.lane >= AHEAD)
+        if not native.call(
+            place,
+            self._pool[placement.slots_of(group)[0]],
+            stage,
+            int((now - pending.live_since_s) * 1e6),
+            Rows(rows.data_ptr(), *rows.shape),
+            Rows(answer.data_ptr(), *answer.shape),
+        ):
+            return False
+        pending.epoch = self._endpoint.topology.epoch
+        pending.sent_s, pending.resend_at = now, now + self._resend_s
+        pending.place, pending.answer = place, answer
+        self._calls[place] = pending
+        return True
+
+    def _give_up(self, pending: _PendingCall) -> None:
+        """Go on with a call of native code in Python; an answer under way is still good."""
+        assert self._native is not None and pending.place is not None
+        self._native.give_up(pending.place)
+        self._calls.pop(pending.place, None)
+        pending.place = pending.answer = None
+        self._cut(pending)
 
     def _assign(self, pending: _PendingCall) -> None:
         """Choose who computes a call under the present topology, send its parts, compute the rest.
 
         While the topology lacks one of its experts the call simply waits for the next one.
         """
-        call, placement = pending.call, self._placement
         pending.epoch = self._endpoint.topology.epoch
+        own = self._cut(pending)
+        if pending.parts:
+            self._send(pending)
+        if own is not None and pending.own is None:  # it is the same whoever else is there
+            pending.own = self._compute(pending.stage, own.rows)
+
+    def _cut(self, pending: _PendingCall) -> Share | None:
+        """Cut a call into shares and parts; return the share of the attention side."""
+        call, placement = pending.call, self._placement
         pending.shares = cut(call, self._groups_of(call.layer, pending.stage.lane))
         pending.parts = {}
         own = None
@@ -246,10 +360,7 @@ class FFNClient:
             for shard, slot in enumerate(placement.slots_of(share.group)):
                 shape = (share.num_answers, self._answer_width(call, shard))
                 pending.parts[slot] = _Part(self._pool[slot], payload, share.rows.shape[0], shape)
-        if pending.parts:
-            self._send(pending)
-        if own is not None and pending.own is None:  # it is the same whoever else is there
-            pending.own = self._compute(pending.stage, own.rows)
+        return own
 
     def _answer_width(self, call: FFNCall, shard: int) -> int:
         if not call.is_head:

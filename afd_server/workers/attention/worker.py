@@ -134,6 +134,8 @@ class AttentionWorker:
         Returns:
             Whether another part could run at once.
         """
+        for index in self._ffn.take_ready():
+            self._runnable.append(self._lanes[index % AHEAD].part(index))
         self._ffn.resend_due()
         if not self._runnable:
             return False
@@ -176,6 +178,7 @@ class AttentionWorker:
 
     def load(self, num_bad_frames: int) -> LoadReport:
         """Return the present load and what was done since the last report."""
+        self._ffn.note_transfers()
         scheduler, events = self._scheduler, events_payload(self._timeline)
         return LoadReport(
             steps=scheduler.num_steps,
@@ -270,6 +273,7 @@ class AttentionWorker:
         plan, record = result.plan, self._timeline.record
         stage = StageId(plan.step, lane.index, 0)
         record(EventKind.SAMPLE, begin_s, self._clock.now(), stage, len(result.tokens))
+        self._ffn.note_transfers()
         end_s = self._clock.now()
         if self._calibration is not None:
             self._calibration.commit(plan, end_s - lane.begun_s)

@@ -13,6 +13,7 @@ from afd_server.core.clock import Clock
 from afd_server.core.errors import ProtocolError
 from afd_server.core.model_spec import ModelSpec
 from afd_server.core.stage import StageId
+from afd_server.core.topology import Role
 from afd_server.kernels.table import RowFormat
 from afd_server.models.head import Held
 from afd_server.models.routing import CHOICE_BYTES, ELSEWHERE, answers_of, experts_of
@@ -168,7 +169,7 @@ class FFNWorker:
         for key in [key for key in self._waiting if topology.find(key[0]) is None]:
             del self._waiting[key]
         if self._server is not None:
-            self._server.follow(topology.epoch, self._endpoint.callers())
+            self._server.follow(topology.epoch, self._endpoint.pool(Role.ATTENTION))
 
     def load(self, num_bad_frames: int) -> LoadReport:
         """Return the present load and what was done; `running` counts the calls that wait."""
@@ -208,7 +209,7 @@ class FFNWorker:
         quarantined = self._endpoint.quarantined
         if quarantined != self._quarantined:
             self._quarantined = quarantined
-            server.follow(self._endpoint.topology.epoch, self._endpoint.callers())
+            server.follow(self._endpoint.topology.epoch, self._endpoint.pool(Role.ATTENTION))
 
     def _record_wait(self, now_s: float) -> None:
         """Note how long there was live work and nothing to compute."""
