@@ -22,6 +22,7 @@ from afd_server.kernels import reference
 from afd_server.kernels.quant import GROUP, Int8Weight, pack_int8, quantised_row_bytes
 from afd_server.kernels.table import (
     BoundSwiGLU,
+    GQAWeights,
     Kernels,
     KVLayer,
     LinearWeight,
@@ -33,7 +34,7 @@ from afd_server.kernels.table import (
 )
 
 LIBRARIES = Path(__file__).parent / "native"
-INTERFACE = 3  # as `afd_interface` of native/kernels.cpp
+INTERFACE = 4  # as `afd_interface` of native/kernels.cpp
 COLUMNS = 16  # output channels interleaved in a packed block, as kernels.cpp has it
 
 WeightFormat = Literal["int8", "float32", "bfloat16"]
@@ -101,7 +102,7 @@ def native_kernels(weights: WeightFormat, build: str | None = None) -> Kernels:
     quantised = weights == "int8"
     linear = _linear_int8(library) if quantised else _linear_float(library)
     silu_mul = _silu_mul(library, quantised)
-    return Kernels(
+    kernels = Kernels(
         name=f"native-{weights}",
         row_format=RowFormat(torch.uint8, quantised_row_bytes)
         if quantised
@@ -118,6 +119,9 @@ def native_kernels(weights: WeightFormat, build: str | None = None) -> Kernels:
         write_kv=_write_kv(library),
         rope_write_kv=_rope_write_kv(library),
         paged_attention=_attention(library),
+        gqa=(lambda weights: _GQAInt8(library, kernels, weights))
+        if quantised
+        else (lambda weights: reference.PlainGQA(lambda: kernels, weights)),
         silu_mul=silu_mul,
         swiglu=_swiglu_int8(library)
         if quantised
@@ -126,6 +130,7 @@ def native_kernels(weights: WeightFormat, build: str | None = None) -> Kernels:
         gumbel_argmax=_gumbel_argmax(library),
         select=_select(library),
     )
+    return kernels
 
 
 def pack_native_int8(weight: Tensor) -> PackedInt8:
@@ -365,6 +370,83 @@ def _silu_mul(library: ctypes.CDLL, quantised: bool) -> SiLUMul:
         return out
 
     return silu_mul
+
+
+class _GQA(ctypes.Structure):
+    """The attention of one layer as kernels.cpp has it."""
+
+    _fields_ = (
+        ("groups", _SIZE), ("heads", _SIZE), ("kv_heads", _SIZE), ("head_dim", _SIZE),
+        ("hidden", _SIZE), ("window", _SIZE), ("qkv", _POINTER), ("output", _POINTER),
+        ("qkv_scales", _POINTER), ("output_scales", _POINTER), ("rope", _POINTER),
+    )  # fmt: skip
+
+
+class _Paged(ctypes.Structure):
+    """Where the keys and values of a micro-batch are, as kernels.cpp has it."""
+
+    _fields_ = (
+        ("keys", _POINTER), ("values", _POINTER), ("format", _SIZE), ("block_size", _SIZE),
+        ("sequences", _SIZE), ("table_width", _SIZE), ("positions", _POINTER),
+        ("slots", _POINTER), ("row_starts", _POINTER), ("num_keys", _POINTER),
+        ("block_tables", _POINTER),
+    )  # fmt: skip
+
+
+class _GQAInt8:
+    """The attention of one layer in a single call of the library."""
+
+    def __init__(self, library: ctypes.CDLL, kernels: Kernels, weights: GQAWeights) -> None:
+        qkv, output, rope = weights.qkv, weights.output, weights.rope
+        assert isinstance(qkv, PackedInt8) and isinstance(output, PackedInt8), "not packed"
+        head_dim = rope.shape[-1]
+        num_kv_heads = (qkv.num_rows // head_dim - weights.num_heads) // 2
+        self._plain = reference.PlainGQA(lambda: kernels, weights)
+        self._function = library.afd_gqa_int8
+        self._function.argtypes = [_POINTER, _POINTER, _SIZE, _POINTER, _POINTER]
+        self._function.restype = _FLAG
+        self._owner = (qkv, output, rope)
+        self._hidden, self._bytes = output.num_rows, qkv.scales.shape[1] * (4 + GROUP)
+        self._layer = _GQA(
+            qkv.scales.shape[1],
+            weights.num_heads,
+            num_kv_heads,
+            head_dim,
+            output.num_rows,
+            weights.window or 0,
+            qkv.blocks.data_ptr(),
+            output.blocks.data_ptr(),
+            qkv.scales.data_ptr(),
+            output.scales.data_ptr(),
+            rope.data_ptr(),
+        )
+        self._address = ctypes.addressof(self._layer)
+
+    def __call__(
+        self, rows: Tensor, positions: Tensor, slots: Tensor, paged: PagedRows, layer: KVLayer
+    ) -> Tensor:
+        keys, values = layer
+        assert rows.dtype is torch.uint8 and rows.shape[1] == self._bytes, (
+            f"rows of {rows.dtype} [{rows.shape[1]}] for {self._bytes}; were they prepared?"
+        )
+        tables = paged.block_tables
+        where = _Paged(
+            keys.data_ptr(),
+            values.data_ptr(),
+            _KV_FORMATS[keys.dtype],
+            keys.shape[2],
+            *tables.shape,
+            positions.data_ptr(),
+            slots.data_ptr(),
+            paged.row_starts.data_ptr(),
+            paged.num_keys.data_ptr(),
+            tables.data_ptr(),
+        )
+        rows, out = rows.contiguous(), torch.empty(rows.shape[0], self._hidden)
+        done = self._function(
+            self._address, rows.data_ptr(), rows.shape[0], ctypes.addressof(where), out.data_ptr()
+        )
+        return out if done else self._plain(rows, positions, slots, paged, layer)
 
 
 class _SwiGLU(ctypes.Structure):

@@ -18,6 +18,7 @@ from torch import Tensor
 from afd_server.kernels import sampling
 from afd_server.kernels.kv_format import restore, store, stored_dim
 from afd_server.kernels.table import (
+    GQAWeights,
     Kernels,
     KVLayer,
     LinearWeight,
@@ -268,6 +269,27 @@ class PlainSwiGLU:
         return self._linear(inner, self._down)
 
 
+class PlainGQA:
+    """The attention of one layer made of other kernels.
+
+    Args:
+        kernels: returns them; they are not there yet when this is bound to them.
+    """
+
+    def __init__(self, kernels: Callable[[], Kernels], weights: GQAWeights) -> None:
+        self._kernels = kernels
+        self._weights = weights
+
+    def __call__(
+        self, rows: Tensor, positions: Tensor, slots: Tensor, paged: PagedRows, layer: KVLayer
+    ) -> Tensor:
+        kernels, weights = self._kernels(), self._weights
+        qkv = kernels.linear(rows, weights.qkv)
+        query = kernels.rope_write_kv(qkv, weights.num_heads, weights.rope, positions, slots, layer)
+        attended = kernels.paged_attention(query, layer, paged, weights.window)
+        return kernels.linear(kernels.prepare(attended), weights.output)
+
+
 def sigmoid(x: Tensor) -> Tensor:
     """Compute 1 / (1 + exp(−x)) in float32, written with `exp` as `silu_mul` is."""
     return 1.0 / (1.0 + torch.exp(-x.float()))
@@ -275,7 +297,7 @@ def sigmoid(x: Tensor) -> Tensor:
 
 def reference(dtype: torch.dtype) -> Kernels:
     """Return these kernels for weights and rows of a dtype; prepared rows are the rows."""
-    return Kernels(
+    kernels = Kernels(
         name="reference",
         row_format=RowFormat(dtype, lambda width: width),
         pack=pack,
@@ -290,12 +312,14 @@ def reference(dtype: torch.dtype) -> Kernels:
         write_kv=write_kv,
         rope_write_kv=rope_write_kv,
         paged_attention=paged_attention,
+        gqa=lambda weights: PlainGQA(lambda: kernels, weights),
         silu_mul=silu_mul,
         swiglu=partial(PlainSwiGLU, linear, silu_mul),
         argmax=sampling.argmax,
         gumbel_argmax=sampling.gumbel_argmax,
         select=sampling.select,
     )
+    return kernels
 
 
 REFERENCE = reference(torch.float32)

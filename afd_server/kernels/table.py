@@ -60,6 +60,30 @@ class BoundSwiGLU(Protocol):
     def __call__(self, rows: Tensor, /) -> Tensor: ...
 
 
+class BoundGQA(Protocol):
+    """Grouped-query attention of one layer, from prepared rows to its output projection."""
+
+    def __call__(
+        self, rows: Tensor, positions: Tensor, slots: Tensor, paged: PagedRows, layer: KVLayer, /
+    ) -> Tensor: ...
+
+
+class GQAWeights(NamedTuple):
+    """What the grouped-query attention of one layer is made of.
+
+    Attributes:
+        qkv: the projections of queries, keys and values, stacked.
+        output: the projection of what was attended to.
+        rope: as `Kernels.rope` takes it.
+    """
+
+    qkv: object
+    output: object
+    rope: Tensor
+    num_heads: int
+    window: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class NativeCall:
     """What code outside of Python calls to compute rows: function(context, rows, count, out).
@@ -99,7 +123,8 @@ class Kernels:
     in the call. The semantics are those of `kernels.reference` and `kernels.sampling`. Where a
     result is only ever multiplied next it is made as *prepared rows* at once, in `row_format`.
     `dump` takes a packed weight apart into the tensors named by `pack_parts`; `unpack` undoes it.
-    `swiglu` binds one FFN's weights and the limit of its `silu_mul`.
+    `swiglu` binds one FFN's weights and the limit of its `silu_mul`; `gqa` the weights of one
+    layer's attention.
     """
 
     name: str
@@ -116,6 +141,7 @@ class Kernels:
     write_kv: Callable[[KVLayer, Tensor, Tensor, Tensor | None], None]
     rope_write_kv: Callable[[Tensor, int, Tensor, Tensor, Tensor, KVLayer], Tensor]
     paged_attention: PagedAttention
+    gqa: Callable[[GQAWeights], BoundGQA]
     silu_mul: SiLUMul
     swiglu: Callable[[LinearWeight, LinearWeight, float | None], BoundSwiGLU]
     argmax: Callable[[Tensor], int]

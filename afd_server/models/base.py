@@ -126,11 +126,16 @@ class AttentionHalf(Protocol):
         """Return [tokens, hidden] for [tokens]."""
         ...
 
-    def attend(self, layer: int, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, FFNCall]:
-        """Return the residual after attention, [tokens, hidden], and the layer's FFN call."""
+    def attend(
+        self, layer: int, hidden: Tensor, delta: Tensor | None, batch: MicroBatch
+    ) -> tuple[Tensor, FFNCall]:
+        """Return the residual after attention, [tokens, hidden], and the layer's FFN call.
+
+        `delta` is the FFN output of the layer before, not yet added to the residual.
+        """
         ...
 
-    def head_call(self, hidden: Tensor, rows: Tensor) -> FFNCall:
+    def head_call(self, hidden: Tensor, delta: Tensor | None, rows: Tensor) -> FFNCall:
         """Return the call for the logits of some rows."""
         ...
 

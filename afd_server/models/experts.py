@@ -114,8 +114,10 @@ class GatedDecoder:
     def embed(self, token_ids: Tensor) -> Tensor:
         return self._inner.embed(token_ids)
 
-    def attend(self, layer: int, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, FFNCall]:
-        hidden, call = self._inner.attend(layer, hidden, batch)
+    def attend(
+        self, layer: int, hidden: Tensor, delta: Tensor | None, batch: MicroBatch
+    ) -> tuple[Tensor, FFNCall]:
+        hidden, call = self._inner.attend(layer, hidden, delta, batch)
         gate = self._gates[layer]
         if gate is None:
             return hidden, call
@@ -123,8 +125,8 @@ class GatedDecoder:
         joined = join(RoutedRows(call.rows, experts, weights))
         return hidden, FFNCall(layer, joined, experts.shape[1])
 
-    def head_call(self, hidden: Tensor, rows: Tensor) -> FFNCall:
-        return self._inner.head_call(hidden, rows)
+    def head_call(self, hidden: Tensor, delta: Tensor | None, rows: Tensor) -> FFNCall:
+        return self._inner.head_call(hidden, delta, rows)
 
 
 class _Gate:

@@ -22,13 +22,13 @@ def forward(model: AttentionHalf, batch: MicroBatch) -> Forward:
     Returns:
         Logits of the rows that asked for them, [rows, vocab], float32; None if no row did.
     """
-    hidden = model.embed(batch.token_ids)  # [tokens, hidden]
+    hidden, delta = model.embed(batch.token_ids), None  # [tokens, hidden]
     for layer in range(model.num_layers):
-        hidden, call = model.attend(layer, hidden, batch)
-        hidden = hidden + (yield call)
+        hidden, call = model.attend(layer, hidden, delta, batch)
+        delta = yield call
     if len(batch.logit_rows) == 0:
         return None
-    return (yield model.head_call(hidden, batch.logit_rows))
+    return (yield model.head_call(hidden, delta, batch.logit_rows))
 
 
 def join_parts(call: FFNCall, parts: Sequence[Tensor]) -> Tensor:

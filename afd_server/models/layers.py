@@ -107,15 +107,18 @@ class Decoder:
     def embed(self, token_ids: Tensor) -> Tensor:
         return self._embeddings[token_ids]
 
-    def attend(self, layer: int, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, FFNCall]:
+    def attend(
+        self, layer: int, hidden: Tensor, delta: Tensor | None, batch: MicroBatch
+    ) -> tuple[Tensor, FFNCall]:
         kernels, norms = self._kernels, self._norms[layer]
-        _, normed = kernels.add_norm(hidden, None, norms.input, self._eps)
+        hidden, normed = kernels.add_norm(hidden, delta, norms.input, self._eps)
         attended = self._attention[layer].attend(normed, batch.kv[layer], batch.of_layer(layer))
         hidden, normed = kernels.add_norm(hidden, attended, norms.post_attention, self._eps)
         return hidden, FFNCall(layer, normed)
 
-    def head_call(self, hidden: Tensor, rows: Tensor) -> FFNCall:
-        _, normed = self._kernels.add_norm(hidden[rows], None, self._norm, self._eps)
+    def head_call(self, hidden: Tensor, delta: Tensor | None, rows: Tensor) -> FFNCall:
+        last = None if delta is None else delta[rows]
+        _, normed = self._kernels.add_norm(hidden[rows], last, self._norm, self._eps)
         return FFNCall(self.num_layers, normed, is_head=True)
 
 

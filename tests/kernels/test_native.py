@@ -30,11 +30,12 @@ from afd_server.kernels.quant import (
 from afd_server.kernels.reference import (
     REFERENCE,
     PagedRun,
+    PlainGQA,
     paged_attention,
     plan_paged_rows,
     rope_table,
 )
-from afd_server.kernels.table import KVLayer
+from afd_server.kernels.table import GQAWeights, KVLayer
 
 BUILDS = available_builds()
 SHAPES = [(576, 960), (1536, 576), (64, 16), (64, 1), (96, 50), (1, 3), (65, 17), (200, 33)]
@@ -327,3 +328,33 @@ def test_an_ffn_in_one_call_has_the_bits_of_its_parts(build, hidden, inner):
             )(call.function)
             function(call.context, rows.data_ptr(), num_rows, out.data_ptr())
             assert torch.equal(out, parts)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("kv_format", KV_FORMATS)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 1, 256), (2, 2, 40)])
+def test_attention_in_one_call_has_the_bits_of_its_parts(
+    build, kv_format, heads, kv_heads, head_dim
+):
+    kernels, hidden, width = native(build), 100, heads * head_dim
+    qkv = kernels.pack(draw(width + 2 * kv_heads * head_dim, hidden, seed=1))
+    output = kernels.pack(draw(hidden, width, seed=2))
+    rope = rope_table(head_dim, 1e4, 200)
+    runs = [PagedRun(0, 1, [3, 4]), PagedRun(17, 5, [5, 6]), PagedRun(63, 1, list(range(7, 12)))]
+    paged = plan_paged_rows(runs)
+    positions = torch.tensor([0, *range(17, 22), 63])
+    slots = torch.tensor([3 * 16, *(6 * 16 + place for place in range(1, 6)), 10 * 16 + 15])
+    kept = KVLayer(
+        *(
+            store(draw(12, kv_heads, 16, head_dim, seed=seed), KV_FORMATS[kv_format])
+            for seed in (3, 4)
+        )
+    )
+    rows = kernels.prepare(draw(7, hidden, seed=5, scale=3.0))
+    for window in (None, 20):
+        one, parts = (KVLayer(*(part.clone() for part in kept)) for _ in range(2))
+        weights = GQAWeights(qkv, output, rope, heads, window)
+        got = kernels.gqa(weights)(rows, positions, slots, paged, one)
+        expected = PlainGQA(lambda: kernels, weights)(rows, positions, slots, paged, parts)
+        assert torch.equal(got, expected)
+        assert all(torch.equal(*pair) for pair in zip(one, parts, strict=True))

@@ -138,6 +138,7 @@ def test_calls_of_a_layer_are_computed_together_up_to_the_limit_and_others_in_th
     assert kinds == [
         EventKind.FFN, EventKind.GATHERED, EventKind.FFN, EventKind.GATHERED, EventKind.FFN,
     ]  # fmt: skip
+    assert [event.rows for event in events if event.kind != EventKind.WAIT] == [7, 4, 3, 1, 3]
     assert {event.peer for event in events if event.kind != EventKind.WAIT} == {3}
     assert worker.server.take_events() == b""
 

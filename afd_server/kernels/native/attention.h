@@ -158,6 +158,12 @@ int64_t attend_any(int64_t head_dim, int64_t count, const KVHead<KV>& kv, const 
   }
 }
 
+inline bool is_built_in(int64_t head_dim) {
+  for (const int64_t size : {16, 32, 48, 64, 80, 96, 128, 192, 256})
+    if (size == head_dim) return true;
+  return false;
+}
+
 struct Sequences {  // whose rows stand together in a micro-batch
   int64_t count;
   const int64_t* row_starts;    // [count + 1]

@@ -24,7 +24,7 @@ auto with_format(int32_t format, Call call) {
 extern "C" {
 
 // Raised with every change of what a function below takes or gives: another library is refused.
-int32_t afd_interface() { return 3; }
+int32_t afd_interface() { return 4; }
 
 // Quantises rows [rows, width] to [rows, row_bytes(width)].
 void afd_quantise(const float* x, int64_t rows, int64_t width, uint8_t* out) {
@@ -172,6 +172,47 @@ void afd_rope_write_kv(const float* qkv, int64_t rows, int64_t heads, int64_t kv
     rope_write(qkv, rows, heads, kv_heads, head_dim, table, positions, slots,
                static_cast<KV*>(keys), static_cast<KV*>(values), block_size, query);
   });
+}
+
+// The attention of one layer, from quantised rows to the output projection, with the kernels above:
+// queries, keys and values; rotation and KV write; attention; the projection to out[rows, hidden].
+// `kernels/cpu.py` mirrors the structs. Returns 0 as afd_paged_attention does.
+struct GQA {
+  int64_t groups, heads, kv_heads, head_dim, hidden, window;
+  const uint8_t *qkv, *output;
+  const float *qkv_scales, *output_scales, *rope;
+};
+
+struct Paged {
+  void *keys, *values;
+  int64_t format, block_size, sequences, table_width;
+  const int64_t *positions, *slots, *row_starts, *num_keys, *block_tables;
+};
+
+int32_t afd_gqa_int8(const GQA* layer, const uint8_t* x, int64_t rows, const Paged* kv,
+                     float* out) {
+  if (!is_built_in(layer->head_dim)) return 0;
+  thread_local std::vector<float> qkv, query, attended;
+  thread_local std::vector<uint8_t> prepared;
+  const int64_t width = layer->heads * layer->head_dim;
+  const int64_t columns = width + 2 * layer->kv_heads * layer->head_dim;
+  const auto format = static_cast<int32_t>(kv->format);
+  qkv.resize(rows * columns);
+  query.resize(rows * width);
+  attended.resize(rows * width);
+  prepared.resize(rows * row_bytes(width));
+  afd_linear_int8(x, rows, layer->groups, layer->qkv, layer->qkv_scales, columns, qkv.data());
+  afd_rope_write_kv(qkv.data(), rows, layer->heads, layer->kv_heads, layer->head_dim, layer->rope,
+                    kv->positions, kv->slots, kv->keys, kv->values, kv->block_size, format,
+                    query.data());
+  afd_paged_attention(query.data(), layer->heads, layer->head_dim, kv->keys, kv->values, format,
+                      kv->block_size, layer->kv_heads, kv->sequences, kv->row_starts,
+                      kv->num_keys, kv->block_tables, kv->table_width, layer->window,
+                      attended.data());
+  afd_quantise(attended.data(), rows, width, prepared.data());
+  afd_linear_int8(prepared.data(), rows, num_groups(width), layer->output, layer->output_scales,
+                  layer->hidden, out);
+  return 1;
 }
 
 // Stores rows [kv_heads, head_dim] at flat slots of the blocks.

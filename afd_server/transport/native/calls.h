@@ -168,12 +168,13 @@ bool take_calls(const Server& server, std::vector<Call>& calls) {
   return others;
 }
 
-void record(Server& server, uint32_t kind, double begin_s, double end_s, const Call& call) {
+void record(Server& server, uint32_t kind, double begin_s, double end_s, const Call& call,
+            int64_t count) {
   const auto lane = static_cast<uint32_t>(call.lane);
   const auto layer = static_cast<uint16_t>(call.layer);
   const auto peer = static_cast<uint16_t>(server.callers[call.caller].slot);
   const auto step = static_cast<uint64_t>(call.step);
-  const auto rows = static_cast<uint32_t>(call.rows);
+  const auto rows = static_cast<uint32_t>(count);
   if (server.num_events < server.most_events)
     server.events[server.num_events++] = {begin_s, end_s, step, rows, lane, kind, layer, peer};
 }
@@ -212,7 +213,10 @@ void compute(Server& server, std::vector<Call>& calls) {
   for (size_t i = 0; i < group.size(); i++) {
     answer(server, group[i], partial, end_s);
     partial += group[i].rows * layer.width;
-    record(server, i ? kGathered : kFFN, begin_s, end_s, group[i]);
+    if (i == 0)
+      record(server, kFFN, begin_s, end_s, group[i], count);
+    else
+      record(server, kGathered, begin_s, end_s, group[i], group[i].rows);
   }
   server.num_calls += static_cast<int64_t>(group.size());
   server.num_rows += count;
