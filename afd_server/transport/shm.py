@@ -208,6 +208,7 @@ class SharedMemoryLink:
         rings = {peer: way.ring for peer, way in self._ways.items()}
         if self._native is not None and len(rings) > MOST_RINGS:
             log.warning("%d rings: calls are dealt with in Python", len(rings))
+            self._native.use_rings({})
             self._native = None
         if self._native is not None:
             self._native.use_rings(rings)

@@ -60,6 +60,7 @@ class Pools:
         max_num_seqs: int = 16,
         prefix_caching: bool = True,
         max_gather_rows: int = 1024,
+        with_crc: bool = True,
     ) -> None:
         self.network = InProcessNetwork(faults)
         self._open = link or self.network.link
@@ -74,7 +75,7 @@ class Pools:
             "numerics": numerics,
             "compute_threads": 1,
             "transport": "zmq",
-            "with_crc": True,
+            "with_crc": with_crc,
             "attention": AttentionConfig(
                 num_lanes,
                 max_model_len,
@@ -106,14 +107,9 @@ class Pools:
         self.alive_rows = 0
         self.lost_rows = 0
         self.refused: list[int] = []
-        supervisor = Member(Role.SUPERVISOR, 0, SUPERVISOR, "", "")
-        self.supervisor = Endpoint(
-            self._open(SUPERVISOR), Identity(SUPERVISOR, "digest"), self.clock
-        )
-        self._introduced = (supervisor,)
-        self.gateway = Endpoint(
-            self._open(GATEWAY), Identity(GATEWAY, "digest"), self.clock, self._introduced
-        )
+        self._introduced = (Member(Role.SUPERVISOR, 0, SUPERVISOR, "", ""),)
+        self.supervisor = self._endpoint(SUPERVISOR, ())
+        self.gateway = self._endpoint(GATEWAY, self._introduced)
         self.members[GATEWAY] = Member(Role.GATEWAY, 0, GATEWAY, self.gateway.link.address, "")
         for slot in range(num_attention):
             self.start(Role.ATTENTION, slot)
@@ -124,9 +120,7 @@ class Pools:
     def start(self, role: Role, slot: int) -> str:
         incarnation = f"{role.name.lower()}{slot}-{next(self._incarnations)}"
         spec = WorkerSpec(role=role, slot=slot, incarnation=incarnation, **self._template)
-        endpoint = Endpoint(
-            self._open(incarnation), Identity(incarnation, "digest"), self.clock, self._introduced
-        )
+        endpoint = self._endpoint(incarnation, self._introduced)
         build = build_attention_worker if role is Role.ATTENTION else build_ffn_worker
         kernels = select_kernels(spec.numerics)
         worker = build(spec, self._model_spec, kernels, endpoint, self.clock)
@@ -139,6 +133,12 @@ class Pools:
         self.loops[incarnation] = WorkerLoop(spec, worker, endpoint, self.clock)
         self.supervisor.introduce(member)
         return incarnation
+
+    def _endpoint(self, name: str, introduced: tuple[Member, ...]) -> Endpoint:
+        with_crc = self._template["with_crc"]
+        return Endpoint(
+            self._open(name), Identity(name, "digest"), self.clock, introduced, with_crc
+        )
 
     def kill(self, incarnation: str) -> None:
         self.endpoints.pop(incarnation).link.close()

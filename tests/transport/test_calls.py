@@ -17,6 +17,7 @@ from afd_server.core.errors import TransportError
 from afd_server.core.stage import StageId
 from afd_server.core.topology import Member, Role, Topology
 from afd_server.telemetry.timeline import EventKind, read_events
+from afd_server.transport import shm
 from afd_server.transport.calls import MOST_CALLS, CallClient, CallServer, NativeLayer, Rows
 from afd_server.transport.codec import HeaderReader, decode, encode
 from afd_server.transport.endpoint import Endpoint, Identity
@@ -405,6 +406,16 @@ def test_who_cannot_be_called_natively_is_not(both):
         assert taken <= MAX_RECORDS
     both.b.receive(0)
     assert both.call(0, 1) is not None
+
+
+def test_with_more_rings_than_native_code_knows_python_does_everything(both, monkeypatch):
+    monkeypatch.setattr(shm, "MOST_RINGS", 0)
+    both.a._see_rings()
+    both.b._see_rings()
+    assert both.call(0, 1) is None
+    both.caller.send("b", dispatch(rows_of(1)))
+    (received,) = both.answerer.receive(1.0)
+    assert received.message == dispatch(rows_of(1)) and both.batches == []
 
 
 def test_a_server_that_sleeps_is_woken_by_a_call(both):

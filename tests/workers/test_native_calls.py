@@ -1,0 +1,134 @@
+"""Workers whose calls native code sends and answers: the tokens and the care of Python's path."""
+
+import pytest
+import torch
+
+from afd_server.core.request import Request, SamplingParams
+from afd_server.core.topology import FFNParallel, Role
+from afd_server.telemetry.timeline import EventKind, read_events
+from afd_server.workers.config import Numerics
+from support.checkpoints import tiny_llama
+from support.experts import tiny_routed
+from support.pools import Pools, shm_links
+
+INT8 = Numerics("native", "int8", "bfloat16")
+
+
+def requests(count=6, first=1):
+    generator = torch.Generator().manual_seed(5)
+    lengths = (90, 7, 1, 130, 60, 33)
+    return [
+        Request(
+            key,
+            tuple(torch.randint(3, 259, (lengths[key % 6],), generator=generator).tolist()),
+            SamplingParams(max_tokens=10, temperature=0.7 if key % 2 else 0.0, seed=key),
+        )
+        for key in range(first, first + count)
+    ]
+
+
+@pytest.fixture
+def open_pools(tmp_path):
+    opened = []
+
+    def open_one(model, native=True, **settings):
+        link = shm_links(tmp_path) if native else None
+        settings = {"numerics": INT8, "max_batch_tokens": 128, "num_ffn": 2} | settings
+        parallel = {"parallel": FFNParallel.REPLICATE, "num_replicas": settings["num_ffn"]}
+        opened.append(Pools(model, link=link, with_crc=not native, **(parallel | settings)))
+        return opened[-1]
+
+    yield open_one
+    for pools in opened:
+        pools.close()
+
+
+def answered(pools):
+    return [w._server.num_calls for name, w in pools.workers.items() if name.startswith("ffn")]
+
+
+def expected_tokens(open_pools, model, wanted):
+    return open_pools(model, native=False).run(wanted)
+
+
+@pytest.mark.parametrize("num_attention", [1, 2])
+def test_native_calls_give_the_tokens_of_python_calls(open_pools, num_attention):
+    model, wanted = tiny_llama()[0], requests()
+    expected = expected_tokens(open_pools, model, wanted)
+    pools = open_pools(model, num_attention=num_attention)
+    slots = [request.key % num_attention for request in wanted]
+    assert pools.run(requests(2, 101), [0, num_attention - 1])  # the memory is agreed on
+    clients = [w._ffn for name, w in pools.workers.items() if name.startswith("attention")]
+    resends = [client.num_resends for client in clients]
+    assert pools.run(wanted, slots) == expected
+    assert all(count > 20 for count in answered(pools))
+    assert [client.num_resends for client in clients] == resends
+    assert not any(client._calls for client in clients)
+
+
+def test_a_lost_worker_costs_no_token(open_pools):
+    model, wanted = tiny_llama()[0], requests()
+    expected = expected_tokens(open_pools, model, wanted)
+    pools = open_pools(model)
+    assert pools.run(requests(2, 101))
+    for request in wanted:
+        pools.submit(request)
+    before = sum(answered(pools))
+    while sum(answered(pools)) < before + 20:
+        pools.turn()
+    lost = next(name for name in pools.workers if name.startswith("ffn"))
+    slot = pools.members[lost].slot
+    pools.kill(lost)
+    for _ in range(20):
+        pools.turn()
+    pools.start(Role.FFN, slot)
+    pools.publish()
+    assert pools.run(wanted) == expected
+
+
+def test_a_new_topology_in_the_middle_costs_no_token(open_pools):
+    model, wanted = tiny_llama()[0], requests()
+    expected = expected_tokens(open_pools, model, wanted)
+    pools = open_pools(model, num_attention=1)
+    assert pools.run(requests(2, 101))
+    for request in wanted:
+        pools.submit(request)
+    for _ in range(40):
+        pools.turn()
+        pools.turn()
+        pools.publish()
+    assert pools.run(wanted) == expected
+
+
+def test_the_timeline_is_that_of_python_calls(open_pools):
+    model = tiny_llama()[0]
+    pools = open_pools(model, num_ffn=1, num_lanes=1)
+    assert pools.run(requests(1, 101))
+    workers = dict(pools.workers)
+    for worker in workers.values():
+        worker.load(0)
+    assert pools.run(requests(1, 201))
+    events = {
+        name: list(read_events(bytes(worker.load(0).events.data)))
+        for name, worker in workers.items()
+    }
+    (attention,) = (seen for name, seen in events.items() if name.startswith("attention"))
+    (ffn,) = (seen for name, seen in events.items() if name.startswith("ffn"))
+    computed = [(e.step, e.lane, e.layer, e.rows) for e in ffn if e.kind == EventKind.FFN]
+    for kind in (EventKind.A_TO_F, EventKind.F_TO_A):
+        assert [(e.step, e.lane, e.layer, e.rows) for e in attention if e.kind == kind] == computed
+    assert len(computed) >= 3 * 10
+    assert sum(e.kind == EventKind.WAIT for e in ffn) > 0
+
+
+@pytest.mark.parametrize("parallel", [FFNParallel.TENSOR, FFNParallel.EXPERT])
+def test_what_native_code_cannot_do_python_does(open_pools, parallel):
+    routed = parallel is FFNParallel.EXPERT
+    model = tiny_routed("qwen3_moe")[0] if routed else tiny_llama()[0]
+    wanted = requests(3)
+    settings = {"parallel": parallel, "num_replicas": 1}
+    expected = open_pools(model, native=False, **settings).run(wanted)
+    pools = open_pools(model, **settings)
+    assert pools.run(wanted) == expected
+    clients = [w._ffn for name, w in pools.workers.items() if name.startswith("attention")]
+    assert all(client._native is not None and not client._calls for client in clients)
