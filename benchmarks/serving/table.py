@@ -55,7 +55,7 @@ class RowFailed(Exception):
 class Scale:
     """How much is measured."""
 
-    widths: tuple[int, ...] = (8, 16, 20, 24, 28, 32, 40, 48)
+    widths: tuple[int, ...] = (8, 12, 16, 20, 24, 28, 32, 40, 48)
     rates_per_s: tuple[float, ...] = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
     output_len: int = 128
     least_requests: int = 32

@@ -104,7 +104,7 @@ def test_it_leaves_no_block_no_row_and_nothing_cached():
     assert [(e.step, e.rows) for e in steps] == [
         (number, rows)
         for number, rows in enumerate(
-            [4, 16, 64, 64] * PREFILL_ROUNDS + [4, 16] * (NUM_ROUNDS - PREFILL_ROUNDS), 1
+            [4, 16, 47, 47] * PREFILL_ROUNDS + [4, 16] * (NUM_ROUNDS - PREFILL_ROUNDS), 1
         )
     ]
 

@@ -15,6 +15,7 @@ from afd_server.costmodel.pipeline import (
     choose_lanes,
     quickest,
 )
+from afd_server.policy.ahead import MIN_ROWS
 from afd_server.policy.scheduler import Scheduler
 from afd_server.policy.step_time import StepLoad, load_of
 from afd_server.telemetry.timeline import Event, EventKind, Timeline, read_events
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 NUM_ROUNDS = 6  # one step of each size in a round; the first one warms up
 PREFILL_ROUNDS = 3  # of these, with prompts as well
-PREFILL_TOKENS = 64
+PREFILL_TOKENS = 2 * MIN_ROWS - 1  # a step that is not cut in two: larger chunks take less
 LONGEST_S = 1.0  # no further step after this, once each size was timed
 UNMEASURED_LANES = 2  # one computes while the other is away
 
