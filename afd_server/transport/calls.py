@@ -168,11 +168,12 @@ class _Peers:
 
     def _set_up(self) -> None:
         assert len(self._rings) <= MOST_RINGS, f"{len(self._rings)} rings"
-        self._table = (_Peer * len(self._rings))()
-        for entry, (name, ring) in zip(self._table, self._rings.items(), strict=True):
+        entries = []
+        for name, ring in self._rings.items():
             slot, expected, own = self._known.get(name, NOBODY)
             sizes = len(expected), len(own)
-            entry.__init__(ring.handle, ring.address, expected, own, *sizes, slot)
+            entries.append(_Peer(ring.handle, ring.address, expected, own, *sizes, slot))
+        self._table = (_Peer * len(entries))(*entries)
         self.places = {name: i for i, name in enumerate(self._rings) if name in self._known}
 
 

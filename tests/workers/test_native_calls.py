@@ -100,6 +100,23 @@ def test_a_new_topology_in_the_middle_costs_no_token(open_pools):
     assert pools.run(wanted) == expected
 
 
+def test_an_answer_that_has_come_survives_a_new_topology(open_pools):
+    pools = open_pools(tiny_llama()[0], num_lanes=1)
+    assert pools.run(requests(1, 101))
+    name = pools.attention()
+    client, link = pools.workers[name]._ffn, pools.endpoints[name].link
+    pools.submit(requests(1)[0])
+    for _ in range(1000):
+        pools.turn()
+        link._watch_rings(20_000_000 if client._calls else 0)
+        if client._calls and client._native._state.num_ready:
+            break
+    (lane,) = (call.stage.lane for call in client._calls.values())
+    client.reassign()
+    assert client.take_ready() == [lane]
+    assert client._pending[lane].is_complete and not client._calls
+
+
 def test_the_timeline_is_that_of_python_calls(open_pools):
     model = tiny_llama()[0]
     pools = open_pools(model, num_ffn=1, num_lanes=1)

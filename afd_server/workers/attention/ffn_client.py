@@ -104,6 +104,7 @@ class FFNClient:
         self._native = native
         self._quarantined: frozenset[str] = frozenset()
         self._calls: dict[int, _PendingCall] = {}  # that native code has sent, by place
+        self._ready: list[int] = []  # lanes whose calls it has completed
         self._placement = placement
         self._own = own
         self._spec = spec
@@ -149,12 +150,8 @@ class FFNClient:
             return []
         if self._endpoint.quarantined != self._quarantined:
             self._follow()
-        ready = []
-        for place in self._native.take_ready():
-            pending = self._calls.pop(place, None)
-            if pending is not None:
-                pending.is_answered = True
-                ready.append(pending.stage.lane)
+        self._collect(self._native)
+        ready, self._ready = self._ready, []
         return ready
 
     def note_transfers(self) -> None:
@@ -292,11 +289,20 @@ class FFNClient:
 
     def _follow(self) -> None:
         """Let native code call those who are in the topology and listened to."""
-        for pending in list(self._calls.values()):
-            self._give_up(pending)
         if self._native is not None:
+            self._collect(self._native)
+            for pending in list(self._calls.values()):
+                self._give_up(pending)
             self._quarantined = self._endpoint.quarantined
             self._native.follow(self._endpoint.topology.epoch, self._endpoint.pool(Role.FFN))
+
+    def _collect(self, native: CallClient) -> None:
+        """Take note of the answers that have come, before anything is given up."""
+        for place in native.take_ready():
+            pending = self._calls.pop(place, None)
+            if pending is not None:
+                pending.is_answered = True
+                self._ready.append(pending.stage.lane)
 
     def _call(self, native: CallClient, pending: _PendingCall) -> bool:
         """Have a call sent by native code, if it goes to one worker as it is."""
