@@ -34,7 +34,7 @@ from afd_server.kernels.table import (
 )
 
 LIBRARIES = Path(__file__).parent / "native"
-INTERFACE = 4  # as `afd_interface` of native/kernels.cpp
+INTERFACE = 5  # as `afd_interface` of native/kernels.cpp
 COLUMNS = 16  # output channels interleaved in a packed block, as kernels.cpp has it
 
 WeightFormat = Literal["int8", "float32", "bfloat16"]
@@ -373,12 +373,13 @@ def _silu_mul(library: ctypes.CDLL, quantised: bool) -> SiLUMul:
 
 
 class _GQA(ctypes.Structure):
-    """The attention of one layer as kernels.cpp has it."""
+    """One layer up to its FFN as kernels.cpp has it."""
 
     _fields_ = (
-        ("groups", _SIZE), ("heads", _SIZE), ("kv_heads", _SIZE), ("head_dim", _SIZE),
-        ("hidden", _SIZE), ("window", _SIZE), ("qkv", _POINTER), ("output", _POINTER),
-        ("qkv_scales", _POINTER), ("output_scales", _POINTER), ("rope", _POINTER),
+        ("heads", _SIZE), ("kv_heads", _SIZE), ("head_dim", _SIZE), ("hidden", _SIZE),
+        ("window", _SIZE), ("qkv", _POINTER), ("output", _POINTER), ("qkv_scales", _POINTER),
+        ("output_scales", _POINTER), ("rope", _POINTER), ("norm_before", _POINTER),
+        ("norm_after", _POINTER), ("eps", _DOUBLE),
     )  # fmt: skip
 
 
@@ -394,23 +395,23 @@ class _Paged(ctypes.Structure):
 
 
 class _GQAInt8:
-    """The attention of one layer in a single call of the library."""
+    """One layer up to its FFN in a single call of the library."""
 
     def __init__(self, library: ctypes.CDLL, kernels: Kernels, weights: GQAWeights) -> None:
         qkv, output, rope = weights.qkv, weights.output, weights.rope
         assert isinstance(qkv, PackedInt8) and isinstance(output, PackedInt8), "not packed"
+        norms = (weights.norms.before.contiguous(), weights.norms.after.contiguous())
         head_dim = rope.shape[-1]
-        num_kv_heads = (qkv.num_rows // head_dim - weights.num_heads) // 2
         self._plain = reference.PlainGQA(lambda: kernels, weights)
         self._function = library.afd_gqa_int8
-        self._function.argtypes = [_POINTER, _POINTER, _SIZE, _POINTER, _POINTER]
+        self._function.argtypes = [
+            _POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _POINTER,
+        ]  # fmt: skip
         self._function.restype = _FLAG
-        self._owner = (qkv, output, rope)
-        self._hidden, self._bytes = output.num_rows, qkv.scales.shape[1] * (4 + GROUP)
+        self._owner = (qkv, output, rope, norms)
         self._layer = _GQA(
-            qkv.scales.shape[1],
             weights.num_heads,
-            num_kv_heads,
+            (qkv.num_rows // head_dim - weights.num_heads) // 2,
             head_dim,
             output.num_rows,
             weights.window or 0,
@@ -419,16 +420,21 @@ class _GQAInt8:
             qkv.scales.data_ptr(),
             output.scales.data_ptr(),
             rope.data_ptr(),
+            *(norm.data_ptr() for norm in norms),
+            weights.norms.eps,
         )
         self._address = ctypes.addressof(self._layer)
 
     def __call__(
-        self, rows: Tensor, positions: Tensor, slots: Tensor, paged: PagedRows, layer: KVLayer
-    ) -> Tensor:
+        self,
+        hidden: Tensor,
+        delta: Tensor | None,
+        positions: Tensor,
+        slots: Tensor,
+        paged: PagedRows,
+        layer: KVLayer,
+    ) -> tuple[Tensor, Tensor]:
         keys, values = layer
-        assert rows.dtype is torch.uint8 and rows.shape[1] == self._bytes, (
-            f"rows of {rows.dtype} [{rows.shape[1]}] for {self._bytes}; were they prepared?"
-        )
         tables = paged.block_tables
         where = _Paged(
             keys.data_ptr(),
@@ -442,11 +448,19 @@ class _GQAInt8:
             paged.num_keys.data_ptr(),
             tables.data_ptr(),
         )
-        rows, out = rows.contiguous(), torch.empty(rows.shape[0], self._hidden)
+        hidden, total = hidden.contiguous(), torch.empty(hidden.shape)
+        delta = None if delta is None else delta.contiguous()
+        out = _quantised_rows(*hidden.shape)
         done = self._function(
-            self._address, rows.data_ptr(), rows.shape[0], ctypes.addressof(where), out.data_ptr()
+            self._address,
+            hidden.data_ptr(),
+            None if delta is None else delta.data_ptr(),
+            hidden.shape[0],
+            ctypes.addressof(where),
+            total.data_ptr(),
+            out.data_ptr(),
         )
-        return out if done else self._plain(rows, positions, slots, paged, layer)
+        return (total, out) if done else self._plain(hidden, delta, positions, slots, paged, layer)
 
 
 class _SwiGLU(ctypes.Structure):

@@ -270,7 +270,7 @@ class PlainSwiGLU:
 
 
 class PlainGQA:
-    """The attention of one layer made of other kernels.
+    """One layer up to its FFN made of other kernels.
 
     Args:
         kernels: returns them; they are not there yet when this is bound to them.
@@ -281,13 +281,22 @@ class PlainGQA:
         self._weights = weights
 
     def __call__(
-        self, rows: Tensor, positions: Tensor, slots: Tensor, paged: PagedRows, layer: KVLayer
-    ) -> Tensor:
+        self,
+        hidden: Tensor,
+        delta: Tensor | None,
+        positions: Tensor,
+        slots: Tensor,
+        paged: PagedRows,
+        layer: KVLayer,
+    ) -> tuple[Tensor, Tensor]:
         kernels, weights = self._kernels(), self._weights
+        norms = weights.norms
+        hidden, rows = kernels.add_norm(hidden, delta, norms.before, norms.eps)
         qkv = kernels.linear(rows, weights.qkv)
         query = kernels.rope_write_kv(qkv, weights.num_heads, weights.rope, positions, slots, layer)
         attended = kernels.paged_attention(query, layer, paged, weights.window)
-        return kernels.linear(kernels.prepare(attended), weights.output)
+        projected = kernels.linear(kernels.prepare(attended), weights.output)
+        return kernels.add_norm(hidden, projected, norms.after, norms.eps)
 
 
 def sigmoid(x: Tensor) -> Tensor:

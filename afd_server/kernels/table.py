@@ -61,15 +61,30 @@ class BoundSwiGLU(Protocol):
 
 
 class BoundGQA(Protocol):
-    """Grouped-query attention of one layer, from prepared rows to its output projection."""
+    """One layer of grouped-query attention, from the residual to the rows of its FFN."""
 
     def __call__(
-        self, rows: Tensor, positions: Tensor, slots: Tensor, paged: PagedRows, layer: KVLayer, /
-    ) -> Tensor: ...
+        self,
+        hidden: Tensor,
+        delta: Tensor | None,
+        positions: Tensor,
+        slots: Tensor,
+        paged: PagedRows,
+        layer: KVLayer,
+        /,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class Norms(NamedTuple):
+    """The norms of one layer, before its attention and after it, [hidden] each, and their eps."""
+
+    before: Tensor
+    after: Tensor
+    eps: float
 
 
 class GQAWeights(NamedTuple):
-    """What the grouped-query attention of one layer is made of.
+    """What one layer of grouped-query attention is made of.
 
     Attributes:
         qkv: the projections of queries, keys and values, stacked.
@@ -80,6 +95,7 @@ class GQAWeights(NamedTuple):
     qkv: object
     output: object
     rope: Tensor
+    norms: Norms
     num_heads: int
     window: int | None
 
@@ -124,7 +140,7 @@ class Kernels:
     result is only ever multiplied next it is made as *prepared rows* at once, in `row_format`.
     `dump` takes a packed weight apart into the tensors named by `pack_parts`; `unpack` undoes it.
     `swiglu` binds one FFN's weights and the limit of its `silu_mul`; `gqa` the weights of one
-    layer's attention.
+    layer up to its FFN.
     """
 
     name: str

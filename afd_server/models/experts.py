@@ -1,6 +1,5 @@
 """What families with routed experts share: the gate beside attention, the experts' weights."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,9 +12,8 @@ from afd_server.models.base import FFNCall, FFNShare, MicroBatch, WeightSource
 from afd_server.models.layers import (
     Decoder,
     FFNTensors,
-    LayerSource,
+    MakeAttention,
     ReadNorm,
-    SelfAttention,
     SwiGLU,
     dense_layer,
     read_norm,
@@ -95,7 +93,7 @@ class GatedDecoder:
     def __init__(
         self,
         names: ExpertNames,
-        attention: Callable[[LayerSource], SelfAttention],
+        attention: MakeAttention,
         spec: ModelSpec,
         weights: WeightSource,
         kernels: Kernels,

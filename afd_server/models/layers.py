@@ -3,6 +3,7 @@
 Weight names are those of the hub.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from afd_server.core.attention_spec import GQASpec
 from afd_server.core.model_spec import FFNShape, ModelSpec
-from afd_server.kernels.table import Kernels, KVLayer, LinearWeight, NativeCall
+from afd_server.kernels.table import Kernels, KVLayer, LinearWeight, NativeCall, Norms
 from afd_server.models.base import FFNCall, FFNShare, MicroBatch, WeightSource
 from afd_server.models.rope import rope_table
 
@@ -29,12 +30,27 @@ class SelfAttention(Protocol):
         ...
 
 
+class WholeAttention(ABC):
+    """The attention of one layer with the norms around it."""
+
+    @abstractmethod
+    def attend_between(
+        self, hidden: Tensor, delta: Tensor | None, kv: KVLayer, batch: MicroBatch
+    ) -> tuple[Tensor, Tensor]:
+        """Add `delta`, attend, writing keys and values to `kv`, and add that.
+
+        Returns:
+            The residual, [tokens, hidden], and its normed rows, prepared.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class LayerSource:
     """What the attention of one layer is made of.
 
     Attributes:
         rope: its table of angles, [max_model_len, 2, rotated dimensions].
+        norms: around it.
     """
 
     spec: ModelSpec
@@ -42,6 +58,7 @@ class LayerSource:
     weights: WeightSource
     kernels: Kernels
     rope: Tensor
+    norms: Norms
 
     def name(self, tensor: str) -> str:
         """Return the whole name of a tensor of this layer's attention."""
@@ -55,6 +72,9 @@ class LayerSource:
         """Return the packed form of one projection of this layer's attention, [out, in]."""
         return self.weights.pack(self.name(tensor), lambda: self.read(f"{tensor}.weight", *shape))
 
+
+# Makes the attention of one layer.
+MakeAttention = Callable[[LayerSource], SelfAttention | WholeAttention]
 
 # Reads a norm's weight of a size as the kernels want it: what is normed is multiplied by it.
 ReadNorm = Callable[[WeightSource, str, int], Tensor]
@@ -80,7 +100,7 @@ class Decoder:
 
     def __init__(
         self,
-        attention: Callable[[LayerSource], SelfAttention],
+        attention: MakeAttention,
         spec: ModelSpec,
         weights: WeightSource,
         kernels: Kernels,
@@ -94,14 +114,14 @@ class Decoder:
         tables = {rope: rope_table(rope, max_model_len) for rope in ropes}
         vocabulary = (spec.vocab_size, spec.hidden_size)
         self._embeddings = weights.read("model.embed_tokens.weight", vocabulary)
-        self._attention = [
-            attention(LayerSource(spec, index, weights, kernels, tables[layer.rope]))
-            for index, layer in enumerate(spec.attention)
-        ]
-        self._norms = [
-            _LayerNorms(spec.hidden_size, weights, layer, read_norm)
-            for layer in range(spec.num_layers)
-        ]
+        self._layers: list[WholeAttention] = []
+        for index, layer in enumerate(spec.attention):
+            norms = _read_norms(spec, weights, index, read_norm)
+            source = LayerSource(spec, index, weights, kernels, tables[layer.rope], norms)
+            made = attention(source)
+            if not isinstance(made, WholeAttention):
+                made = _Normed(made, kernels, norms)
+            self._layers.append(made)
         self._norm = read_norm(weights, "model.norm.weight", spec.hidden_size)
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -110,11 +130,9 @@ class Decoder:
     def attend(
         self, layer: int, hidden: Tensor, delta: Tensor | None, batch: MicroBatch
     ) -> tuple[Tensor, FFNCall]:
-        kernels, norms = self._kernels, self._norms[layer]
-        hidden, normed = kernels.add_norm(hidden, delta, norms.input, self._eps)
-        attended = self._attention[layer].attend(normed, batch.kv[layer], batch.of_layer(layer))
-        hidden, normed = kernels.add_norm(hidden, attended, norms.post_attention, self._eps)
-        return hidden, FFNCall(layer, normed)
+        kv, seen = batch.kv[layer], batch.of_layer(layer)
+        hidden, rows = self._layers[layer].attend_between(hidden, delta, kv, seen)
+        return hidden, FFNCall(layer, rows)
 
     def head_call(self, hidden: Tensor, delta: Tensor | None, rows: Tensor) -> FFNCall:
         last = None if delta is None else delta[rows]
@@ -122,13 +140,29 @@ class Decoder:
         return FFNCall(self.num_layers, normed, is_head=True)
 
 
-class _LayerNorms:
-    """The norms before attention and before the FFN, [hidden] each."""
+class _Normed(WholeAttention):
+    """The attention of one layer and the norms around it, one after the other."""
 
-    def __init__(self, size: int, weights: WeightSource, layer: int, read: ReadNorm) -> None:
-        prefix = f"model.layers.{layer}"
-        self.input = read(weights, f"{prefix}.input_layernorm.weight", size)
-        self.post_attention = read(weights, f"{prefix}.post_attention_layernorm.weight", size)
+    def __init__(self, attention: SelfAttention, kernels: Kernels, norms: Norms) -> None:
+        self._attention = attention
+        self._kernels = kernels
+        self._norms = norms
+
+    def attend_between(
+        self, hidden: Tensor, delta: Tensor | None, kv: KVLayer, batch: MicroBatch
+    ) -> tuple[Tensor, Tensor]:
+        add_norm, norms = self._kernels.add_norm, self._norms
+        hidden, rows = add_norm(hidden, delta, norms.before, norms.eps)
+        attended = self._attention.attend(rows, kv, batch)
+        return add_norm(hidden, attended, norms.after, norms.eps)
+
+
+def _read_norms(spec: ModelSpec, weights: WeightSource, layer: int, read: ReadNorm) -> Norms:
+    names = ("input_layernorm", "post_attention_layernorm")
+    before, after = (
+        read(weights, f"model.layers.{layer}.{name}.weight", spec.hidden_size) for name in names
+    )
+    return Norms(before, after, spec.rms_norm_eps)
 
 
 def gqa(source: LayerSource) -> GQASpec:

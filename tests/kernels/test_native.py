@@ -35,7 +35,7 @@ from afd_server.kernels.reference import (
     plan_paged_rows,
     rope_table,
 )
-from afd_server.kernels.table import GQAWeights, KVLayer
+from afd_server.kernels.table import GQAWeights, KVLayer, Norms
 
 BUILDS = available_builds()
 SHAPES = [(576, 960), (1536, 576), (64, 16), (64, 1), (96, 50), (1, 3), (65, 17), (200, 33)]
@@ -350,11 +350,12 @@ def test_attention_in_one_call_has_the_bits_of_its_parts(
             for seed in (3, 4)
         )
     )
-    rows = kernels.prepare(draw(7, hidden, seed=5, scale=3.0))
-    for window in (None, 20):
+    norms = Norms(draw(hidden, seed=6), draw(hidden, seed=7), 1e-5)
+    x = draw(7, hidden, seed=5, scale=3.0)
+    for window, delta in ((None, None), (20, draw(7, hidden, seed=8)), (None, x)):
         one, parts = (KVLayer(*(part.clone() for part in kept)) for _ in range(2))
-        weights = GQAWeights(qkv, output, rope, heads, window)
-        got = kernels.gqa(weights)(rows, positions, slots, paged, one)
-        expected = PlainGQA(lambda: kernels, weights)(rows, positions, slots, paged, parts)
-        assert torch.equal(got, expected)
+        weights = GQAWeights(qkv, output, rope, norms, heads, window)
+        got = kernels.gqa(weights)(x, delta, positions, slots, paged, one)
+        expected = PlainGQA(lambda: kernels, weights)(x, delta, positions, slots, paged, parts)
+        assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
         assert all(torch.equal(*pair) for pair in zip(one, parts, strict=True))

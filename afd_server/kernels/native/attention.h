@@ -8,6 +8,7 @@
 namespace afd {
 
 constexpr int kKeyTile = 16;
+constexpr int kTiles = 4;  // share a maximum: what is done once for them makes the core wait
 
 // Query heads that share a key/value head and read its keys together. Their sums, head_dim / 16
 // registers each, should stay in registers.
@@ -41,93 +42,110 @@ void prefetch(const KV* at, int head_dim) {
   for (int i = 0; i < head_dim; i += 64 / static_cast<int>(sizeof(KV))) __builtin_prefetch(at + i);
 }
 
-// Attends with an online softmax over tiles of 16 keys, in order. Tiles start at multiples of 16
-// and hidden keys weigh exactly nothing, so a query's bits do not depend on the others.
+// Attends with an online softmax over spans of 64 keys, in order, each of four tiles. Spans start at
+// multiples of 64 and hidden keys weigh exactly nothing, so a query's bits do not depend on the
+// others. Tiles behind the last seen key are left out.
 template <typename KV, int kVectors, int kQueries>
 void attend(const KVHead<KV>& kv, const Query* queries, float scale) {
-  constexpr int kHeadDim = 16 * kVectors;
+  constexpr int kHeadDim = 16 * kVectors, kSpan = kTiles * kKeyTile;
   alignas(64) float query[kQueries][kHeadDim];
   v16 weighted[kQueries][kVectors] = {};
   float highest[kQueries], total[kQueries] = {};
   int64_t first = queries[0].first, stop = queries[0].stop;
   for (int q = 0; q < kQueries; q++) {
-    for (int i = 0; i < kHeadDim; i++) query[q][i] = queries[q].from[i] * scale;
+    v16 part[kVectors];
+    for (int i = 0; i < kVectors; i++) part[i] = load(queries[q].from + 16 * i) * scale;
+    take_apart<KV, kVectors>(part);
+    for (int i = 0; i < kVectors; i++) store(query[q] + 16 * i, part[i]);
     highest[q] = -FLT_MAX;
     first = queries[q].first < first ? queries[q].first : first;
     stop = queries[q].stop > stop ? queries[q].stop : stop;
   }
-  int64_t next[kKeyTile];
-  const auto locate = [&](int64_t begin, int64_t* places) {
-    for (int j = 0; j < kKeyTile; j++) {
+  int64_t next[kSpan];
+  const auto locate = [&](int64_t begin) {
+    for (int j = 0; j < kSpan; j++) {
       // outside of what is seen, any seen key will do: it is hidden below, or never used
       const int64_t position = begin + j < stop ? begin + j : stop - 1;
-      places[j] = kv.at(position < first ? first : position);
+      next[j] = kv.at(position < first ? first : position);
     }
   };
-  locate(first / kKeyTile * kKeyTile, next);
+  locate(first / kSpan * kSpan);
   const v16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  for (int64_t begin = first / kKeyTile * kKeyTile; begin < stop; begin += kKeyTile) {
-    int64_t at[kKeyTile];
+  for (int64_t begin = first / kSpan * kSpan; begin < stop; begin += kSpan) {
+    int64_t at[kSpan];
     memcpy(at, next, sizeof at);
-    locate(begin + kKeyTile, next);
-    v16 product[kQueries][kKeyTile];
-    for (int j = 0; j < kKeyTile; j++) {
-      v16 sum[kQueries];
-#pragma GCC unroll 16
-      for (int i = 0; i < kVectors; i++) {
-        const v16 key = load(kv.keys + at[j] + 16 * i);
-#pragma GCC unroll 6
-        for (int q = 0; q < kQueries; q++) {
-          const v16 part = load(query[q] + 16 * i);
-          sum[q] = i == 0 ? part * key : fma(part, key, sum[q]);
-        }
-      }
-      prefetch(kv.keys + next[j], kHeadDim);  // a few at a time: the core waits for few lines at once
-#pragma GCC unroll 6
-      for (int q = 0; q < kQueries; q++) product[q][j] = sum[q];
-    }
-    v16 key_scales, value_scales;
-    if constexpr (kScaleElements<KV> > 0)
+    locate(begin + kSpan);
+    const int64_t seen = (stop - begin + kKeyTile - 1) / kKeyTile;
+    const int tiles = seen < kTiles ? static_cast<int>(seen) : kTiles;
+    v16 scores[kQueries][kTiles];
+    for (int tile = 0; tile < tiles; tile++) {
+      v16 product[kQueries][kKeyTile];
       for (int j = 0; j < kKeyTile; j++) {
-        key_scales[j] = scale_of(kv.keys + at[j]);
-        value_scales[j] = scale_of(kv.values + at[j]);
-      }
-    alignas(64) float weights[kQueries][kKeyTile];
+        const int64_t place = at[kKeyTile * tile + j];
+        v16 key[kVectors], sum[kQueries];
+        load_apart<KV, kVectors>(kv.keys + place, key);
+#pragma GCC unroll 16
+        for (int i = 0; i < kVectors; i++) {
 #pragma GCC unroll 6
+          for (int q = 0; q < kQueries; q++) {
+            const v16 part = load(query[q] + 16 * i);
+            sum[q] = i == 0 ? part * key[i] : fma(part, key[i], sum[q]);
+          }
+        }
+        prefetch(kv.values + place, kHeadDim);  // a few at a time: the core waits for few lines at once
+#pragma GCC unroll 6
+        for (int q = 0; q < kQueries; q++) product[q][j] = sum[q];
+      }
+      v16 key_scales;
+      if constexpr (kScaleElements<KV> > 0)
+        for (int j = 0; j < kKeyTile; j++) key_scales[j] = scale_of(kv.keys + at[kKeyTile * tile + j]);
+#pragma GCC unroll 6
+      for (int q = 0; q < kQueries; q++) {
+        const v16 position = lanes + static_cast<float>(begin + kKeyTile * tile - queries[q].first);
+        const float visible = static_cast<float>(queries[q].stop - queries[q].first);
+        v16 score = sum_each(product[q]);
+        if constexpr (kScaleElements<KV> > 0) score *= key_scales;
+        score = position < visible ? score : splat(-INFINITY);
+        scores[q][tile] = position < 0.0f ? splat(-INFINITY) : score;
+      }
+    }
+    alignas(64) float weights[kQueries][kSpan];
     for (int q = 0; q < kQueries; q++) {
-      const v16 position = lanes + static_cast<float>(begin - queries[q].first);
-      const float seen = static_cast<float>(queries[q].stop - queries[q].first);
-      v16 scores = sum_each(product[q]);
-      if constexpr (kScaleElements<KV> > 0) scores *= key_scales;
-      scores = position < seen ? scores : splat(-INFINITY);
-      scores = position < 0.0f ? splat(-INFINITY) : scores;
-      const float tile_highest = largest_lane(scores);
-      const float peak = tile_highest > highest[q] ? tile_highest : highest[q];
-      const v16 weight = exp_nonpositive(scores - peak);
+      v16 largest = scores[q][0];
+      for (int tile = 1; tile < tiles; tile++) largest = larger(largest, scores[q][tile]);
+      const float span_highest = largest_lane(largest);
+      const float peak = span_highest > highest[q] ? span_highest : highest[q];
+      v16 sum = {};
+      for (int tile = 0; tile < tiles; tile++) {
+        v16 weight = exp_nonpositive(scores[q][tile] - peak);
+        sum += weight;
+        if constexpr (kScaleElements<KV> > 0)
+          for (int j = 0; j < kKeyTile; j++) weight[j] *= scale_of(kv.values + at[kKeyTile * tile + j]);
+        store(weights[q] + kKeyTile * tile, weight);
+      }
       const float shrink = exp_nonpositive(splat(highest[q] - peak))[0];
-      total[q] = total[q] * shrink + sum_lanes(weight);
+      total[q] = total[q] * shrink + sum_lanes(sum);
       highest[q] = peak;
 #pragma GCC unroll 16
       for (int i = 0; i < kVectors; i++) weighted[q][i] *= shrink;
-      if constexpr (kScaleElements<KV> > 0)
-        store(weights[q], weight * value_scales);
-      else
-        store(weights[q], weight);
     }
-    for (int j = 0; j < kKeyTile; j++) {
+    for (int j = 0; j < kKeyTile * tiles; j++) {
+      v16 value[kVectors];
+      load_apart<KV, kVectors>(kv.values + at[j], value);
 #pragma GCC unroll 16
       for (int i = 0; i < kVectors; i++) {
-        const v16 value = load(kv.values + at[j] + 16 * i);
 #pragma GCC unroll 6
         for (int q = 0; q < kQueries; q++)
-          weighted[q][i] = fma(splat(weights[q][j]), value, weighted[q][i]);
+          weighted[q][i] = fma(splat(weights[q][j]), value[i], weighted[q][i]);
       }
-      prefetch(kv.values + next[j], kHeadDim);
+      prefetch(kv.keys + next[j], kHeadDim);
     }
   }
-  for (int q = 0; q < kQueries; q++)
+  for (int q = 0; q < kQueries; q++) {
+    put_together<KV, kVectors>(weighted[q]);
     for (int i = 0; i < kVectors; i++)  // adding 0 makes a zero's sign the same in any company
       store(queries[q].to + 16 * i, weighted[q][i] / total[q] + 0.0f);
+  }
 }
 
 // Attends for up to `count` queries and returns for how many.

@@ -24,7 +24,7 @@ auto with_format(int32_t format, Call call) {
 extern "C" {
 
 // Raised with every change of what a function below takes or gives: another library is refused.
-int32_t afd_interface() { return 4; }
+int32_t afd_interface() { return 5; }
 
 // Quantises rows [rows, width] to [rows, row_bytes(width)].
 void afd_quantise(const float* x, int64_t rows, int64_t width, uint8_t* out) {
@@ -174,13 +174,16 @@ void afd_rope_write_kv(const float* qkv, int64_t rows, int64_t heads, int64_t kv
   });
 }
 
-// The attention of one layer, from quantised rows to the output projection, with the kernels above:
-// queries, keys and values; rotation and KV write; attention; the projection to out[rows, hidden].
-// `kernels/cpu.py` mirrors the structs. Returns 0 as afd_paged_attention does.
+// One layer up to its FFN, with the kernels above: norm and quantise; queries, keys and values;
+// rotation and KV write; attention; projection; norm and quantise. x and delta (which may be null)
+// are added before the first norm, what was attended to before the second; the sum goes to
+// `total`[rows, hidden], what was normed to `out`. `kernels/cpu.py` mirrors the structs. Returns 0
+// as afd_paged_attention does.
 struct GQA {
-  int64_t groups, heads, kv_heads, head_dim, hidden, window;
+  int64_t heads, kv_heads, head_dim, hidden, window;
   const uint8_t *qkv, *output;
-  const float *qkv_scales, *output_scales, *rope;
+  const float *qkv_scales, *output_scales, *rope, *norm_before, *norm_after;
+  double eps;
 };
 
 struct Paged {
@@ -189,19 +192,24 @@ struct Paged {
   const int64_t *positions, *slots, *row_starts, *num_keys, *block_tables;
 };
 
-int32_t afd_gqa_int8(const GQA* layer, const uint8_t* x, int64_t rows, const Paged* kv,
-                     float* out) {
+int32_t afd_gqa_int8(const GQA* layer, const float* x, const float* delta, int64_t rows,
+                     const Paged* kv, float* total, uint8_t* out) {
   if (!is_built_in(layer->head_dim)) return 0;
-  thread_local std::vector<float> qkv, query, attended;
+  thread_local std::vector<float> qkv, query, attended, projected;
   thread_local std::vector<uint8_t> prepared;
-  const int64_t width = layer->heads * layer->head_dim;
+  const int64_t width = layer->heads * layer->head_dim, hidden = layer->hidden;
   const int64_t columns = width + 2 * layer->kv_heads * layer->head_dim;
+  const int64_t widest = hidden > width ? hidden : width;
   const auto format = static_cast<int32_t>(kv->format);
+  const auto eps = static_cast<float>(layer->eps);
   qkv.resize(rows * columns);
   query.resize(rows * width);
   attended.resize(rows * width);
-  prepared.resize(rows * row_bytes(width));
-  afd_linear_int8(x, rows, layer->groups, layer->qkv, layer->qkv_scales, columns, qkv.data());
+  projected.resize(rows * hidden);
+  prepared.resize(rows * row_bytes(widest));
+  afd_add_norm_quantise(x, delta, layer->norm_before, rows, hidden, eps, total, prepared.data());
+  afd_linear_int8(prepared.data(), rows, num_groups(hidden), layer->qkv, layer->qkv_scales,
+                  columns, qkv.data());
   afd_rope_write_kv(qkv.data(), rows, layer->heads, layer->kv_heads, layer->head_dim, layer->rope,
                     kv->positions, kv->slots, kv->keys, kv->values, kv->block_size, format,
                     query.data());
@@ -211,7 +219,9 @@ int32_t afd_gqa_int8(const GQA* layer, const uint8_t* x, int64_t rows, const Pag
                       attended.data());
   afd_quantise(attended.data(), rows, width, prepared.data());
   afd_linear_int8(prepared.data(), rows, num_groups(width), layer->output, layer->output_scales,
-                  layer->hidden, out);
+                  hidden, projected.data());
+  afd_add_norm_quantise(delta == nullptr ? x : total, projected.data(), layer->norm_after, rows,
+                        hidden, eps, total, out);
   return 1;
 }
 

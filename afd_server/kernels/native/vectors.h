@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
@@ -204,6 +205,45 @@ inline void store_rounded(int8_t* to, const float* from, int64_t count) {
     const b16 rounded = round_to_bytes(load_some(from + i, count - i) * inverse);
     memcpy(to + sizeof scale + i, &rounded, count - i < 16 ? count - i : 16);
   }
+}
+
+// Loads a stored vector. Two neighbours of bfloat16 come apart with one operation each, so that
+// even elements and odd ones of each 32 are in vectors of their own.
+template <typename KV, int kVectors>
+inline void load_apart(const KV* from, v16* to) {
+  int i = 0;
+  if constexpr (std::is_same_v<KV, bf16>)
+#pragma GCC unroll 8
+    for (; i + 1 < kVectors; i += 2) {
+      u16 pairs;
+      memcpy(&pairs, from + 16 * i, sizeof pairs);
+      to[i] = (v16)(pairs << 16);
+      to[i + 1] = (v16)(pairs & 0xffff0000u);
+    }
+#pragma GCC unroll 16
+  for (; i < kVectors; i++) to[i] = load(from + 16 * i);
+}
+
+// Brings a vector into the order of `load_apart`.
+template <typename KV, int kVectors>
+inline void take_apart(v16* x) {
+  if constexpr (std::is_same_v<KV, bf16>)
+    for (int i = 0; i + 1 < kVectors; i += 2) {
+      const v16 a = x[i], b = x[i + 1];
+      x[i] = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+      x[i + 1] = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    }
+}
+
+// Undoes `take_apart`.
+template <typename KV, int kVectors>
+inline void put_together(v16* x) {
+  if constexpr (std::is_same_v<KV, bf16>)
+    for (int i = 0; i + 1 < kVectors; i += 2) {
+      const v16 a = x[i], b = x[i + 1];
+      x[i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      x[i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
 }
 
 // The scale before a vector of int8.
