@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 CONTEXT_TOKENS = 192  # of a decoding sequence: the middle of an answer of 128 to a prompt of 128
 MOST_LANES = 8  # two stages and two transfers of equal length ask for four
-LEAST_GAIN = 1e-9  # what a lane more must save of the time; less is rounding
+ROUNDING = 1e-9
+LEAST_GAIN = 0.05  # what lanes more must save of the time: they are measured no better
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +30,32 @@ class StageTimes:
         return self.attention_s + self.ffn_s + 2 * self.transfer_s
 
 
-def quickest(measured: Sequence[StageTimes]) -> StageTimes:
-    """Return the least that each stage took: what nothing else on the cores held up."""
+class LayerTimes(NamedTuple):
+    """What a step that ran alone took, in seconds; by layer where it can be told.
+
+    Attributes:
+        attention_s: the attention worker was occupied, in all layers together.
+        ffn_s: an FFN worker was.
+        transfer_s: one way between the two.
+    """
+
+    attention_s: float
+    ffn_s: Sequence[float]
+    transfer_s: Sequence[float]
+
+
+def quickest(measured: Sequence[LayerTimes]) -> StageTimes:
+    """Return the mean layer of the least that each took: what nothing else on the cores held up.
+
+    Layer by layer, as hardly a step of many stages is held up nowhere.
+    """
+    num_layers = len(measured[0].ffn_s)
+    ffn_s = map(min, zip(*(times.ffn_s for times in measured), strict=True))
+    transfer_s = map(min, zip(*(times.transfer_s for times in measured), strict=True))
     return StageTimes(
-        min(times.attention_s for times in measured),
-        min(times.ffn_s for times in measured),
-        min(times.transfer_s for times in measured),
+        min(times.attention_s for times in measured) / num_layers,
+        sum(ffn_s) / num_layers,
+        sum(transfer_s) / num_layers,
     )
 
 
@@ -88,8 +110,13 @@ class LaneChoice:
     layer_s: Sequence[float]
 
 
-def choose_lanes(measured: MeasuredStages, num_streams: int, num_sharing: float) -> LaneChoice:
-    """Choose the fewest lanes that bring so many streams through a layer soonest.
+def choose_lanes(
+    measured: MeasuredStages,
+    num_streams: int,
+    num_sharing: float,
+    least_gain: float = LEAST_GAIN,
+) -> LaneChoice:
+    """Choose the fewest lanes that bring so many streams through a layer soonest, or nearly so.
 
     Without fixed parts these are the lanes of eq. 3; with them a lane more has to save more
     waiting than it costs.
@@ -98,11 +125,12 @@ def choose_lanes(measured: MeasuredStages, num_streams: int, num_sharing: float)
         measured: at this worker.
         num_streams: sequences that decode, spread evenly over the lanes.
         num_sharing: as for `layer_s`.
+        least_gain: the share of the time by which more lanes have to be quicker.
     """
     expected = [
         layer_s(measured.at(num_streams / num_lanes), num_lanes, num_sharing)
         for num_lanes in range(1, min(MOST_LANES, num_streams) + 1)
     ]
-    good_enough = min(expected) * (1 + LEAST_GAIN)
+    good_enough = min(expected) * (1 + max(least_gain, ROUNDING))
     chosen = next(n for n, seconds in enumerate(expected, 1) if seconds <= good_enough)
     return LaneChoice(chosen, expected)

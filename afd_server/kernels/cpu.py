@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from afd_server.kernels.table import (
     Kernels,
     KVLayer,
     LinearWeight,
+    NativeAttention,
     NativeCall,
     PagedAttention,
     PagedRows,
@@ -34,7 +35,7 @@ from afd_server.kernels.table import (
 )
 
 LIBRARIES = Path(__file__).parent / "native"
-INTERFACE = 5  # as `afd_interface` of native/kernels.cpp
+INTERFACE = 6  # as `afd_interface` of native/kernels.cpp
 COLUMNS = 16  # output channels interleaved in a packed block, as kernels.cpp has it
 
 WeightFormat = Literal["int8", "float32", "bfloat16"]
@@ -383,15 +384,44 @@ class _GQA(ctypes.Structure):
     )  # fmt: skip
 
 
-class _Paged(ctypes.Structure):
-    """Where the keys and values of a micro-batch are, as kernels.cpp has it."""
+class _KVBlocks(ctypes.Structure):
+    """The keys and values of a layer, as kernels.cpp has it."""
 
     _fields_ = (
         ("keys", _POINTER), ("values", _POINTER), ("format", _SIZE), ("block_size", _SIZE),
+    )  # fmt: skip
+
+
+class _Seen(ctypes.Structure):
+    """What the rows of a micro-batch see, as kernels.cpp has it."""
+
+    _fields_ = (
         ("sequences", _SIZE), ("table_width", _SIZE), ("positions", _POINTER),
         ("slots", _POINTER), ("row_starts", _POINTER), ("num_keys", _POINTER),
         ("block_tables", _POINTER),
     )  # fmt: skip
+
+
+def _blocks_of(layer: KVLayer) -> _KVBlocks:
+    keys, values = layer
+    return _KVBlocks(keys.data_ptr(), values.data_ptr(), _KV_FORMATS[keys.dtype], keys.shape[2])
+
+
+def _seen_of(positions: Tensor, slots: Tensor, rows: PagedRows) -> _Seen:
+    kept = rows.derived.get("seen")
+    if kept is not None:
+        return cast(_Seen, kept[0])
+    tables = rows.block_tables
+    seen = _Seen(
+        *tables.shape,
+        positions.data_ptr(),
+        slots.data_ptr(),
+        rows.row_starts.data_ptr(),
+        rows.num_keys.data_ptr(),
+        tables.data_ptr(),
+    )
+    rows.derived["seen"] = seen, positions, slots
+    return seen
 
 
 class _GQAInt8:
@@ -405,10 +435,9 @@ class _GQAInt8:
         self._plain = reference.PlainGQA(lambda: kernels, weights)
         self._function = library.afd_gqa_int8
         self._function.argtypes = [
-            _POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _POINTER,
+            _POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER,
         ]  # fmt: skip
         self._function.restype = _FLAG
-        self._owner = (qkv, output, rope, norms)
         self._layer = _GQA(
             weights.num_heads,
             (qkv.num_rows // head_dim - weights.num_heads) // 2,
@@ -424,6 +453,12 @@ class _GQAInt8:
             weights.norms.eps,
         )
         self._address = ctypes.addressof(self._layer)
+        address = ctypes.cast(self._function, ctypes.c_void_p).value
+        assert address is not None, "a function of a loaded library"
+        owner = (self._layer, qkv, output, rope, norms, self._function)
+        self.native: NativeAttention | None = NativeAttention(
+            address, self._address, _blocks_of, _seen_of, owner
+        )
 
     def __call__(
         self,
@@ -434,20 +469,7 @@ class _GQAInt8:
         paged: PagedRows,
         layer: KVLayer,
     ) -> tuple[Tensor, Tensor]:
-        keys, values = layer
-        tables = paged.block_tables
-        where = _Paged(
-            keys.data_ptr(),
-            values.data_ptr(),
-            _KV_FORMATS[keys.dtype],
-            keys.shape[2],
-            *tables.shape,
-            positions.data_ptr(),
-            slots.data_ptr(),
-            paged.row_starts.data_ptr(),
-            paged.num_keys.data_ptr(),
-            tables.data_ptr(),
-        )
+        blocks, seen = _blocks_of(layer), _seen_of(positions, slots, paged)
         hidden, total = hidden.contiguous(), torch.empty(hidden.shape)
         delta = None if delta is None else delta.contiguous()
         out = _quantised_rows(*hidden.shape)
@@ -456,7 +478,8 @@ class _GQAInt8:
             hidden.data_ptr(),
             None if delta is None else delta.data_ptr(),
             hidden.shape[0],
-            ctypes.addressof(where),
+            ctypes.addressof(blocks),
+            ctypes.addressof(seen),
             total.data_ptr(),
             out.data_ptr(),
         )

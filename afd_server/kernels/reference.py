@@ -22,6 +22,7 @@ from afd_server.kernels.table import (
     Kernels,
     KVLayer,
     LinearWeight,
+    NativeAttention,
     PagedRows,
     RowFormat,
     SiLUMul,
@@ -275,6 +276,8 @@ class PlainGQA:
     Args:
         kernels: returns them; they are not there yet when this is bound to them.
     """
+
+    native: NativeAttention | None = None
 
     def __init__(self, kernels: Callable[[], Kernels], weights: GQAWeights) -> None:
         self._kernels = kernels

@@ -1,8 +1,9 @@
 """The callables a model may use, as one table for each device."""
 
+import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol  # Any: what only its kernels look into
 
 import torch
 from torch import Tensor
@@ -28,11 +29,14 @@ class PagedRows:
         row_starts: [sequences + 1] int64; sequence i has rows row_starts[i] … row_starts[i+1] − 1.
         num_keys: [rows] int64: a row sees positions 0 … num_keys − 1 of its sequence.
         block_tables: [sequences, blocks] int64, padded with 0.
+        derived: what kernels make of it, and of the positions and slots that come with it, once
+            for all layers.
     """
 
     row_starts: Tensor
     num_keys: Tensor
     block_tables: Tensor
+    derived: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 class PagedAttention(Protocol):
@@ -62,6 +66,11 @@ class BoundSwiGLU(Protocol):
 
 class BoundGQA(Protocol):
     """One layer of grouped-query attention, from the residual to the rows of its FFN."""
+
+    @property
+    def native(self) -> "NativeAttention | None":
+        """Return the same for code outside of Python, if there is such."""
+        ...
 
     def __call__(
         self,
@@ -116,6 +125,29 @@ class NativeCall:
     context: int
     row_bytes: int
     width: int
+    owner: object
+
+
+@dataclass(frozen=True, slots=True)
+class NativeAttention:
+    """What code outside of Python calls for one layer up to its FFN.
+
+    function(context, hidden, delta, count, blocks, seen, total, rows), as `BoundGQA`; `total` may
+    be `hidden`. Returns whether it was done.
+
+    Attributes:
+        function: address of an `int32_t(const void*, const float*, const float*, int64_t,
+            const void*, const void*, float*, uint8_t*)`.
+        context: address of what it needs; valid as long as `owner` lives.
+        blocks_of: makes `blocks` of the keys and values of a layer; its buffer lives as they do.
+        seen_of: makes `seen` of positions, slots and rows; kept with the rows.
+        owner: keeps the memory.
+    """
+
+    function: int
+    context: int
+    blocks_of: Callable[[KVLayer], ctypes.Structure]
+    seen_of: Callable[[Tensor, Tensor, PagedRows], ctypes.Structure]
     owner: object
 
 

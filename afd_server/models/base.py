@@ -20,12 +20,14 @@ class FFNCall(NamedTuple):
             their experts behind them (`models.routing.join`).
         num_chosen: experts of each row; 0 in a dense layer.
         is_head: whether logits are wanted: parts are put side by side, not added.
+        way: how to go on with the answer; None if whoever asks does that.
     """
 
     layer: int
     rows: Tensor
     num_chosen: int = 0
     is_head: bool = False
+    way: "Way | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,51 @@ class MicroBatch:
     def of_layer(self, layer: int) -> "MicroBatch":
         """Return the batch as the attention of a layer has to see it."""
         return self.by_layer[layer] if self.by_layer else self
+
+
+class NativeLayers(NamedTuple):
+    """How code outside of Python takes a micro-batch from one layer's FFN output to the next FFN.
+
+    Of each layer addresses, for `function` (`kernels.table.NativeAttention`).
+
+    Attributes:
+        function: of all layers the same.
+        contexts, blocks, seen: of arrays of addresses by layer.
+        owner: keeps the memory.
+    """
+
+    function: int
+    contexts: int
+    blocks: int
+    seen: int
+    owner: object
+
+
+class Way(NamedTuple):
+    """How to go on with the answer to a call, and where to leave what that gives.
+
+    Attributes:
+        layers: take the steps.
+        hidden: [tokens, hidden] float32, the residual behind the attention of the call's layer;
+            whoever goes on makes it that of a later layer.
+    """
+
+    layers: NativeLayers
+    hidden: Tensor
+
+
+class Reached(NamedTuple):
+    """The answer to a call of a later layer than was asked for.
+
+    The residual before it is in the `hidden` of the way.
+
+    Attributes:
+        layer: whose FFN output it is.
+        answer: [tokens, hidden].
+    """
+
+    layer: int
+    answer: Tensor
 
 
 class FFNShare(NamedTuple):
@@ -137,6 +184,10 @@ class AttentionHalf(Protocol):
 
     def head_call(self, hidden: Tensor, delta: Tensor | None, rows: Tensor) -> FFNCall:
         """Return the call for the logits of some rows."""
+        ...
+
+    def native_layers(self, batch: MicroBatch) -> NativeLayers | None:
+        """Return how a micro-batch goes on outside of Python, if it can."""
         ...
 
 

@@ -8,7 +8,7 @@ from afd_server.core.expert_spec import ExpertSpec
 from afd_server.core.model_spec import ModelSpec
 from afd_server.kernels import reference
 from afd_server.kernels.table import Kernels, NativeCall
-from afd_server.models.base import FFNCall, FFNShare, MicroBatch, WeightSource
+from afd_server.models.base import FFNCall, FFNShare, MicroBatch, NativeLayers, WeightSource
 from afd_server.models.layers import (
     Decoder,
     FFNTensors,
@@ -122,6 +122,9 @@ class GatedDecoder:
         experts, weights = gate.choose(self._kernels.rms_norm(hidden, gate.norm, self._eps))
         joined = join(RoutedRows(call.rows, experts, weights))
         return hidden, FFNCall(layer, joined, experts.shape[1])
+
+    def native_layers(self, batch: MicroBatch) -> NativeLayers | None:
+        return None  # a gate chooses in between
 
     def head_call(self, hidden: Tensor, delta: Tensor | None, rows: Tensor) -> FFNCall:
         return self._inner.head_call(hidden, delta, rows)

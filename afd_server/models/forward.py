@@ -5,30 +5,44 @@ from collections.abc import Generator, Sequence
 import torch
 from torch import Tensor
 
-from afd_server.models.base import AttentionHalf, FFNCall, MicroBatch
+from afd_server.models.base import AttentionHalf, FFNCall, MicroBatch, Reached, Way
 
-Forward = Generator[FFNCall, Tensor, Tensor | None]
+Forward = Generator[FFNCall, Tensor | Reached, Tensor | None]
 
 
-def forward(model: AttentionHalf, batch: MicroBatch) -> Forward:
+def forward(model: AttentionHalf, batch: MicroBatch, may_go_on: bool = False) -> Forward:
     """Run one micro-batch through every layer, yielding at each A→F boundary.
 
     Who answers a call, this worker or others, is not known here.
 
+    Args:
+        model: the attention half.
+        batch: its rows.
+        may_go_on: whether calls say how to go on with their answers, where that is possible.
+
     Yields:
-        The layer's FFN call; resumed with the summed FFN output, [tokens, hidden]. At the end, if
-        a row asked for logits, the head's call; resumed with them.
+        The layer's FFN call; resumed with the summed FFN output, [tokens, hidden], of that layer
+        or of one that was `Reached`. At the end, if a row asked for logits, the head's call;
+        resumed with them.
 
     Returns:
         Logits of the rows that asked for them, [rows, vocab], float32; None if no row did.
     """
+    layers = model.native_layers(batch) if may_go_on else None
     hidden, delta = model.embed(batch.token_ids), None  # [tokens, hidden]
-    for layer in range(model.num_layers):
+    layer = 0
+    while layer < model.num_layers:
         hidden, call = model.attend(layer, hidden, delta, batch)
-        delta = yield call
+        if layers is not None:
+            call = call._replace(way=Way(layers, hidden))
+        answer = yield call
+        layer, delta = answer if isinstance(answer, Reached) else (layer, answer)
+        layer += 1
     if len(batch.logit_rows) == 0:
         return None
-    return (yield model.head_call(hidden, delta, batch.logit_rows))
+    logits = yield model.head_call(hidden, delta, batch.logit_rows)
+    assert isinstance(logits, Tensor), "nothing is behind the head"
+    return logits
 
 
 def join_parts(call: FFNCall, parts: Sequence[Tensor]) -> Tensor:

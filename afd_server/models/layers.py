@@ -3,8 +3,9 @@
 Weight names are those of the hub.
 """
 
+import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -13,8 +14,15 @@ from torch import Tensor
 
 from afd_server.core.attention_spec import GQASpec
 from afd_server.core.model_spec import FFNShape, ModelSpec
-from afd_server.kernels.table import Kernels, KVLayer, LinearWeight, NativeCall, Norms
-from afd_server.models.base import FFNCall, FFNShare, MicroBatch, WeightSource
+from afd_server.kernels.table import (
+    Kernels,
+    KVLayer,
+    LinearWeight,
+    NativeAttention,
+    NativeCall,
+    Norms,
+)
+from afd_server.models.base import FFNCall, FFNShare, MicroBatch, NativeLayers, WeightSource
 from afd_server.models.rope import rope_table
 
 
@@ -31,7 +39,13 @@ class SelfAttention(Protocol):
 
 
 class WholeAttention(ABC):
-    """The attention of one layer with the norms around it."""
+    """The attention of one layer with the norms around it.
+
+    Attributes:
+        native: the same for code outside of Python, if there is such.
+    """
+
+    native: NativeAttention | None = None
 
     @abstractmethod
     def attend_between(
@@ -123,6 +137,9 @@ class Decoder:
                 made = _Normed(made, kernels, norms)
             self._layers.append(made)
         self._norm = read_norm(weights, "model.norm.weight", spec.hidden_size)
+        natives = [layer.native for layer in self._layers if layer.native is not None]
+        is_whole = len(natives) == spec.num_layers and len({n.function for n in natives}) == 1
+        self._chain = _Chain(natives) if is_whole else None
 
     def embed(self, token_ids: Tensor) -> Tensor:
         return self._embeddings[token_ids]
@@ -134,10 +151,46 @@ class Decoder:
         hidden, rows = self._layers[layer].attend_between(hidden, delta, kv, seen)
         return hidden, FFNCall(layer, rows)
 
+    def native_layers(self, batch: MicroBatch) -> NativeLayers | None:
+        return None if self._chain is None else self._chain.of(batch)
+
     def head_call(self, hidden: Tensor, delta: Tensor | None, rows: Tensor) -> FFNCall:
         last = None if delta is None else delta[rows]
         _, normed = self._kernels.add_norm(hidden[rows], last, self._norm, self._eps)
         return FFNCall(self.num_layers, normed, is_head=True)
+
+
+class _Chain:
+    """The layers of a decoder, for code outside of Python that goes from one to the next."""
+
+    def __init__(self, layers: Sequence[NativeAttention]) -> None:
+        self._layers = layers
+        self._contexts = _addresses(layer.context for layer in layers)
+        self._kv: tuple[KVLayer, ...] = ()
+        self._blocks: tuple[ctypes.Array[ctypes.c_void_p], list[ctypes.Structure]]
+
+    def of(self, batch: MicroBatch) -> NativeLayers:
+        """Return the layers with the blocks of a batch and what its rows see."""
+        if batch.kv is not self._kv:  # a worker has the same ones in each batch
+            blocks = [a.blocks_of(kv) for a, kv in zip(self._layers, batch.kv, strict=True)]
+            self._kv = batch.kv
+            self._blocks = _addresses(map(ctypes.addressof, blocks)), blocks
+        batches = batch.by_layer or (batch,) * len(self._layers)
+        seen_of = self._layers[0].seen_of
+        seen = _addresses(ctypes.addressof(seen_of(b.positions, b.slots, b.rows)) for b in batches)
+        owner = (self._layers, self._blocks, seen, batch)
+        return NativeLayers(
+            self._layers[0].function,
+            contexts=ctypes.addressof(self._contexts),
+            blocks=ctypes.addressof(self._blocks[0]),
+            seen=ctypes.addressof(seen),
+            owner=owner,
+        )
+
+
+def _addresses(values: Iterable[int]) -> "ctypes.Array[ctypes.c_void_p]":
+    addresses = list(values)
+    return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
 class _Normed(WholeAttention):

@@ -19,6 +19,7 @@ class LlamaAttention(WholeAttention):
         self._gqa = source.kernels.gqa(
             GQAWeights(qkv, output, source.rope, source.norms, shape.num_heads, shape.window)
         )
+        self.native = self._gqa.native
 
     def attend_between(
         self, hidden: Tensor, delta: Tensor | None, kv: KVLayer, batch: MicroBatch

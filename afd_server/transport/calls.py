@@ -17,6 +17,7 @@ MOST_EVENTS = 2048
 EVENT_BYTES = 40
 MOST_CALLS = 64  # out at once; most answers between two looks
 MOST_TRANSFERS = 4096
+_UNSENT = 3  # as calls.h has it
 _TRANSFER = struct.Struct("<ddddQIIII")
 
 
@@ -123,16 +124,37 @@ class _Out(ctypes.Structure):
     _fields_ = (
         ("state", _INTEGER), ("peer", _INTEGER), ("epoch", _INTEGER), ("step", _INTEGER),
         ("lane", _INTEGER), ("layer", _INTEGER), ("part", _INTEGER), ("rows", _INTEGER),
-        ("width", _INTEGER), ("answer", _POINTER), ("sent_s", _DOUBLE),
+        ("width", _INTEGER), ("answer", _POINTER), ("way", _POINTER), ("sent_s", _DOUBLE),
+    )  # fmt: skip
+
+
+class NativeWay(ctypes.Structure):
+    """How a micro-batch goes on from an answer without Python, to the call of the next layer.
+
+    Attributes:
+        function: of `kernels.table.NativeAttention`.
+        contexts, blocks, seen: addresses of arrays of addresses for it, by layer.
+        peers: address of an array from `CallClient.places_of`, by layer.
+        num_layers: of the model.
+        row_bytes: of one row of a call.
+        hidden, data: addresses of the residual and of the call's rows; both are replaced.
+        live_since_s: since when there has been live work.
+    """
+
+    _fields_ = (
+        ("function", _POINTER), ("contexts", _POINTER), ("blocks", _POINTER), ("seen", _POINTER),
+        ("peers", _POINTER), ("num_layers", _INTEGER), ("row_bytes", _INTEGER),
+        ("hidden", _POINTER), ("data", _POINTER), ("live_since_s", _DOUBLE),
     )  # fmt: skip
 
 
 class _Client(ctypes.Structure):
     _fields_ = (
         ("peers", _POINTER), ("outs", _POINTER), ("transfers", _POINTER), ("ready", _POINTER),
-        ("sequence", _POINTER), ("num_peers", _INTEGER), ("num_outs", _INTEGER),
-        ("most_transfers", _INTEGER), ("num_transfers", _INTEGER), ("num_ready", _INTEGER),
-        ("answered_s", _DOUBLE),
+        ("sequence", _POINTER), ("events", _POINTER), ("num_peers", _INTEGER),
+        ("num_outs", _INTEGER), ("most_transfers", _INTEGER), ("num_transfers", _INTEGER),
+        ("num_ready", _INTEGER), ("most_events", _INTEGER), ("num_events", _INTEGER),
+        ("idle_since_s", _DOUBLE), ("answered_s", _DOUBLE), ("bell", ctypes.c_uint64),
     )  # fmt: skip
 
 
@@ -267,10 +289,15 @@ class CallServer:
 class CallClient:
     """Sends the calls of prepared uint8 rows, and takes float32 answers.
 
-    A call is known by a place below `MOST_CALLS`, which is free again when its answer has come.
+    A call is known by a place below `MOST_CALLS`, which is free again when its answer has come. One
+    that has a way goes on from there: an answer computes the call of the next layer, which is then
+    out at the same place, as far as the way goes.
 
     Args:
         sequence: counts the messages of this process.
+
+    Attributes:
+        generation: counts the changes of places of peers.
     """
 
     def __init__(self, library: RingLibrary, sequence: ctypes.c_int64) -> None:
@@ -278,9 +305,12 @@ class CallClient:
         self._outs = (_Out * MOST_CALLS)()
         self._ready = (_INTEGER * MOST_CALLS)()
         self._transfers = ctypes.create_string_buffer(MOST_TRANSFERS * _TRANSFER.size)
+        self._events = ctypes.create_string_buffer(MOST_EVENTS * EVENT_BYTES)
         self._sequence = sequence
         self._state = _Client(
             outs=ctypes.addressof(self._outs),
+            events=ctypes.addressof(self._events),
+            most_events=MOST_EVENTS,
             transfers=ctypes.addressof(self._transfers),
             ready=ctypes.addressof(self._ready),
             sequence=ctypes.addressof(sequence),
@@ -290,12 +320,22 @@ class CallClient:
         self._address = ctypes.addressof(self._state)
         self._peers = _Peers()
         self._epoch = 0
-        self._sleepers: list[str] = []
+        self._sleepers: list[str] = []  # of an earlier generation
+        self.generation = 0
 
     @property
     def answered_ns(self) -> int:
         """Return when the latest answer came, monotonic; 0 if none did."""
         return int(self._state.answered_s * 1e9)
+
+    @property
+    def idle_since_s(self) -> float | None:
+        """Return since when there has been nothing to compute; None while there is."""
+        return float(self._state.idle_since_s) or None
+
+    @idle_since_s.setter
+    def idle_since_s(self, since_s: float | None) -> None:
+        self._state.idle_since_s = since_s or 0.0
 
     def follow(self, epoch: int, answerers: Mapping[str, Peer]) -> None:
         """Call these peers from now on, under this epoch, and nobody else.
@@ -308,11 +348,23 @@ class CallClient:
 
     def use_rings(self, rings: Mapping[str, Ring]) -> None:
         """Look at these peers' rings from now on."""
+        self._sleepers = self.take_sleepers()
         self._peers.use_rings(rings)
         self._set_up()
 
+    def places_of(self, peers: Sequence[str | None]) -> "ctypes.Array[ctypes.c_int64]":
+        """Return where native code finds peers in this generation; -1 for nobody it may call."""
+        return (_INTEGER * len(peers))(*(self._peers.places.get(peer or "", -1) for peer in peers))
+
     def call(
-        self, place: int, peer: str, stage: StageId, live_us: int, rows: "Rows", answer: "Rows"
+        self,
+        place: int,
+        peer: str,
+        stage: StageId,
+        live_us: int,
+        rows: "Rows",
+        answer: "Rows",
+        way: NativeWay | None = None,
     ) -> bool:
         """Send a call, unless the peer cannot be reached this way now.
 
@@ -323,17 +375,30 @@ class CallClient:
             live_us: as a `Dispatch` has it.
             rows: the call's.
             answer: memory for the answer, until that is ready or the call is given up.
+            way: how to go on with it, kept as long; None if the caller does that.
         """
         to = self._peers.places.get(peer)
         if to is None or place >= MOST_CALLS:
             return False
         done = self._library.call(
             self._address, place, to, self._epoch, *stage, self._peers.slot(peer), live_us,
-            *rows, answer.address, answer.width,
+            *rows, answer.address, answer.width, None if way is None else ctypes.addressof(way),
         )  # fmt: skip
         if done > 0:
-            self._sleepers.append(peer)
+            self._state.bell |= 1 << to
         return bool(done >= 0)
+
+    def layer(self, place: int) -> int:
+        """Return the layer of the latest call at a place."""
+        return int(self._outs[place].layer)
+
+    def sent_s(self, place: int) -> float:
+        """Return when the latest call at a place was sent."""
+        return float(self._outs[place].sent_s)
+
+    def is_sent(self, place: int) -> bool:
+        """Tell whether the latest call at a place was sent: its answer is out, or has come."""
+        return bool(self._outs[place].state != _UNSENT)
 
     def give_up(self, place: int) -> None:
         """Forget a call that is out; its answer is left to Python."""
@@ -345,11 +410,15 @@ class CallClient:
 
     def take_sleepers(self) -> list[str]:
         """Return the peers that must be woken: they were called just when they went to sleep."""
-        sleepers, self._sleepers = self._sleepers, []
+        sleepers, self._sleepers = self._sleepers + self._peers.named(int(self._state.bell)), []
+        self._state.bell = 0
         return sleepers
 
     def take_ready(self) -> list[int]:
-        """Return the places of the calls whose answers have come since the last time."""
+        """Return the places of the calls that native code has done with since the last time.
+
+        Their answers have come, but for those that were not sent (`is_sent`).
+        """
         count, self._state.num_ready = self._state.num_ready, 0
         return self._ready[:count]
 
@@ -358,7 +427,18 @@ class CallClient:
         size, self._state.num_transfers = self._state.num_transfers * _TRANSFER.size, 0
         return list(map(Transfer._make, _TRANSFER.iter_unpack(self._transfers.raw[:size])))
 
+    @property
+    def has_events(self) -> bool:
+        """Tell whether events should be taken now."""
+        return bool(self._state.num_events > MOST_EVENTS // 2)
+
+    def take_events(self) -> bytes:
+        """Return the new events, as a timeline keeps them."""
+        size, self._state.num_events = self._state.num_events * EVENT_BYTES, 0
+        return self._events.raw[:size] if size else b""
+
     def _set_up(self) -> None:
+        self.generation += 1
         for out in self._outs:  # they name a peer by its place; Python takes what they still get
             out.state = 0
         self._state.peers, self._state.num_peers = self._peers.address, len(self._peers)

@@ -140,7 +140,16 @@ class RingLibrary:
         numbers = [number] * 8
         memory = handle
         self.call = _typed(
-            short.afd_call, number, handle, *numbers, memory, number, number, memory, number
+            short.afd_call,
+            number,
+            handle,
+            *numbers,
+            memory,
+            number,
+            number,
+            memory,
+            number,
+            handle,
         )
         self.doze = _typed(short.afd_ring_doze, number, handle, number)
         self.wake = _typed(short.afd_ring_wake, None, handle, number)

@@ -18,7 +18,14 @@ from afd_server.core.stage import StageId
 from afd_server.core.topology import Member, Role, Topology
 from afd_server.telemetry.timeline import EventKind, read_events
 from afd_server.transport import shm
-from afd_server.transport.calls import MOST_CALLS, CallClient, CallServer, NativeLayer, Rows
+from afd_server.transport.calls import (
+    MOST_CALLS,
+    CallClient,
+    CallServer,
+    NativeLayer,
+    NativeWay,
+    Rows,
+)
 from afd_server.transport.codec import HeaderReader, decode, encode
 from afd_server.transport.endpoint import Endpoint, Identity
 from afd_server.transport.messages import Combine, Dispatch, DType, Heartbeat, Payload, ProcessState
@@ -284,7 +291,7 @@ class Pair(Worker):
         self.client.follow(EPOCH, self.caller.pool(Role.FFN))
         self.kept = []
 
-    def call(self, place, count, stage=STAGE, first=0):
+    def call(self, place, count, stage=STAGE, first=0, way=None):
         """Send a call; return the memory of its answer."""
         rows = ctypes.create_string_buffer(rows_of(count, first), count * ROW_BYTES)
         answer = (ctypes.c_float * (count * WIDTH))()
@@ -296,6 +303,7 @@ class Pair(Worker):
             5_000,
             Rows(ctypes.addressof(rows), count, ROW_BYTES),
             Rows(ctypes.addressof(answer), count, WIDTH),
+            None if way is None else way(rows),
         )
         return answer if sent else None
 
@@ -446,3 +454,158 @@ def test_a_server_that_sleeps_is_woken_by_a_call(both):
         until.set()
         thread.join(10)
     assert num_answered > 0 and num_answered + len(left) == 20
+
+
+# -- from an answer to the next call
+
+ATTENTION = ctypes.CFUNCTYPE(
+    ctypes.c_int32, ctypes.c_void_p, ctypes.POINTER(ctypes.c_float),
+    ctypes.POINTER(ctypes.c_float), ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_float), ctypes.POINTER(ctypes.c_uint8),
+)  # fmt: skip
+
+
+class Walk:
+    """Makes ways through layers that add answers up, and ask for rows made of the sums."""
+
+    def __init__(self, both, peers=("b", "b", "b"), fails_at=None):
+        self.peers = both.client.places_of(peers)
+        self.hidden = (ctypes.c_float * (MOST_ROWS * WIDTH))()
+        self.begun = []
+
+        def attend(context, hidden, delta, count, blocks, seen, total, data):
+            layer = context or 0
+            assert (blocks, seen) == (layer + 10, layer + 20)
+            self.begun.append(layer)
+            if layer == fails_at:
+                return 0
+            for i in range(count * WIDTH):
+                total[i] = hidden[i] + delta[i]
+            for i in range(count * ROW_BYTES):
+                data[i] = int(total[i // ROW_BYTES * WIDTH] + i + layer) % 251
+            return 1
+
+        self.function = ATTENTION(attend)
+        self.tables = [
+            (ctypes.c_void_p * 3)(*(first + layer for layer in range(3))) for first in (0, 10, 20)
+        ]
+
+    def __call__(self, rows):
+        self.way = NativeWay(
+            ctypes.cast(self.function, ctypes.c_void_p),
+            *map(ctypes.addressof, self.tables),
+            ctypes.addressof(self.peers),
+            len(self.peers),
+            ROW_BYTES,
+            ctypes.addressof(self.hidden),
+            ctypes.addressof(rows),
+            time.monotonic(),
+        )
+        self.rows = rows
+        return self.way
+
+    def expected(self, count):
+        """Return what the answers add up to behind layer 0, and the answer to layer 1."""
+        first = expected_values(0, rows_of(count))
+        rows = bytes(
+            int(first[i // ROW_BYTES * WIDTH] + i + 1) % 251 for i in range(count * ROW_BYTES)
+        )
+        return first, rows
+
+
+@pytest.fixture
+def all_layers(tmp_path):
+    """Both ends, and a server that computes all three layers."""
+    for net in opened(SharedMemoryNet, tmp_path):
+        both = Pair(net)
+        layers = [
+            NativeLayer(ctypes.cast(f, ctypes.c_void_p).value, 0, ROW_BYTES, WIDTH)
+            for f in both.functions
+        ]
+        sequence = both.answerer.sequence
+        both.server = CallServer(RingLibrary(), layers, SLOT, MOST_ROWS, sequence)
+        both.b.assist(both.server)
+        both.server.follow(EPOCH, both.answerer.pool(Role.ATTENTION))
+        yield both
+
+
+def test_an_answer_goes_on_to_the_last_layer(all_layers):
+    both, walk = all_layers, Walk(all_layers)
+    answer = both.call(4, 2, StageId(11, 0, 0), way=walk)
+    assert both.await_ready(1) == [4]
+    assert walk.begun == [1, 2] and [layer for layer, _ in both.batches] == [0, 1, 2]
+    assert both.client.layer(4) == 2 and both.client.is_sent(4)
+    assert list(answer) == expected_values(2, bytes(walk.rows))
+    first, rows = walk.expected(2)
+    second = expected_values(1, rows)
+    sums = [a + b for a, b in zip(first, second, strict=True)]
+    assert list(walk.hidden[: len(sums)]) == sums
+    events = list(read_events(both.client.take_events()))
+    attended = [e for e in events if e.kind == EventKind.ATTENTION]
+    assert [(e.step, e.lane, e.layer, e.rows) for e in attended] == [(11, 0, 1, 2), (11, 0, 2, 2)]
+    (wait,) = (e for e in events if e.kind == EventKind.WAIT)  # Python notes the first and the last
+    assert attended[0].end_s <= wait.begin_s <= wait.end_s == attended[1].begin_s
+    assert both.client.idle_since_s >= attended[1].end_s
+    assert [t.layer for t in both.client.take_transfers()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "begun", "reached"),
+    [
+        ({"peers": ("b", "b", None)}, [1], 1),
+        ({"peers": ("b", None, "b")}, [], 0),
+        ({"peers": ("b", "z", "b")}, [], 0),
+        ({"fails_at": 2}, [1, 2], 1),
+    ],
+)
+def test_python_goes_on_where_the_way_ends(all_layers, settings, begun, reached):
+    both, walk = all_layers, Walk(all_layers, **settings)
+    answer = both.call(0, 1, StageId(11, 0, 0), way=walk)
+    assert both.await_ready(1) == [0]
+    assert walk.begun == begun and both.client.layer(0) == reached and both.client.is_sent(0)
+    assert list(answer) == expected_values(reached, bytes(walk.rows))
+
+
+def test_lanes_go_on_beside_each_other(all_layers):
+    walks = [Walk(all_layers) for _ in range(3)]
+    answers = [
+        all_layers.call(lane, 1, StageId(11, lane, 0), first=lane, way=walk)
+        for lane, walk in enumerate(walks)
+    ]
+    assert sorted(all_layers.await_ready(3)) == [0, 1, 2]
+    for answer, walk in zip(answers, walks, strict=True):
+        assert list(answer) == expected_values(2, bytes(walk.rows))
+
+
+@pytest.mark.parametrize("change", ["give up", "follow", "rings"])
+def test_a_call_given_up_goes_no_further_and_its_layer_is_known(all_layers, change):
+    both, walk = all_layers, Walk(all_layers)
+    both.call(4, 2, StageId(11, 0, 0), way=walk)
+    both.b.receive(0)
+    assert both.a.receive(0.001) == [] and both.client.layer(4) == 1
+    generation = both.client.generation
+    if change == "give up":
+        both.client.give_up(4)
+    elif change == "follow":
+        both.client.follow(EPOCH, both.caller.pool(Role.FFN))
+    else:
+        both.a._see_rings()
+    assert (both.client.generation > generation) == (change != "give up")
+    both.b.receive(0)
+    ((_, frames),) = both.a.receive(1.0)
+    left = decode(HeaderReader().read(bytes(frames[0])), frames[1], False)
+    assert (left.layer, values_of(left)) == (1, expected_values(1, walk.expected(2)[1]))
+    assert both.client.layer(4) == 1 and both.client.take_ready() == [] and walk.begun == [1]
+
+
+def test_a_call_that_finds_no_room_is_left_to_python(all_layers):
+    both, walk = all_layers, Walk(all_layers)
+    both.call(4, 1, StageId(11, 0, 0), way=walk)
+    both.b.receive(0)
+    both.server.follow(EPOCH, {})
+    while both.call(5, MOST_ROWS) is not None:  # nobody reads
+        pass
+    assert both.a.receive(0.001) == []
+    assert both.client.take_ready() == [4]
+    assert both.client.layer(4) == 1 and not both.client.is_sent(4)
+    assert bytes(walk.rows) == walk.expected(1)[1]

@@ -7,10 +7,10 @@ import pytest
 from afd_server.core.request import Request, SamplingParams
 from afd_server.core.stage import StageId
 from afd_server.core.topology import FFNParallel, Role
-from afd_server.costmodel.pipeline import CONTEXT_TOKENS, StageTimes
+from afd_server.costmodel.pipeline import CONTEXT_TOKENS, LayerTimes
 from afd_server.telemetry.timeline import Event, EventKind, read_events
 from afd_server.transport.inproc import Faults
-from afd_server.workers.attention.calibration import NUM_ROUNDS, PREFILL_ROUNDS, stage_times
+from afd_server.workers.attention.calibration import NUM_ROUNDS, PREFILL_ROUNDS, layer_times
 from support.checkpoints import tiny_llama
 from support.experts import tiny_routed
 from support.pools import Pools, ipc_links
@@ -69,13 +69,13 @@ def step_events():
 
 def test_what_is_neither_slept_nor_held_is_the_attention_workers():
     """Asleep from 25 to 80 in each layer, of which 40 are held; the step takes 240."""
-    times = stage_times(step_events(), 2)
-    assert times == StageTimes((240 - 2 * 55) / 2, 40, (55 - 40) / 2)
+    times = layer_times(step_events(), 2)
+    assert times == LayerTimes(240 - 2 * 55, [40, 40], [(55 - 40) / 2] * 2)
 
 
 def test_a_step_with_a_call_that_was_sent_again_tells_nothing():
     events = [e for e in step_events() if not (e.layer == 1 and e.kind != EventKind.ATTENTION)]
-    assert stage_times(events, 2) is None
+    assert layer_times(events, 2) is None
 
 
 # -- what it leaves behind

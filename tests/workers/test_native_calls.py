@@ -5,6 +5,7 @@ import torch
 
 from afd_server.core.request import Request, SamplingParams
 from afd_server.core.topology import FFNParallel, Role
+from afd_server.models.base import Reached
 from afd_server.telemetry.timeline import EventKind, read_events
 from afd_server.workers.config import Numerics
 from support.checkpoints import tiny_llama
@@ -51,6 +52,30 @@ def expected_tokens(open_pools, model, wanted):
     return open_pools(model, native=False).run(wanted)
 
 
+def count_further(client):
+    """Return a list that takes the layers which native code came to by itself."""
+    take, reached = client.take, []
+
+    def taken(lane):
+        answer = take(lane)
+        reached.extend([answer.layer] if isinstance(answer, Reached) else [])
+        return answer
+
+    client.take = taken
+    return reached
+
+
+def run_until_between_layers(pools):
+    """Return the client of the attention worker once native code has sent a call of its own."""
+    client = pools.workers[pools.attention()]._ffn
+    for _ in range(1000):
+        pools.turn()
+        calls = client._calls.items()
+        if any(client._native.layer(place) > call.first_layer for place, call in calls):
+            return client
+    raise AssertionError("no call went on")
+
+
 @pytest.mark.parametrize("num_attention", [1, 2])
 def test_native_calls_give_the_tokens_of_python_calls(open_pools, num_attention):
     model, wanted = tiny_llama()[0], requests()
@@ -60,8 +85,10 @@ def test_native_calls_give_the_tokens_of_python_calls(open_pools, num_attention)
     assert pools.run(requests(2, 101), [0, num_attention - 1])  # the memory is agreed on
     clients = [w._ffn for name, w in pools.workers.items() if name.startswith("attention")]
     resends = [client.num_resends for client in clients]
+    went_on = [count_further(client) for client in clients]
     assert pools.run(wanted, slots) == expected
     assert all(count > 20 for count in answered(pools))
+    assert all(len(reached) > 10 for reached in went_on)
     assert [client.num_resends for client in clients] == resends
     assert not any(client._calls for client in clients)
 
@@ -98,6 +125,42 @@ def test_a_new_topology_in_the_middle_costs_no_token(open_pools):
         pools.turn()
         pools.publish()
     assert pools.run(wanted) == expected
+
+
+@pytest.mark.parametrize("numerics", [INT8, Numerics("native", "int8", "int8")])
+def test_a_call_that_went_on_is_sent_again_from_its_layer(open_pools, numerics):
+    model, wanted = tiny_llama()[0], requests()
+    expected = open_pools(model, native=False, numerics=numerics).run(wanted)
+    pools = open_pools(model, num_ffn=1, numerics=numerics)
+    assert pools.run(requests(2, 101))
+    for request in wanted:
+        pools.submit(request)
+    for _ in range(5):
+        client = run_until_between_layers(pools)
+        kept, client._resend_s = client._resend_s, -1.0
+        for pending in client._pending.values():
+            pending.resend_at = 0.0
+        before = client.num_resends
+        client.resend_due()
+        client._resend_s = kept
+        assert client.num_resends > before and not client._calls
+        assert any(
+            pending.stage.layer > pending.first_layer for pending in client._pending.values()
+        )
+    assert pools.run(wanted) == expected
+
+
+def test_a_call_out_for_long_is_not_sent_again_while_it_goes_on(open_pools):
+    pools = open_pools(tiny_llama()[0], num_ffn=1)
+    assert pools.run(requests(2, 101))
+    for request in requests():
+        pools.submit(request)
+    client = run_until_between_layers(pools)
+    for pending in client._pending.values():
+        pending.resend_at = 0.0  # of the call that was asked for
+    client.resend_due()
+    assert client.num_resends == 0 and client._calls
+    assert client.next_resend_s() > client._resend_s / 2
 
 
 def test_an_answer_that_has_come_survives_a_new_topology(open_pools):

@@ -24,7 +24,7 @@ auto with_format(int32_t format, Call call) {
 extern "C" {
 
 // Raised with every change of what a function below takes or gives: another library is refused.
-int32_t afd_interface() { return 5; }
+int32_t afd_interface() { return 6; }
 
 // Quantises rows [rows, width] to [rows, row_bytes(width)].
 void afd_quantise(const float* x, int64_t rows, int64_t width, uint8_t* out) {
@@ -177,8 +177,8 @@ void afd_rope_write_kv(const float* qkv, int64_t rows, int64_t heads, int64_t kv
 // One layer up to its FFN, with the kernels above: norm and quantise; queries, keys and values;
 // rotation and KV write; attention; projection; norm and quantise. x and delta (which may be null)
 // are added before the first norm, what was attended to before the second; the sum goes to
-// `total`[rows, hidden], what was normed to `out`. `kernels/cpu.py` mirrors the structs. Returns 0
-// as afd_paged_attention does.
+// `total`[rows, hidden], which may be x, what was normed to `out`. `kernels/cpu.py` mirrors the
+// structs. Returns 0 as afd_paged_attention does.
 struct GQA {
   int64_t heads, kv_heads, head_dim, hidden, window;
   const uint8_t *qkv, *output;
@@ -186,14 +186,18 @@ struct GQA {
   double eps;
 };
 
-struct Paged {
+struct KVBlocks {
   void *keys, *values;
-  int64_t format, block_size, sequences, table_width;
+  int64_t format, block_size;
+};
+
+struct Seen {  // of the rows of a micro-batch, the same for all layers of a KV group
+  int64_t sequences, table_width;
   const int64_t *positions, *slots, *row_starts, *num_keys, *block_tables;
 };
 
 int32_t afd_gqa_int8(const GQA* layer, const float* x, const float* delta, int64_t rows,
-                     const Paged* kv, float* total, uint8_t* out) {
+                     const KVBlocks* kv, const Seen* seen, float* total, uint8_t* out) {
   if (!is_built_in(layer->head_dim)) return 0;
   thread_local std::vector<float> qkv, query, attended, projected;
   thread_local std::vector<uint8_t> prepared;
@@ -211,11 +215,11 @@ int32_t afd_gqa_int8(const GQA* layer, const float* x, const float* delta, int64
   afd_linear_int8(prepared.data(), rows, num_groups(hidden), layer->qkv, layer->qkv_scales,
                   columns, qkv.data());
   afd_rope_write_kv(qkv.data(), rows, layer->heads, layer->kv_heads, layer->head_dim, layer->rope,
-                    kv->positions, kv->slots, kv->keys, kv->values, kv->block_size, format,
+                    seen->positions, seen->slots, kv->keys, kv->values, kv->block_size, format,
                     query.data());
   afd_paged_attention(query.data(), layer->heads, layer->head_dim, kv->keys, kv->values, format,
-                      kv->block_size, layer->kv_heads, kv->sequences, kv->row_starts,
-                      kv->num_keys, kv->block_tables, kv->table_width, layer->window,
+                      kv->block_size, layer->kv_heads, seen->sequences, seen->row_starts,
+                      seen->num_keys, seen->block_tables, seen->table_width, layer->window,
                       attended.data());
   afd_quantise(attended.data(), rows, width, prepared.data());
   afd_linear_int8(prepared.data(), rows, num_groups(width), layer->output, layer->output_scales,

@@ -1,5 +1,6 @@
 // Both ends of an FFN call in the middle of a reader's wait, without Python: the server goes from
-// ring to kernel to ring, the client from ring to the memory that waits for an answer.
+// ring to kernel to ring, the client from ring to the memory that waits for an answer, and where it
+// knows the way from there through the attention of the next layer to the next call.
 //
 // Only what is exactly right is dealt with here: a message of the fixed layout (transport/codec.py)
 // from a known peer; for the server of a layer that is computed natively, with the rows that it
@@ -41,7 +42,7 @@ struct Event {  // telemetry/timeline.py
   uint16_t layer, peer;
 };
 static_assert(sizeof(Event) == 40, "as struct.Struct('<ddQIIIHH')");
-enum : uint32_t { kFFN = 6, kGathered = 7, kWait = 8 };
+enum : uint32_t { kAttention = 1, kFFN = 6, kGathered = 7, kWait = 8 };
 
 struct Call {
   int64_t caller, epoch, step, lane, layer, part, rows;
@@ -225,11 +226,26 @@ void compute(Server& server, std::vector<Call>& calls) {
   calls.swap(others);
 }
 
-enum : int64_t { kFree = 0, kOut = 1 };
+// Free; out; answered, and about to go on; the call of a later layer, not sent for want of room.
+enum : int64_t { kFree = 0, kOut = 1, kGoesOn = 2, kUnsent = 3 };
+
+// How a micro-batch goes on from an answer (models/base.py, kernels/table.py). The attention of a
+// layer makes the next residual in `hidden`, and the rows of the next call in `data`.
+struct Way {
+  int32_t (*function)(const void* context, const float* hidden, const float* delta, int64_t rows,
+                      const void* blocks, const void* seen, float* total, uint8_t* data);
+  const void *const *contexts, *const *blocks, *const *seen;  // by layer
+  const int64_t* peers;  // by layer: whom to call; less than 0 if that is left to Python
+  int64_t num_layers, row_bytes;
+  float* hidden;
+  uint8_t* data;
+  double live_since_s;
+};
 
 struct Out {  // a call that is out, and where its answer goes
   int64_t state, peer, epoch, step, lane, layer, part, rows, width;
   float* answer;
+  const Way* way;  // null if it does not go on
   double sent_s;
 };
 
@@ -243,11 +259,66 @@ struct Client {  // transport/calls.py
   Peer* peers;
   Out* outs;
   Transfer* transfers;
-  int64_t* ready;  // places of calls whose answers are there
+  int64_t* ready;  // places of calls with which Python has to go on
   int64_t* sequence;
-  int64_t num_peers, num_outs, most_transfers, num_transfers, num_ready;
-  double answered_s;
+  Event* events;
+  int64_t num_peers, num_outs, most_transfers, num_transfers, num_ready, most_events, num_events;
+  double idle_since_s, answered_s;
+  uint64_t bell;  // as that of the server
 };
+
+bool goes_on(const Out& out) {
+  return out.way != nullptr && out.layer + 1 < out.way->num_layers &&
+         out.way->peers[out.layer + 1] >= 0;
+}
+
+void note(Client& client, uint32_t kind, double begin_s, double end_s, const Out& out) {
+  if (client.num_events == client.most_events) return;
+  const bool is_wait = kind == kWait;
+  client.events[client.num_events++] = {
+      begin_s, end_s, is_wait ? 0 : static_cast<uint64_t>(out.step),
+      is_wait ? 0 : static_cast<uint32_t>(out.rows), is_wait ? 0 : static_cast<uint32_t>(out.lane),
+      kind, is_wait ? uint16_t{0} : static_cast<uint16_t>(out.layer), 0};
+}
+
+// Sends a call; returns what afd_ring_commit does, or less than 0 if there is no room.
+int64_t send(Client& client, Out& out, int64_t live_us, const uint8_t* data, int64_t row_bytes) {
+  const int64_t bytes = out.rows * row_bytes;
+  if (bytes > kMostRecord - kHead - kMostHeader) return kFull;
+  const int64_t numbers[kCallNumbers] = {
+      out.epoch, ++*client.sequence, 0, out.step, out.lane, out.layer, out.part,
+      live_us, kUint8, 2, out.rows, row_bytes, 0, bytes, 0};
+  out.sent_s = seconds();
+  const int64_t done =
+      write_record(client.peers[out.peer], numbers, kCallNumbers, kCallNumbers, data, bytes);
+  out.state = done < 0 ? kUnsent : kOut;
+  return done;
+}
+
+// Takes an answered micro-batch to its next call; Python goes on if that does not work.
+void go_on(Client& client, int64_t place) {
+  Out& out = client.outs[place];
+  const Way& way = *out.way;
+  const int64_t layer = out.layer + 1;
+  const double begin_s = seconds();
+  if (client.idle_since_s > 0) note(client, kWait, client.idle_since_s, begin_s, out);
+  client.idle_since_s = 0.0;
+  if (!way.function(way.contexts[layer], way.hidden, out.answer, out.rows, way.blocks[layer],
+                    way.seen[layer], way.hidden, way.data)) {
+    out.state = kFree;
+    client.ready[client.num_ready++] = place;
+    return;
+  }
+  out.layer = layer;
+  out.peer = way.peers[layer];
+  out.part = client.peers[out.peer].slot;
+  const double end_s = seconds();
+  note(client, kAttention, begin_s, end_s, out);
+  const auto live_us = static_cast<int64_t>((end_s - way.live_since_s) * 1e6);
+  const int64_t done = send(client, out, live_us, way.data, way.row_bytes);
+  if (done > 0) client.bell |= uint64_t{1} << out.peer;
+  if (done < 0) client.ready[client.num_ready++] = place;
+}
 
 // Takes the record at `at` if it is the answer to a call that is out.
 bool take_answer(Client& client, int64_t peer, const uint8_t* at, int64_t length) {
@@ -265,8 +336,8 @@ bool take_answer(Client& client, int64_t peer, const uint8_t* at, int64_t length
         facts[4] != 0 || facts[5] != bytes || bytes != out.rows * out.width * 4 || facts[6] != 0)
       return false;
     memcpy(out.answer, data, bytes);
-    out.state = kFree;
-    client.ready[client.num_ready++] = i;
+    out.state = goes_on(out) ? kGoesOn : kFree;
+    if (out.state == kFree) client.ready[client.num_ready++] = i;
     client.answered_s = seconds();
     if (client.num_transfers < client.most_transfers)
       client.transfers[client.num_transfers++] = {
@@ -327,27 +398,34 @@ int64_t afd_serve(Server* server, int64_t longest_ns) {
 // not, and less if there was no room for it.
 int64_t afd_call(Client* client, int64_t place, int64_t peer, int64_t epoch, int64_t step,
                  int64_t lane, int64_t layer, int64_t part, int64_t live_us, const uint8_t* data,
-                 int64_t rows, int64_t row_bytes, float* answer, int64_t width) {
-  const int64_t bytes = rows * row_bytes;
-  if (bytes > kMostRecord - kHead - kMostHeader) return kFull;
-  client->outs[place] = {kOut, peer, epoch, step, lane, layer, part, rows, width, answer, seconds()};
-  const int64_t numbers[kCallNumbers] = {epoch, ++*client->sequence, 0, step, lane, layer, part,
-                                         live_us, kUint8, 2, rows, row_bytes, 0, bytes, 0};
-  const Peer& reader = client->peers[peer];
-  const int64_t done =
-      write_record(reader, numbers, kCallNumbers, kCallNumbers, data, bytes);
-  if (done < 0) client->outs[place].state = kFree;
+                 int64_t rows, int64_t row_bytes, float* answer, int64_t width, const Way* way) {
+  Out& out = client->outs[place];
+  out = {kFree, peer, epoch, step, lane, layer, part, rows, width, answer, way, 0.0};
+  const int64_t done = send(*client, out, live_us, data, row_bytes);
+  if (done < 0) out.state = kFree;
   return done;
 }
 
-// Watches the client's rings as afd_ring_watch does, and takes answers; returns whether one has
-// come, or something else is due.
+// Watches the client's rings as afd_ring_watch does, takes answers and goes on with them; returns
+// whether Python has to go on with one, or something else is due, or somebody must be woken, or the
+// events are to be taken.
 int64_t afd_await(Client* client, int64_t longest_ns) {
   const int64_t until = now_ns() + longest_ns;
+  bool is_late = false;
   do {
-    for (int i = 0; i < kPausesBetweenYields; ++i) {
+    for (int i = 0; i < kPausesBetweenYields && !is_late; ++i) {
       const bool others = take_answers(*client);
-      if (others || client->num_ready > 0) return 1;
+      bool went_on = false;
+      for (int64_t place = 0; place < client->num_outs; place++)
+        if (client->outs[place].state == kGoesOn) {
+          go_on(*client, place);
+          went_on = true;
+        }
+      if (went_on && client->num_ready == 0) client->idle_since_s = seconds();
+      if (others || client->num_ready > 0 || client->bell != 0 ||
+          client->num_events > client->most_events / 2)
+        return 1;
+      is_late = went_on && now_ns() >= until;
       pause_briefly();
     }
     sched_yield();

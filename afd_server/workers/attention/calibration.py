@@ -10,6 +10,7 @@ from afd_server.core.request import SamplingParams
 from afd_server.costmodel.pipeline import (
     CONTEXT_TOKENS,
     LaneChoice,
+    LayerTimes,
     MeasuredStages,
     StageTimes,
     choose_lanes,
@@ -106,7 +107,7 @@ class Calibration:
             *decoding * (NUM_ROUNDS - PREFILL_ROUNDS),
         ]
         self._seconds: dict[StepLoad, float] = {}  # the quickest of each load
-        self._measured: defaultdict[int, list[StageTimes]] = defaultdict(list)  # by rows
+        self._measured: defaultdict[int, list[LayerTimes]] = defaultdict(list)  # by rows
         self._begun_s: float | None = None
         self._num_steps = 0
         self._num_recorded = 0
@@ -138,7 +139,7 @@ class Calibration:
     def _note_stages(self, num_rows: int) -> None:
         events = list(read_events(self._timeline.since(self._num_recorded)))
         is_whole = len(events) == self._timeline.num_recorded - self._num_recorded
-        times = stage_times(events, self._num_layers) if is_whole else None
+        times = layer_times(events, self._num_layers) if is_whole else None
         if times is not None:
             self._measured[num_rows].append(times)
 
@@ -162,12 +163,13 @@ class Calibration:
         return choice.num_lanes
 
 
-def stage_times(events: Iterable[Event], num_layers: int) -> StageTimes | None:
-    """Return what the mean layer of a step took that ran alone, in a single lane.
+def layer_times(events: Iterable[Event], num_layers: int) -> LayerTimes | None:
+    """Return what the layers of a step took that ran alone, in a single lane.
 
-    The FFN workers have it while they hold its calls, the attention worker from its first stage
-    to its last token, less the time that it slept for want of an answer. A call is under way for
-    what remains of that sleep: what either end does to send and to take in counts as occupied.
+    The FFN workers have one while they hold its calls, the attention worker has the step from its
+    first stage to its last token, less the time that it slept for want of an answer. A call is
+    under way for what remains of that sleep: what either end does to send and to take in counts
+    as occupied.
 
     Returns:
         None if a call was sent again: nobody knows which one was answered.
@@ -184,16 +186,14 @@ def stage_times(events: Iterable[Event], num_layers: int) -> StageTimes | None:
         answered_s[layer] = answer.end_s
     if len(answered_s) < num_layers:
         return None
-    begin_s = of_kind[EventKind.ATTENTION][0].begin_s
+    begin_s = min(stage.begin_s for stage in of_kind[EventKind.ATTENTION])
     end_s = of_kind[EventKind.SAMPLE][-1].end_s
-    waits = zip(of_kind[EventKind.WAIT], answered_s.values(), strict=True)  # one in each layer
-    asleep_s = sum(back_s - wait.begin_s for wait, back_s in waits)
-    ffn_s = sum(held_s.values())
-    return StageTimes(
-        (end_s - begin_s - asleep_s) / num_layers,
-        ffn_s / num_layers,
-        max(0.0, asleep_s - ffn_s) / 2 / num_layers,
-    )
+    waits_s = sorted(wait.begin_s for wait in of_kind[EventKind.WAIT])  # one in each layer
+    layers = sorted(answered_s)
+    asleep_s = [answered_s[n] - wait_s for n, wait_s in zip(layers, waits_s, strict=True)]
+    ffn_s = [held_s[layer] for layer in layers]
+    transfer_s = [max(0.0, a - f) / 2 for a, f in zip(asleep_s, ffn_s, strict=True)]
+    return LayerTimes(end_s - begin_s - sum(asleep_s), ffn_s, transfer_s)
 
 
 def _made_up(token_ids: tuple[int, ...], start: int, tables: Tables) -> PlannedSequence:

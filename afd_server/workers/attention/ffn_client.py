@@ -3,8 +3,10 @@
 What the attention side holds itself is computed here while the rest of a call is out.
 """
 
+import ctypes
 from collections import Counter
 from collections.abc import Sequence
+from ctypes import Array, c_int64
 from dataclasses import dataclass, field
 
 import torch
@@ -15,10 +17,10 @@ from afd_server.core.errors import ProtocolError, WorkerFailed
 from afd_server.core.model_spec import ModelSpec
 from afd_server.core.stage import AHEAD, StageId
 from afd_server.core.topology import Member, Placement, Role, column_shard
-from afd_server.models.base import FFNCall
+from afd_server.models.base import FFNCall, Reached
 from afd_server.models.head import Held
 from afd_server.telemetry.timeline import EventKind, Timeline
-from afd_server.transport.calls import CallClient, Rows
+from afd_server.transport.calls import CallClient, NativeWay, Rows
 from afd_server.transport.endpoint import Endpoint, Received
 from afd_server.transport.messages import Combine, Dispatch, Payload
 from afd_server.workers.attention.peer_clock import PeerClock
@@ -47,7 +49,9 @@ class _PendingCall:
     `epoch` is that of its assignment; resends carry the newest one. `live_since_s` is since when
     the worker has had live sequences without a break. Without shares it waits for a topology that
     has its experts. `own` answers the share of the attention side. A call that native code has
-    sent has its sum in `answer`, once it is `answered`, and is known there by a `place`.
+    sent has its sum in `answer`, once it is `answered`, and is known there by a `place`. If it has
+    a `way`, native code goes on with the answer, so that `stage` and `call` are those that were
+    asked for until it comes back (`FFNClient._catch_up`); `first_layer` is what was asked for.
     """
 
     stage: StageId
@@ -62,6 +66,11 @@ class _PendingCall:
     place: int | None = None
     answer: Tensor | None = None
     is_answered: bool = False
+    way: NativeWay | None = None
+    first_layer: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.first_layer = self.stage.layer
 
     @property
     def is_out(self) -> bool:
@@ -105,6 +114,8 @@ class FFNClient:
         self._quarantined: frozenset[str] = frozenset()
         self._calls: dict[int, _PendingCall] = {}  # that native code has sent, by place
         self._ready: list[int] = []  # lanes whose calls it has completed
+        self._callees: dict[int, tuple[int, Array[c_int64]]] = {}  # by lane: generation, by layer
+        self._idle_since_s: float | None = None
         self._placement = placement
         self._own = own
         self._spec = spec
@@ -124,6 +135,18 @@ class FFNClient:
     def is_away(self) -> bool:
         """Tell whether most layers' calls travel."""
         return 2 * self._placement.num_away > self._spec.num_layers
+
+    @property
+    def idle_since_s(self) -> float | None:
+        """Return since when there has been nothing to compute; None while there is."""
+        return self._idle_since_s if self._native is None else self._native.idle_since_s
+
+    @idle_since_s.setter
+    def idle_since_s(self, since_s: float | None) -> None:
+        if self._native is None:
+            self._idle_since_s = since_s
+        else:
+            self._native.idle_since_s = since_s
 
     @property
     def num_resends(self) -> int:
@@ -151,13 +174,16 @@ class FFNClient:
         if self._endpoint.quarantined != self._quarantined:
             self._follow()
         self._collect(self._native)
+        if self._native.has_events:
+            self.note_transfers()
         ready, self._ready = self._ready, []
         return ready
 
     def note_transfers(self) -> None:
-        """Put into the timeline how the calls of native code went."""
+        """Put into the timeline how the calls of native code went, and what it computed."""
         if self._native is None:
             return
+        self._timeline.extend(self._native.take_events())
         for transfer in self._native.take_transfers():
             stage = StageId(transfer.step, transfer.lane, transfer.layer)
             peer = self._pool.get(transfer.slot, "")
@@ -207,15 +233,21 @@ class FFNClient:
         self._record_transfers(pending, part, received.sender, combine)
         return pending.stage.lane if pending.is_complete else None
 
-    def take(self, lane: int) -> Tensor:
-        """Return the sum of a complete call, [tokens, hidden] in its dtype, and forget the call."""
+    def take(self, lane: int) -> Tensor | Reached:
+        """Return the sum of a complete call, [tokens, hidden] in its dtype, and forget the call.
+
+        The sum is that of a later layer if native code went on from the answer.
+        """
         pending = self._pending.pop(lane)
         if pending.is_answered:
             assert pending.answer is not None, f"lane {lane} was answered nowhere"
-            return pending.answer
-        assert pending.shares is not None, f"lane {lane} has not been assigned"
-        answers = [self._answers(pending, share.group) for share in pending.shares]
-        return put_together(pending.call, pending.shares, answers)
+            total = pending.answer
+        else:
+            assert pending.shares is not None, f"lane {lane} has not been assigned"
+            answers = [self._answers(pending, share.group) for share in pending.shares]
+            total = put_together(pending.call, pending.shares, answers)
+        layer = pending.stage.layer
+        return total if layer == pending.first_layer else Reached(layer, total)
 
     def reassign(self) -> None:
         """Follow a new topology: calls that waited for a lost worker start over."""
@@ -237,7 +269,10 @@ class FFNClient:
         now = self._clock.now()
         for pending in self._pending.values():
             if pending.is_out and pending.resend_at <= now:
-                if pending.place is not None:
+                if self._native is not None and pending.place is not None:
+                    pending.resend_at = self._native.sent_s(pending.place) + self._resend_s
+                    if pending.resend_at > now:
+                        continue  # it has gone on
                     self._give_up(pending)
                 self.counters["resends"] += 1
                 self._send(pending)
@@ -299,31 +334,40 @@ class FFNClient:
     def _collect(self, native: CallClient) -> None:
         """Take note of the answers that have come, before anything is given up."""
         for place in native.take_ready():
-            pending = self._calls.pop(place, None)
-            if pending is not None:
-                pending.is_answered = True
-                self._ready.append(pending.stage.lane)
+            pending = self._calls.get(place)
+            if pending is None:
+                continue
+            if not native.is_sent(place):
+                self._give_up(pending)
+                self._assign(pending)
+                continue
+            self._catch_up(native, pending)
+            del self._calls[place]
+            pending.is_answered = True
+            self._ready.append(pending.stage.lane)
 
     def _call(self, native: CallClient, pending: _PendingCall) -> bool:
         """Have a call sent by native code, if it goes to one worker as it is."""
         stage, call = pending.stage, pending.call
         if call.num_chosen or call.is_head or call.rows.dtype is not torch.uint8:
             return False
-        (group,) = self._groups_of(call.layer, stage.lane)
-        placement = self._placement
-        if group in (None, placement.attention_side) or placement.num_shards > 1:
+        peer = self._callee(call.layer, stage.lane)
+        if peer is None:
             return False
-        assert group is not None and self._dtype is torch.float32, "native rows, native sums"
+        assert self._dtype is torch.float32, "native rows, native sums"
         now, rows = self._clock.now(), call.rows.contiguous()
         answer = torch.empty(rows.shape[0], self._spec.hidden_size)
+        pending.call = call._replace(rows=rows)
+        pending.way = None if call.way is None else self._way(native, pending)
         place = 2 * (stage.lane % AHEAD) + (stage.lane >= AHEAD)
         if not native.call(
             place,
-            self._pool[placement.slots_of(group)[0]],
+            peer,
             stage,
             int((now - pending.live_since_s) * 1e6),
             Rows(rows.data_ptr(), *rows.shape),
             Rows(answer.data_ptr(), *answer.shape),
+            pending.way,
         ):
             return False
         pending.epoch = self._endpoint.topology.epoch
@@ -336,9 +380,53 @@ class FFNClient:
         """Go on with a call of native code in Python; an answer under way is still good."""
         assert self._native is not None and pending.place is not None
         self._native.give_up(pending.place)
-        self._calls.pop(pending.place, None)
-        pending.place = pending.answer = None
+        self._catch_up(self._native, pending)
+        del self._calls[pending.place]
+        pending.place = pending.answer = pending.way = None
         self._cut(pending)
+
+    def _way(self, native: CallClient, pending: _PendingCall) -> NativeWay:
+        """Return how native code is to go on from a call."""
+        stage, call = pending.stage, pending.call
+        assert call.way is not None, "the call does not say how"
+        generation, callees = self._callees.get(stage.lane, (0, None))
+        if callees is None or generation != native.generation:
+            callees = native.places_of(
+                [self._callee(layer, stage.lane) for layer in range(self._spec.num_layers)]
+            )
+            self._callees[stage.lane] = native.generation, callees
+        layers, hidden = call.way
+        return NativeWay(
+            layers.function,
+            layers.contexts,
+            layers.blocks,
+            layers.seen,
+            ctypes.addressof(callees),
+            self._spec.num_layers,
+            call.rows.shape[1],
+            hidden.data_ptr(),
+            call.rows.data_ptr(),
+            pending.live_since_s,
+        )
+
+    def _callee(self, layer: int, lane: int) -> str | None:
+        """Return the incarnation that has all of a dense layer; None if there is none."""
+        group, *others = self._groups_of(layer, lane)
+        placement = self._placement
+        if others or group in (None, placement.attention_side) or placement.num_shards > 1:
+            return None
+        assert group is not None, "a group of FFN workers"
+        return self._pool[placement.slots_of(group)[0]]
+
+    def _catch_up(self, native: CallClient, pending: _PendingCall) -> None:
+        """Take note of the layer that native code has come to; the rows were replaced."""
+        assert pending.place is not None, "native code knows it by its place"
+        layer = native.layer(pending.place)
+        if layer != pending.stage.layer:
+            pending.stage = pending.stage._replace(layer=layer)
+            pending.call = pending.call._replace(layer=layer)
+            pending.sent_s = native.sent_s(pending.place)
+            pending.resend_at = pending.sent_s + self._resend_s
 
     def _assign(self, pending: _PendingCall) -> None:
         """Choose who computes a call under the present topology, send its parts, compute the rest.

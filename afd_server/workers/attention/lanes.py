@@ -4,7 +4,7 @@ from torch import Tensor
 
 from afd_server.core.batch import PlannedSequence, Sampled, StepPlan, StepResult
 from afd_server.core.stage import AHEAD, StageId
-from afd_server.models.base import AttentionHalf, FFNCall
+from afd_server.models.base import AttentionHalf, FFNCall, Reached
 from afd_server.models.forward import Forward, forward
 from afd_server.policy.ahead import go_ahead
 from afd_server.workers.attention.kv_store import KVStore
@@ -41,15 +41,17 @@ class Part:
         """Tell whether it has no micro-batch, or not any more."""
         return self._forward is None
 
-    def start(self, plan: StepPlan, model: AttentionHalf, kv: KVStore) -> None:
-        """Take a micro-batch."""
+    def start(
+        self, plan: StepPlan, model: AttentionHalf, kv: KVStore, may_go_on: bool = False
+    ) -> None:
+        """Take a micro-batch; see `forward`. Parts of one step wait for each other, in Python."""
         assert self._forward is None, f"part {self.index} is busy"
         self._step, self.num_rows, self.num_stages = plan.step, plan.num_tokens, 0
         self._last_layer = model.num_layers - 1 if self.index >= AHEAD else None
         batch = micro_batch(plan, kv.layers, kv.group_of, kv.block_size)
-        self._forward = forward(model, batch)
+        self._forward = forward(model, batch, may_go_on)
 
-    def resume(self, answer: Tensor | None) -> Outcome:
+    def resume(self, answer: Tensor | Reached | None) -> Outcome:
         """Go on with the answer to its latest call, or begin without one."""
         assert self._forward is not None, f"part {self.index} has no micro-batch"
         try:
@@ -108,7 +110,7 @@ class Lane:
         self.begun_s = begin_s
         plans = go_ahead(plan) if self._is_split else None
         if plans is None:
-            self.rest.start(plan, model, kv)
+            self.rest.start(plan, model, kv, may_go_on=True)
             return [self.rest]
         self._ahead.start(plans[0], model, kv)
         self.rest.start(plans[1], model, kv)

@@ -106,7 +106,6 @@ class AttentionWorker:
         self._owners: dict[tuple[int, int], str] = {}  # (key, attempt) → gateway
         self._num_rows = 0
         self._live_since_s: float | None = None  # None while no lane has a step
-        self._waits_since_s: float | None = None  # None unless every lane in a step is away
 
     @property
     def num_steps(self) -> int:
@@ -143,17 +142,17 @@ class AttentionWorker:
         if part.lane.must_wait(part):
             part.is_held = True
         else:
-            if self._waits_since_s is not None:
-                self._timeline.record(EventKind.WAIT, self._waits_since_s, begin_s)
-                self._waits_since_s = None
+            if self._ffn.idle_since_s is not None:
+                self._timeline.record(EventKind.WAIT, self._ffn.idle_since_s, begin_s)
+                self._ffn.idle_since_s = None
             if part.lane.is_idle:
                 self._start(part.lane, begin_s)
             else:
                 answer = self._ffn.take(part.index) if part.num_stages else None
                 self._go_on(part, begin_s, part.resume(answer))
         is_waiting = not self._runnable and len(self._idle) < len(self._lanes)
-        if is_waiting and self._waits_since_s is None:
-            self._waits_since_s = self._clock.now()
+        if is_waiting and self._ffn.idle_since_s is None:
+            self._ffn.idle_since_s = self._clock.now()
         return bool(self._runnable)
 
     def wait_s(self) -> float | None:
