@@ -82,10 +82,12 @@ class Timeline:
 
     def extend(self, events: bytes) -> None:
         """Note events that native code has recorded, as `drain` returns them."""
-        for start in range(0, len(events), EVENT_BYTES):
-            self._ring[self._next : self._next + EVENT_BYTES] = events[start : start + EVENT_BYTES]
-            self._next = (self._next + EVENT_BYTES) % len(self._ring)
         self.num_recorded += len(events) // EVENT_BYTES
+        while events:
+            room = len(self._ring) - self._next
+            part, events = events[:room], events[room:]
+            self._ring[self._next : self._next + len(part)] = part
+            self._next = (self._next + len(part)) % len(self._ring)
 
     def drain(self) -> bytes:
         """Return the events since the last call as `read_events` takes them, in their order."""

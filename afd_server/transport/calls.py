@@ -5,7 +5,6 @@ reads the same frames with the same checks and writes the same bytes, ten times 
 """
 
 import ctypes
-import struct
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -16,9 +15,7 @@ MOST_RINGS = 64  # bits of `bell`
 MOST_EVENTS = 2048
 EVENT_BYTES = 40
 MOST_CALLS = 64  # out at once; most answers between two looks
-MOST_TRANSFERS = 4096
 _UNSENT = 3  # as calls.h has it
-_TRANSFER = struct.Struct("<ddddQIIII")
 
 
 class NativeLayer(NamedTuple):
@@ -51,20 +48,6 @@ class Peer(NamedTuple):
 
 
 NOBODY = Peer(0, b"", b"")
-
-
-class Transfer(NamedTuple):
-    """How a call went. Times are seconds, `taken_s` on the other worker's clock."""
-
-    sent_s: float
-    taken_s: float
-    held_s: float
-    back_s: float
-    step: int
-    lane: int
-    layer: int
-    rows: int
-    slot: int
 
 
 class NativeEnd(Protocol):
@@ -150,10 +133,10 @@ class NativeWay(ctypes.Structure):
 
 class _Client(ctypes.Structure):
     _fields_ = (
-        ("peers", _POINTER), ("outs", _POINTER), ("transfers", _POINTER), ("ready", _POINTER),
+        ("peers", _POINTER), ("outs", _POINTER), ("ready", _POINTER),
         ("sequence", _POINTER), ("events", _POINTER), ("num_peers", _INTEGER),
-        ("num_outs", _INTEGER), ("most_transfers", _INTEGER), ("num_transfers", _INTEGER),
-        ("num_ready", _INTEGER), ("most_events", _INTEGER), ("num_events", _INTEGER),
+        ("num_outs", _INTEGER), ("num_ready", _INTEGER), ("most_events", _INTEGER),
+        ("num_events", _INTEGER),
         ("idle_since_s", _DOUBLE), ("answered_s", _DOUBLE), ("bell", ctypes.c_uint64),
     )  # fmt: skip
 
@@ -304,18 +287,15 @@ class CallClient:
         self._library = library
         self._outs = (_Out * MOST_CALLS)()
         self._ready = (_INTEGER * MOST_CALLS)()
-        self._transfers = ctypes.create_string_buffer(MOST_TRANSFERS * _TRANSFER.size)
         self._events = ctypes.create_string_buffer(MOST_EVENTS * EVENT_BYTES)
         self._sequence = sequence
         self._state = _Client(
             outs=ctypes.addressof(self._outs),
             events=ctypes.addressof(self._events),
             most_events=MOST_EVENTS,
-            transfers=ctypes.addressof(self._transfers),
             ready=ctypes.addressof(self._ready),
             sequence=ctypes.addressof(sequence),
             num_outs=MOST_CALLS,
-            most_transfers=MOST_TRANSFERS,
         )
         self._address = ctypes.addressof(self._state)
         self._peers = _Peers()
@@ -421,11 +401,6 @@ class CallClient:
         """
         count, self._state.num_ready = self._state.num_ready, 0
         return self._ready[:count]
-
-    def take_transfers(self) -> list[Transfer]:
-        """Return how these calls went, in the order of their answers."""
-        size, self._state.num_transfers = self._state.num_transfers * _TRANSFER.size, 0
-        return list(map(Transfer._make, _TRANSFER.iter_unpack(self._transfers.raw[:size])))
 
     @property
     def has_events(self) -> bool:

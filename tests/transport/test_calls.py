@@ -334,13 +334,15 @@ def test_answers_come_to_the_memory_that_waits_for_them(both):
     assert sorted(both.await_ready(len(calls))) == sorted(calls)
     for place, (layer, count) in calls.items():
         assert list(answers[place]) == expected_values(layer, rows_of(count, place))
-    transfers = both.client.take_transfers()
-    assert {(t.step, t.lane, t.layer, t.rows, t.slot) for t in transfers} == {
-        (40 + place, place, layer, count, SLOT) for place, (layer, count) in calls.items()
-    }
-    assert all(t.sent_s <= t.taken_s + 1e-5 and t.held_s >= 0 for t in transfers)
-    assert all(t.taken_s + t.held_s <= t.back_s + 1e-5 for t in transfers)
-    assert both.client.take_transfers() == [] and both.client.take_ready() == []
+    events = list(read_events(both.client.take_events()))
+    for kind in (EventKind.A_TO_F, EventKind.F_TO_A):
+        assert {(e.step, e.lane, e.layer, e.rows, e.peer) for e in events if e.kind == kind} == {
+            (40 + place, place, layer, count, SLOT) for place, (layer, count) in calls.items()
+        }
+    for there, back in zip(events[::2], events[1::2], strict=True):
+        assert (there.kind, back.kind) == (EventKind.A_TO_F, EventKind.F_TO_A)
+        assert there.begin_s <= there.end_s <= back.begin_s + 1e-5 <= back.end_s + 2e-5
+    assert both.client.take_events() == b"" and both.client.take_ready() == []
 
 
 def test_what_native_code_sends_python_reads(both):
@@ -546,7 +548,8 @@ def test_an_answer_goes_on_to_the_last_layer(all_layers):
     (wait,) = (e for e in events if e.kind == EventKind.WAIT)  # Python notes the first and the last
     assert attended[0].end_s <= wait.begin_s <= wait.end_s == attended[1].begin_s
     assert both.client.idle_since_s >= attended[1].end_s
-    assert [t.layer for t in both.client.take_transfers()] == [0, 1, 2]
+    for kind in (EventKind.A_TO_F, EventKind.F_TO_A):
+        assert [e.layer for e in events if e.kind == kind] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ struct Event {  // telemetry/timeline.py
   uint16_t layer, peer;
 };
 static_assert(sizeof(Event) == 40, "as struct.Struct('<ddQIIIHH')");
-enum : uint32_t { kAttention = 1, kFFN = 6, kGathered = 7, kWait = 8 };
+enum : uint32_t { kAttention = 1, kAToF = 4, kFToA = 5, kFFN = 6, kGathered = 7, kWait = 8 };
 
 struct Call {
   int64_t caller, epoch, step, lane, layer, part, rows;
@@ -249,20 +249,13 @@ struct Out {  // a call that is out, and where its answer goes
   double sent_s;
 };
 
-struct Transfer {  // transport/calls.py
-  double sent_s, taken_s, held_s, back_s;
-  uint64_t step;
-  uint32_t lane, layer, rows, slot;
-};
-
 struct Client {  // transport/calls.py
   Peer* peers;
   Out* outs;
-  Transfer* transfers;
   int64_t* ready;  // places of calls with which Python has to go on
   int64_t* sequence;
   Event* events;
-  int64_t num_peers, num_outs, most_transfers, num_transfers, num_ready, most_events, num_events;
+  int64_t num_peers, num_outs, num_ready, most_events, num_events;
   double idle_since_s, answered_s;
   uint64_t bell;  // as that of the server
 };
@@ -272,13 +265,14 @@ bool goes_on(const Out& out) {
          out.way->peers[out.layer + 1] >= 0;
 }
 
-void note(Client& client, uint32_t kind, double begin_s, double end_s, const Out& out) {
-  if (client.num_events == client.most_events) return;
-  const bool is_wait = kind == kWait;
-  client.events[client.num_events++] = {
-      begin_s, end_s, is_wait ? 0 : static_cast<uint64_t>(out.step),
-      is_wait ? 0 : static_cast<uint32_t>(out.rows), is_wait ? 0 : static_cast<uint32_t>(out.lane),
-      kind, is_wait ? uint16_t{0} : static_cast<uint16_t>(out.layer), 0};
+void note(Client& client, const Event& event) {
+  if (client.num_events < client.most_events) client.events[client.num_events++] = event;
+}
+
+Event event_of(const Out& out, uint32_t kind, double begin_s, double end_s, int64_t peer) {
+  return {begin_s, end_s > begin_s ? end_s : begin_s, static_cast<uint64_t>(out.step),
+          static_cast<uint32_t>(out.rows), static_cast<uint32_t>(out.lane), kind,
+          static_cast<uint16_t>(out.layer), static_cast<uint16_t>(peer)};
 }
 
 // Sends a call; returns what afd_ring_commit does, or less than 0 if there is no room.
@@ -301,7 +295,7 @@ void go_on(Client& client, int64_t place) {
   const Way& way = *out.way;
   const int64_t layer = out.layer + 1;
   const double begin_s = seconds();
-  if (client.idle_since_s > 0) note(client, kWait, client.idle_since_s, begin_s, out);
+  if (client.idle_since_s > 0) note(client, {client.idle_since_s, begin_s, 0, 0, 0, kWait, 0, 0});
   client.idle_since_s = 0.0;
   if (!way.function(way.contexts[layer], way.hidden, out.answer, out.rows, way.blocks[layer],
                     way.seen[layer], way.hidden, way.data)) {
@@ -313,7 +307,7 @@ void go_on(Client& client, int64_t place) {
   out.peer = way.peers[layer];
   out.part = client.peers[out.peer].slot;
   const double end_s = seconds();
-  note(client, kAttention, begin_s, end_s, out);
+  note(client, event_of(out, kAttention, begin_s, end_s, 0));
   const auto live_us = static_cast<int64_t>((end_s - way.live_since_s) * 1e6);
   const int64_t done = send(client, out, live_us, way.data, way.row_bytes);
   if (done > 0) client.bell |= uint64_t{1} << out.peer;
@@ -339,12 +333,12 @@ bool take_answer(Client& client, int64_t peer, const uint8_t* at, int64_t length
     out.state = goes_on(out) ? kGoesOn : kFree;
     if (out.state == kFree) client.ready[client.num_ready++] = i;
     client.answered_s = seconds();
-    if (client.num_transfers < client.most_transfers)
-      client.transfers[client.num_transfers++] = {
-          out.sent_s, own[5] * 1e-6, own[6] * 1e-6, client.answered_s,
-          static_cast<uint64_t>(out.step), static_cast<uint32_t>(out.lane),
-          static_cast<uint32_t>(out.layer), static_cast<uint32_t>(out.rows),
-          static_cast<uint32_t>(client.peers[peer].slot)};
+    // who shares memory shares the clock; that of the answer is in whole microseconds
+    const double taken_s = own[5] * 1e-6, computed_s = own[6] * 1e-6 + taken_s;
+    const int64_t slot = client.peers[peer].slot;
+    note(client, event_of(out, kAToF, out.sent_s, taken_s, slot));
+    note(client, event_of(out, kFToA, computed_s < client.answered_s ? computed_s : client.answered_s,
+                          client.answered_s, slot));
     return true;
   }
   return false;

@@ -175,22 +175,14 @@ class FFNClient:
             self._follow()
         self._collect(self._native)
         if self._native.has_events:
-            self.note_transfers()
+            self.note_events()
         ready, self._ready = self._ready, []
         return ready
 
-    def note_transfers(self) -> None:
-        """Put into the timeline how the calls of native code went, and what it computed."""
-        if self._native is None:
-            return
-        self._timeline.extend(self._native.take_events())
-        for transfer in self._native.take_transfers():
-            stage = StageId(transfer.step, transfer.lane, transfer.layer)
-            peer = self._pool.get(transfer.slot, "")
-            self._note(
-                stage, transfer.rows, transfer.slot, peer, transfer.sent_s, transfer.taken_s,
-                transfer.taken_s + transfer.held_s, transfer.back_s,
-            )  # fmt: skip
+    def note_events(self) -> None:
+        """Put into the timeline what native code did, and how its calls went."""
+        if self._native is not None:
+            self._timeline.extend(self._native.take_events())
 
     def accept(self, received: Received, combine: Combine) -> int | None:
         """Take in an answer.
@@ -300,27 +292,12 @@ class FFNClient:
         if pending.sent_s is not None:
             taken_s = combine.taken_us / 1e6
             computed_s = (combine.taken_us + combine.held_us) / 1e6
-            self._note(
-                pending.stage, part.num_rows, ffn.slot, ffn.incarnation, pending.sent_s, taken_s,
-                computed_s, self._endpoint.received_s,
-            )  # fmt: skip
-
-    def _note(
-        self,
-        stage: StageId,
-        rows: int,
-        slot: int,
-        peer: str,
-        sent_s: float,
-        taken_s: float,
-        computed_s: float,
-        back_s: float,
-    ) -> None:
-        clock = self._peer_clocks.setdefault(peer, PeerClock())
-        there_s, back_again_s = clock.directions(sent_s, taken_s, computed_s, back_s)
-        record = self._timeline.record
-        record(EventKind.A_TO_F, sent_s, sent_s + there_s, stage, rows, slot)
-        record(EventKind.F_TO_A, back_s - back_again_s, back_s, stage, rows, slot)
+            sent_s, back_s = pending.sent_s, self._endpoint.received_s
+            clock = self._peer_clocks.setdefault(ffn.incarnation, PeerClock())
+            there_s, back_again_s = clock.directions(sent_s, taken_s, computed_s, back_s)
+            record, stage = self._timeline.record, pending.stage
+            record(EventKind.A_TO_F, sent_s, sent_s + there_s, stage, part.num_rows, ffn.slot)
+            record(EventKind.F_TO_A, back_s - back_again_s, back_s, stage, part.num_rows, ffn.slot)
 
     def _follow(self) -> None:
         """Let native code call those who are in the topology and listened to."""

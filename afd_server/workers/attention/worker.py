@@ -49,6 +49,8 @@ from afd_server.workers.tensors import events_payload
 
 log = logging.getLogger(__name__)
 
+TokenRow = tuple[int, ...]  # of a `TokenChunk`
+
 
 class AttentionWorker:
     """Attention half, KV blocks and scheduler behind one endpoint.
@@ -177,7 +179,7 @@ class AttentionWorker:
 
     def load(self, num_bad_frames: int) -> LoadReport:
         """Return the present load and what was done since the last report."""
-        self._ffn.note_transfers()
+        self._ffn.note_events()
         scheduler, events = self._scheduler, events_payload(self._timeline)
         return LoadReport(
             steps=scheduler.num_steps,
@@ -272,7 +274,7 @@ class AttentionWorker:
         plan, record = result.plan, self._timeline.record
         stage = StageId(plan.step, lane.index, 0)
         record(EventKind.SAMPLE, begin_s, self._clock.now(), stage, len(result.tokens))
-        self._ffn.note_transfers()
+        self._ffn.note_events()
         end_s = self._clock.now()
         if self._calibration is not None:
             self._calibration.commit(plan, end_s - lane.begun_s)
@@ -311,7 +313,7 @@ class AttentionWorker:
         self._idle.clear()
 
     def _report(self, emitted: Sequence[Emitted]) -> None:
-        by_gateway: dict[str, list[tuple[int, ...]]] = {}
+        by_gateway: dict[str, list[TokenRow]] = {}
         for token in emitted:
             owner = self._owners.get((token.key, token.attempt))
             if owner is None:
@@ -333,14 +335,14 @@ class AttentionWorker:
         for gateway, rows in by_gateway.items():
             self._send_rows(gateway, rows)
 
-    def _send_rows(self, gateway: str, rows: Sequence[tuple[int, ...]]) -> None:
+    def _send_rows(self, gateway: str, rows: Sequence[TokenRow]) -> None:
         # what is lost here the gateway misses by its index, and asks again
         data = torch.tensor(rows, dtype=torch.int64).numpy().tobytes()
         chunk = TokenChunk(Payload(DType.INT64, (len(rows), TOKEN_COLUMNS), data))
         self._endpoint.try_send(gateway, chunk)
 
 
-def _sign(key: int, attempt: int, finish: int = 0) -> tuple[int, ...]:
+def _sign(key: int, attempt: int, finish: int = 0) -> TokenRow:
     """Return a token row without a token."""
     return (key, attempt, 0, 0, 0, finish, 0, 0, 0)
 
