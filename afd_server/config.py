@@ -72,9 +72,11 @@ class ServeConfig:
     dense_layers: Literal["attention", "ffn"] = _setting(
         "ffn", "workers that hold the layers without experts, and the shared experts of the others"
     )
-    lm_head: Literal["auto", "attention", "ffn"] = _setting(
-        "auto", "workers that hold the head and compute logits; auto: attention"
-    )
+    lm_head: Literal["auto", "attention", "ffn", "both"] = _setting(
+        "auto", "workers that hold the head and compute logits; both: a part of the vocabulary "
+        "each; auto: both over shared memory with no more attention workers than FFN workers, "
+        "else attention"
+    )  # fmt: skip
     expert_replicas: int = _setting(
         1, "FFN workers that hold each expert, with expert; groups of workers, with hybrid"
     )

@@ -47,7 +47,13 @@ from afd_server.transport.ring import why_unavailable
 from afd_server.transport.zeromq import ZeroMQLink
 from afd_server.weights.manifest import model_digest
 from afd_server.weights.pull import resolve
-from afd_server.workers.config import AttentionConfig, Numerics, WorkerSpec, ffn_config
+from afd_server.workers.config import (
+    AttentionConfig,
+    Numerics,
+    WorkerSpec,
+    ffn_config,
+    head_place,
+)
 
 log = logging.getLogger(__name__)
 
@@ -155,10 +161,14 @@ class _Plan:
         self.num_lanes = None if config.lanes == "auto" else config.lanes
         if self.parallel is FFNParallel.COLOCATED and self.num_lanes is None:
             self.num_lanes = 1  # no lane is ever away, and each reads all weights again
+        lm_head, shares_head = head_place(
+            config.lm_head, sizes.num_attention, sizes.num_ffn, self.transport == "shm"
+        )
         self.ffn = replace(
             ffn_config(self.parallel, sizes.num_ffn, config.expert_replicas, config.expert_shards),
             dense_layers=Role[config.dense_layers.upper()],
-            lm_head=Role.FFN if config.lm_head == "ffn" else Role.ATTENTION,
+            lm_head=lm_head,
+            shares_head=shares_head,
             hot_experts=_hot_experts(config, model),
         )
         self.num_spare_workers = self.ffn.num_replicas - 1 if config.hot_experts is None else 0
@@ -292,14 +302,14 @@ class _Plan:
         if config.ffn_workers == 0 or self.ffn.lm_head is Role.ATTENTION:
             return
         # float32 logits of a part of the vocabulary, of each sequence in a micro-batch
-        parts = self.ffn.num_parts
+        parts = self.ffn.num_parts + self.ffn.shares_head
         shards = [column_shard(model.vocab_size, part, parts) for part in range(parts)]
         payload = config.max_num_seqs * max(s.stop - s.start for s in shards) * 4
         if payload > MAX_PAYLOAD_BYTES:
             raise ConfigError(
-                f"lm_head is ffn, and max_num_seqs {config.max_num_seqs} makes logits of {payload} "
-                f"bytes, a message holds {MAX_PAYLOAD_BYTES}; lower max_num_seqs, or set lm_head "
-                "to attention"
+                f"the FFN workers hold a part of lm_head, and max_num_seqs {config.max_num_seqs} "
+                f"makes logits of {payload} bytes, a message holds {MAX_PAYLOAD_BYTES}; lower "
+                "max_num_seqs, or set lm_head to attention"
             )
 
     def _check_placement(self, model: ModelSpec) -> None:

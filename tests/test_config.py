@@ -262,7 +262,7 @@ WRONG = [
     ("dtype", "float16", "'auto', 'float32' or 'bfloat16'"),
     ("ffn_parallel", "experts", "'expert' or 'hybrid'"),
     ("dense_layers", "both", "'attention' or 'ffn'"),
-    ("lm_head", "both", "'auto', 'attention' or 'ffn'"),
+    ("lm_head", "all", "'attention', 'ffn' or 'both'"),
     ("launcher", "slurm", "'ray' or 'local'"),
     ("transport", "rdma", "'auto', 'zmq' or 'shm'"),
     ("data_transport", "udp", "'ipc' or 'tcp'"),

@@ -55,12 +55,14 @@ class Placement:
     one computes changes no bit, how many shards there are does.
 
     One more group, `attention_side`, is each attention worker by itself. What it holds is not
-    cut into columns, and no other group holds it.
+    cut into columns, and no other group holds it. The head is an exception if it is shared: then
+    the attention side has the first shard of the vocabulary, and those who hold it the others.
     """
 
     holders: tuple[tuple[tuple[int, ...], ...], ...]
     num_groups: int
     num_shards: int = 1
+    shares_head: bool = False
 
     def __post_init__(self) -> None:
         for layer, experts in enumerate(self.holders):
@@ -75,6 +77,21 @@ class Placement:
     def attention_side(self) -> int:
         """Return the group that every attention worker is by itself."""
         return self.num_groups
+
+    @property
+    def num_head_shards(self) -> int:
+        """Return the parts into which the vocabulary is cut."""
+        return self.num_shards + self.shares_head
+
+    def head_shard(self, shard: int | None) -> tuple[int, int]:
+        """Return which of how many parts of the vocabulary a column shard's worker holds.
+
+        Args:
+            shard: of an FFN worker; None for the attention side.
+        """
+        if not self.shares_head:
+            return (0, 1) if shard is None else (shard, self.num_shards)
+        return 0 if shard is None else shard + 1, self.num_head_shards
 
     @property
     def num_away(self) -> int:
@@ -94,10 +111,11 @@ class Placement:
 
     def held_by(self, group: int) -> tuple[tuple[int, ...], ...]:
         """Return the experts that a group holds, by layer."""
-        return tuple(
+        *layers, head = (
             tuple(expert for expert, groups in enumerate(experts) if group in groups)
             for experts in self.holders
         )
+        return *layers, (0,) if self.shares_head and group == self.attention_side else head
 
 
 def spread_experts(
@@ -107,13 +125,14 @@ def spread_experts(
     num_replicas: int,
     at_attention: Container[tuple[int, int]] = (),
     hot: Container[tuple[int, int]] | None = None,
+    shares_head: bool = False,
 ) -> Placement:
     """Deal experts out in turn, each to `num_replicas` groups in a row.
 
     Groups differ by at most one expert and replica in a layer. Every layer begins at the next
     group, so that dense layers and remainders are spread as well. The attention side holds those
     of `at_attention`, (layer, expert), which leave a gap. With `hot`, those that are not in it
-    have one holder.
+    have one holder. With `shares_head` the attention side has a part of the head as well.
     """
     assert 1 <= num_replicas <= num_groups, f"{num_replicas} replicas in {num_groups} groups"
 
@@ -126,7 +145,7 @@ def spread_experts(
             first += copies
 
     holders = tuple(tuple(deal(*layer)) for layer in enumerate(experts_by_layer))
-    return Placement(holders, num_groups, num_shards)
+    return Placement(holders, num_groups, num_shards, shares_head)
 
 
 # Shards start at multiples of this many columns: whole vectors for every kernel, and whole groups

@@ -107,16 +107,22 @@ class FFNShare(NamedTuple):
     """What one worker holds: one of `num_parts` column shards of some experts of each layer.
 
     `experts` lists them by layer; None means all. A dense layer counts as one expert, and so does
-    the head behind the last layer, whose columns are those of the logits.
+    the head behind the last layer, whose columns are those of the logits. `head` is which of how
+    many parts of the vocabulary; None if it is cut as the others are.
     """
 
     part: int = 0
     num_parts: int = 1
     experts: tuple[tuple[int, ...], ...] | None = None
+    head: tuple[int, int] | None = None
 
     def columns(self, intermediate_size: int) -> ColumnShard:
         """Return the shard of an FFN with so many columns."""
         return column_shard(intermediate_size, self.part, self.num_parts)
+
+    def vocabulary(self, vocab_size: int) -> ColumnShard:
+        """Return the part of so many tokens whose logits are computed."""
+        return column_shard(vocab_size, *(self.head or (self.part, self.num_parts)))
 
     def experts_of(self, layer: int, spec: ModelSpec) -> Sequence[int]:
         """Return the experts of a layer that are held."""

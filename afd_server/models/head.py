@@ -56,7 +56,7 @@ class _Head:
         self, spec: ModelSpec, weights: WeightSource, kernels: Kernels, share: FFNShare
     ) -> None:
         name = "model.embed_tokens.weight" if spec.tie_embeddings else "lm_head.weight"
-        vocabulary, part = (spec.vocab_size, spec.hidden_size), share.columns(spec.vocab_size)
+        vocabulary, part = (spec.vocab_size, spec.hidden_size), share.vocabulary(spec.vocab_size)
         self._weight = weights.pack("lm_head", lambda: weights.read_rows(name, vocabulary, *part))
         self._kernels = kernels
 

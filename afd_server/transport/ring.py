@@ -21,7 +21,7 @@ LIBRARY = Path(__file__).parent / "native" / "libafd_ring.so"
 NOT_BUILT = f"{LIBRARY.name} was not built: the installation found no C++ compiler"
 
 CAPACITY = 16 * 2**20  # of a direction; pages are taken as they are first used
-MAX_RECORD_BYTES = 2**20  # the rest is dominated by copying, which ZeroMQ does as well
+MAX_RECORD_BYTES = 4 * 2**20  # the rest is dominated by copying, which ZeroMQ does as well
 MAX_RECORDS = 64  # unread, in a direction; as ring.cpp has it, the credits of ZeroMQ
 MAX_FRAMES = 8
 MEMORY_BYTES = 4096 + 2 * CAPACITY

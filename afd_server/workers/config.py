@@ -40,7 +40,8 @@ class FFNConfig:
     of so many workers hold the experts, `num_replicas` groups each of them
     (`core.topology.Placement`). `max_gather_rows` limits the rows computed together.
     `dense_layers` is the pool that holds the layers without experts and the shared experts of the
-    others, `lm_head` that of the head. `hot_experts` are those, (layer, expert), that have the
+    others, `lm_head` that of the head; with `shares_head` the attention side has a part of it as
+    well. `hot_experts` are those, (layer, expert), that have the
     replicas; None: all have them.
     """
 
@@ -51,6 +52,7 @@ class FFNConfig:
     max_gather_rows: int = 1024
     dense_layers: Role = Role.FFN
     lm_head: Role = Role.ATTENTION
+    shares_head: bool = False
     hot_experts: tuple[tuple[int, int], ...] | None = None
 
 
@@ -78,6 +80,21 @@ def ffn_config(
             return FFNConfig(parallel, num_shards, num_workers // num_shards, num_replicas)
 
 
+def head_place(
+    setting: Literal["auto", "attention", "ffn", "both"],
+    num_attention: int,
+    num_ffn: int,
+    shares_memory: bool,
+) -> tuple[Role, bool]:
+    """Return the pool that holds the head, and whether the attention side has a part of it as well.
+
+    `auto` has both compute where logits travel through memory, and FFN workers have the time.
+    """
+    if setting == "auto":
+        setting = "both" if shares_memory and num_attention <= num_ffn else "attention"
+    return Role.ATTENTION if setting == "attention" else Role.FFN, setting == "both"
+
+
 def placement_of(config: FFNConfig, model: ModelSpec) -> Placement:
     """Return who holds what: every worker works it out for itself.
 
@@ -98,6 +115,7 @@ def placement_of(config: FFNConfig, model: ModelSpec) -> Placement:
         config.num_replicas,
         at_attention,
         None if config.hot_experts is None else hot,
+        config.shares_head and config.parallel is not FFNParallel.COLOCATED,
     )
 
 

@@ -248,7 +248,7 @@ def numerics_fingerprint(spec: WorkerSpec, kernels: Kernels) -> str:
         spec.compute_threads,
         ffn.num_parts,
         # what the attention side holds is whole
-        (ffn.dense_layers, ffn.lm_head) if ffn.num_parts > 1 else (),
+        (ffn.dense_layers, ffn.lm_head, ffn.shares_head) if ffn.num_parts > 1 else (),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -282,7 +282,8 @@ def build_attention_worker(
         )
     )
     placement = placement_of(spec.ffn, model_spec)
-    share = FFNShare(experts=placement.held_by(placement.attention_side))
+    experts = placement.held_by(placement.attention_side)
+    share = FFNShare(experts=experts, head=placement.head_shard(None))
     weights = _weights(spec, kernels, share)
     architecture = ARCHITECTURES[model_spec.model_type]
     model = architecture.attention(model_spec, weights, kernels, config.max_model_len)
@@ -346,8 +347,9 @@ def build_ffn_worker(
     Raises:
         ModelError: the checkpoint does not hold what the model needs.
     """
-    experts = placement_of(spec.ffn, model_spec).experts_of(spec.slot)
-    share = FFNShare(spec.slot % spec.ffn.num_parts, spec.ffn.num_parts, experts)
+    placement = placement_of(spec.ffn, model_spec)
+    experts, shard = placement.experts_of(spec.slot), spec.slot % spec.ffn.num_parts
+    share = FFNShare(shard, spec.ffn.num_parts, experts, placement.head_shard(shard))
     weights = _weights(spec, kernels, share)
     held = Held(ARCHITECTURES[model_spec.model_type], model_spec, weights, kernels, share)
     weights.keep()

@@ -50,6 +50,7 @@ class Pools:
         num_replicas: int = 1,
         dense_layers: Role = Role.FFN,
         lm_head: Role = Role.ATTENTION,
+        shares_head: bool = False,
         numerics: Numerics = EXACT,
         link: Callable[[str], Link] | None = None,
         faults: Faults | None = None,
@@ -91,6 +92,7 @@ class Pools:
                 max_gather_rows=max_gather_rows,
                 dense_layers=dense_layers,
                 lm_head=lm_head,
+                shares_head=shares_head,
             ),
         }
         self._model_spec = read_model_spec(model)

@@ -6,18 +6,19 @@ A few rounds run with the other tests; `make determinism` makes 10,000 compariso
 import hashlib
 import random
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
 from afd_server.core.model_spec import read_model_spec
 from afd_server.core.request import Request, SamplingParams
-from afd_server.core.topology import FFNParallel
+from afd_server.core.topology import FFNParallel, Role
 from afd_server.workers.config import Numerics
 from support.checkpoints import tiny_llama
 from support.experts import tiny_routed
 from support.families import family
 from support.logits import record_logits
-from support.pools import Pools
+from support.pools import Pools, shm_links
 
 MODELS = {  # dense; with experts; with a shared one, clamps and sliding windows beside
     "llama": lambda: tiny_llama()[0],
@@ -43,6 +44,8 @@ class Company:
     max_num_seqs: int
     prefix_caching: bool
     kv: str = "bfloat16"
+    head: tuple[Role, bool] = (Role.ATTENTION, False)
+    shares_memory: bool = False  # so that native code takes calls from layer to layer
 
     @property
     def num_parts(self) -> int:
@@ -54,7 +57,7 @@ class Company:
         """Return all that the bits of a request may depend on."""
         return self.model, self.num_parts, self.kv
 
-    def pools(self) -> Pools:
+    def pools(self, directory_of_links: Path) -> Pools:
         directory = MODELS[self.model]()
         spec = read_model_spec(directory)
         block_bytes = 16 * spec.kv_slot_bytes(self.kv) * len(spec.kv_groups)  # in every group
@@ -71,6 +74,10 @@ class Company:
             kv_cache_bytes=self.num_blocks * block_bytes,
             max_num_seqs=self.max_num_seqs,
             prefix_caching=self.prefix_caching,
+            lm_head=self.head[0],
+            shares_head=self.head[1],
+            link=shm_links(directory_of_links) if self.shares_memory else None,
+            with_crc=not self.shares_memory,
         )
 
 
@@ -97,6 +104,8 @@ def any_company(rng: random.Random) -> Company:
         max_num_seqs=max_num_seqs,
         prefix_caching=rng.random() < 0.7,
         kv=rng.choice(["bfloat16", "int8"]),
+        head=rng.choice([(Role.ATTENTION, False), (Role.FFN, False), (Role.FFN, True)]),
+        shares_memory=rng.random() < 0.5,
     )
 
 
@@ -121,19 +130,25 @@ def population(rng: random.Random, size: int = 60) -> list[Request]:
 class Runs:
     """Runs requests in pools and writes down what each gave."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, directory):
         self._logits = record_logits(monkeypatch)
-        self.num_preemptions = self.num_hit_tokens = 0
+        self._directory = directory
+        self.num_preemptions = self.num_hit_tokens = self.num_native = 0
 
     def outcomes(self, company: Company, requests: list[Request]) -> list[Outcome]:
         self._logits.clear()
-        pools = company.pools()
-        tokens = pools.run(requests, [r.key % company.num_attention for r in requests])
+        pools = company.pools(self._directory)
+        try:
+            tokens = pools.run(requests, [r.key % company.num_attention for r in requests])
+        finally:
+            pools.close()
         for name, worker in pools.workers.items():
             if name.startswith("attention"):
                 load = worker.load(0)
                 self.num_preemptions += load.preemptions
                 self.num_hit_tokens += load.hit_tokens
+            elif (server := worker._server) is not None:
+                self.num_native += server.num_calls
         return [
             (ids, [self._digest(request, step) for step in range(len(ids))])
             for request, ids in zip(requests, tokens, strict=True)
@@ -149,8 +164,8 @@ def num_comparisons(pytestconfig):
     return pytestconfig.getoption("comparisons")
 
 
-def test_company_changes_no_bit(num_comparisons, pytestconfig, monkeypatch):
-    rng, runs = random.Random(20250727), Runs(monkeypatch)
+def test_company_changes_no_bit(num_comparisons, pytestconfig, monkeypatch, tmp_path):
+    rng, runs = random.Random(20250727), Runs(monkeypatch, tmp_path)
     requests = population(rng)
     alone: dict[tuple[int, str, int, str], Outcome] = {}
     num_compared = 0
@@ -167,8 +182,10 @@ def test_company_changes_no_bit(num_comparisons, pytestconfig, monkeypatch):
         num_compared += len(chosen)
     assert runs.num_preemptions > 0, "no round was tight enough to preempt"
     assert runs.num_hit_tokens > 0, "no round found a prefix computed"
+    assert runs.num_native > 0, "no round had calls without Python"
     reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
     reporter.write_line(
         f"{num_compared} comparisons, 0 differences; on the way {runs.num_preemptions} "
-        f"preemptions and {runs.num_hit_tokens} tokens found computed"
+        f"preemptions, {runs.num_hit_tokens} tokens found computed and {runs.num_native} calls "
+        "without Python"
     )

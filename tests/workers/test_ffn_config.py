@@ -6,7 +6,8 @@ import pytest
 
 from afd_server.core.model_spec import read_model_spec
 from afd_server.core.topology import FFNParallel, Role
-from afd_server.workers.config import ffn_config, placement_of
+from afd_server.workers.config import ffn_config, head_place, placement_of
+from support.checkpoints import tiny_llama
 from support.experts import tiny_routed
 from support.families import family
 
@@ -77,3 +78,39 @@ def test_colocated_workers_hold_everything(spec):
     config = replace(ffn_config(FFNParallel.COLOCATED, 0), lm_head=Role.FFN)
     placement = placement_of(config, spec)
     assert placement.held_by(placement.attention_side) == ((0,), ALL, (0,), (0,))
+
+
+@pytest.mark.parametrize(
+    ("setting", "num_attention", "num_ffn", "shares_memory", "expected"),
+    [
+        ("auto", 1, 1, True, (Role.FFN, True)),
+        ("auto", 1, 3, True, (Role.FFN, True)),
+        ("auto", 2, 1, True, (Role.ATTENTION, False)),
+        ("auto", 1, 1, False, (Role.ATTENTION, False)),
+        ("auto", 1, 0, True, (Role.ATTENTION, False)),
+        ("both", 2, 1, False, (Role.FFN, True)),
+        ("ffn", 1, 1, True, (Role.FFN, False)),
+        ("attention", 1, 1, True, (Role.ATTENTION, False)),
+    ],
+)
+def test_the_head_is_shared_where_that_was_measured_to_pay(
+    setting, num_attention, num_ffn, shares_memory, expected
+):
+    assert head_place(setting, num_attention, num_ffn, shares_memory) == expected
+
+
+def test_a_shared_head_is_whole_with_every_number_of_shards():
+    for config in (
+        ffn_config(FFNParallel.TENSOR, 3),
+        ffn_config(FFNParallel.REPLICATE, 3),
+        ffn_config(FFNParallel.COLOCATED, 0),
+    ):
+        model = read_model_spec(tiny_llama()[0])
+        placement = placement_of(replace(config, lm_head=Role.FFN, shares_head=True), model)
+        shards = [placement.head_shard(shard) for shard in range(placement.num_shards)]
+        if config.parallel is FFNParallel.COLOCATED:
+            assert placement.head_shard(None) == (0, 1)
+        else:
+            count = config.num_parts + 1
+            assert [placement.head_shard(None), *shards] == [(n, count) for n in range(count)]
+        assert placement.held_by(placement.attention_side)[-1] == (0,)

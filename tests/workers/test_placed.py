@@ -191,8 +191,20 @@ def test_the_head_gives_the_same_bits_on_either_side_whole_or_in_parts(
 ):
     shape = {"num_ffn": num_ffn, "parallel": parallel, "numerics": numerics, "num_attention": 2}
     expected = run(Pools(tiny_llama(tied=tied)[0], **shape), logits_of)
-    pools = Pools(tiny_llama(tied=tied)[0], **shape, lm_head=Role.FFN)
-    assert_same_bits(run(pools, logits_of), expected)
+    for shares_head in (False, True):
+        model = tiny_llama(tied=tied)[0]
+        pools = Pools(model, **shape, lm_head=Role.FFN, shares_head=shares_head)
+        assert_same_bits(run(pools, logits_of), expected)
+
+
+def test_each_side_computes_its_part_of_the_vocabulary():
+    pools = Pools(tiny_llama()[0], num_ffn=2, lm_head=Role.FFN, shares_head=True)
+    attention = pools.workers[pools.attention()]
+    ffn = [worker for name, worker in pools.workers.items() if name.startswith("ffn")]
+    held = [attention._ffn._own, *(worker._held for worker in ffn)]
+    rows = torch.ones(1, 96)
+    widths = [half.answer(3, rows).shape[1] for half in held]
+    assert sum(widths) == pools._model_spec.vocab_size and max(widths) <= 2 * min(widths)
 
 
 def test_a_model_with_experts_has_its_head_where_a_dense_layer_would_be(logits_of):
@@ -214,11 +226,13 @@ def test_only_rows_that_need_logits_travel_to_the_head():
     assert rows == [1, 1, 1, 1]  # of a prompt in three chunks, and of four tokens
 
 
+@pytest.mark.parametrize("shares_head", [False, True])
 @pytest.mark.parametrize("seed", range(2))
-def test_a_network_that_loses_and_reorders_logits_changes_no_token(seed, logits_of):
+def test_a_network_that_loses_and_reorders_logits_changes_no_token(seed, shares_head, logits_of):
     expected = run(Pools(tiny_llama()[0], num_ffn=2), logits_of)[0]
     faults = Faults(seed, drop=0.05, duplicate=0.1, max_delay=5)
-    pools = Pools(tiny_llama()[0], num_ffn=2, lm_head=Role.FFN, faults=faults, resend_s=0.3)
+    head = {"lm_head": Role.FFN, "shares_head": shares_head}
+    pools = Pools(tiny_llama()[0], num_ffn=2, **head, faults=faults, resend_s=0.3)
     assert pools.run(requests()) == expected
 
 

@@ -38,10 +38,12 @@ def stage(event):
     return StageId(event.step, event.lane, event.layer)
 
 
-@pytest.mark.parametrize("lm_head", [Role.ATTENTION, Role.FFN])
+@pytest.mark.parametrize(
+    ("lm_head", "shares_head"), [(Role.ATTENTION, False), (Role.FFN, False), (Role.FFN, True)]
+)
 @pytest.mark.parametrize("num_ffn", [1, 2])
-def test_every_stage_of_every_step_is_recorded_once(num_ffn, lm_head):
-    pools = Pools(tiny_llama()[0], num_ffn=num_ffn, lm_head=lm_head)
+def test_every_stage_of_every_step_is_recorded_once(num_ffn, lm_head, shares_head):
+    pools = Pools(tiny_llama()[0], num_ffn=num_ffn, lm_head=lm_head, shares_head=shares_head)
     pools.run(requests())
     (attention,) = events_of(pools, Role.ATTENTION)
     steps = of_kind(attention, EventKind.STEP)
@@ -67,7 +69,7 @@ def test_every_stage_of_every_step_is_recorded_once(num_ffn, lm_head):
         assert Counter(map(stage, computed)) == expected
     assert sum(sampled.values()) == 3 * 4
     here = Counter(map(stage, of_kind(attention, EventKind.FFN)))
-    assert here == (heads if lm_head is Role.ATTENTION else Counter())
+    assert here == (heads if lm_head is Role.ATTENTION or shares_head else Counter())
 
 
 def test_a_gathered_call_is_recorded_with_its_own_worker():

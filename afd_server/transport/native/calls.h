@@ -20,7 +20,7 @@ constexpr int64_t kNumber = 9;                   // a marker and 8 bytes, the hi
 constexpr uint8_t kMarker = 0xcf, kNoText = 0xa0;
 constexpr int64_t kUint8 = 1, kFloat32 = 4;     // DType
 constexpr int64_t kCallNumbers = 15, kAnswerNumbers = 17, kTextPlace = 10;
-constexpr int64_t kMostHeader = 2048, kMostRecord = 1 << 20;
+constexpr int64_t kMostHeader = 2048, kMostRecord = 4 << 20;
 
 struct Peer {  // `expected_size` is 0 for a ring that is only watched
   Ring* ring;

@@ -281,6 +281,8 @@ class FFNClient:
             answers = [pending.own]
         else:
             answers = [pending.parts[slot].partial for slot in self._placement.slots_of(group)]
+            if self._shares(pending.call):
+                answers.insert(0, pending.own)
         there = [answer for answer in answers if answer is not None]
         assert len(there) == len(answers), f"the sum of lane {pending.stage.lane} is not complete"
         return there
@@ -423,6 +425,8 @@ class FFNClient:
         pending.shares = cut(call, self._groups_of(call.layer, pending.stage.lane))
         pending.parts = {}
         own = None
+        if self._shares(call):
+            own = Share(placement.attention_side, call.rows, None, call.rows.shape[0])
         for share in pending.shares or ():
             if share.group == placement.attention_side:
                 own = share
@@ -436,8 +440,12 @@ class FFNClient:
     def _answer_width(self, call: FFNCall, shard: int) -> int:
         if not call.is_head:
             return self._spec.hidden_size
-        part = column_shard(self._spec.vocab_size, shard, self._placement.num_shards)
+        part = column_shard(self._spec.vocab_size, *self._placement.head_shard(shard))
         return part.stop - part.start
+
+    def _shares(self, call: FFNCall) -> bool:
+        """Tell whether the attention side computes a part of what others are asked for."""
+        return call.is_head and self._placement.shares_head
 
     def _compute(self, stage: StageId, rows: Tensor) -> Tensor:
         begin_s = self._clock.now()
