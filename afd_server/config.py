@@ -151,6 +151,9 @@ class ServeConfig:
         64, "with slo_mode enforce, refuse requests when so many wait for their first token"
     )
     compute_threads: int = _setting(1, "threads of a worker's tensor operations")
+    pin_workers: bool = _setting(
+        False, "give each worker cores of its own, one for each thread; this machine must have them"
+    )
     cache_dir: str | None = _setting(
         None, "where pulled models are kept; default: ~/.cache/afd-server/models"
     )

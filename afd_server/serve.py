@@ -8,6 +8,7 @@ import contextlib
 import ipaddress
 import json
 import logging
+import os
 import shlex
 import shutil
 import signal
@@ -171,6 +172,8 @@ class _Plan:
             shares_head=shares_head,
             hot_experts=_hot_experts(config, model),
         )
+        if config.lm_head == "auto" and self._logit_bytes(model) > MAX_PAYLOAD_BYTES:
+            self.ffn = replace(self.ffn, lm_head=Role.ATTENTION, shares_head=False)
         self.num_spare_workers = self.ffn.num_replicas - 1 if config.hot_experts is None else 0
         checksums = {"on": True, "off": False, "auto": config.data_transport == "tcp"}
         self.with_crc = checksums[config.frame_checksums]
@@ -252,10 +255,36 @@ class _Plan:
             ),
             ffn=self.ffn,
             load_format=config.load_format,
+            cores=self._cores_of(role, slot),
         )
+
+    def _cores_of(self, role: Role, slot: int) -> tuple[int, ...]:
+        """Return a worker's own cores; whoever takes its place gets them too."""
+        if not self._config.pin_workers:
+            return ()
+        place = slot if role is Role.ATTENTION else self.counts[Role.ATTENTION] + slot
+        threads = self._config.compute_threads
+        return tuple(sorted(os.sched_getaffinity(0))[place * threads : (place + 1) * threads])
+
+    def _check_cores(self) -> None:
+        config = self._config
+        if not config.pin_workers:
+            return
+        if config.ray_address is not None:
+            raise ConfigError(
+                "pin_workers gives out the cores of this machine; it does not go with ray_address"
+            )
+        wanted = sum(self.counts.values()) * config.compute_threads
+        if wanted > num_cores():
+            raise ConfigError(
+                f"pin_workers: {sum(self.counts.values())} workers of {config.compute_threads} "
+                f"compute_threads want {wanted} cores of their own, and there are {num_cores()}; "
+                "lower one of these, or set pin_workers to false"
+            )
 
     def _check(self, model: ModelSpec) -> None:
         config = self._config
+        self._check_cores()
         if self.max_model_len > model.max_position:
             raise ConfigError(
                 f"max_model_len is {self.max_model_len}, but the model was made for at most "
@@ -301,16 +330,22 @@ class _Plan:
             )
         if config.ffn_workers == 0 or self.ffn.lm_head is Role.ATTENTION:
             return
-        # float32 logits of a part of the vocabulary, of each sequence in a micro-batch
-        parts = self.ffn.num_parts + self.ffn.shares_head
-        shards = [column_shard(model.vocab_size, part, parts) for part in range(parts)]
-        payload = config.max_num_seqs * max(s.stop - s.start for s in shards) * 4
+        payload = self._logit_bytes(model)
         if payload > MAX_PAYLOAD_BYTES:
             raise ConfigError(
                 f"the FFN workers hold a part of lm_head, and max_num_seqs {config.max_num_seqs} "
                 f"makes logits of {payload} bytes, a message holds {MAX_PAYLOAD_BYTES}; lower "
                 "max_num_seqs, or set lm_head to attention"
             )
+
+    def _logit_bytes(self, model: ModelSpec) -> int:
+        """Return the most that an FFN worker answers a call of the head with.
+
+        That is float32 logits of its part of the vocabulary, of each sequence in a micro-batch.
+        """
+        parts = self.ffn.num_parts + self.ffn.shares_head
+        shards = [column_shard(model.vocab_size, part, parts) for part in range(parts)]
+        return self._config.max_num_seqs * max(s.stop - s.start for s in shards) * 4
 
     def _check_placement(self, model: ModelSpec) -> None:
         config, columns = self._config, model.smallest_intermediate_size

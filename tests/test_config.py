@@ -60,6 +60,7 @@ OTHERS = {
     "ttft_slo_ms": 1500.0,
     "max_queued_requests": 3,
     "compute_threads": 6,
+    "pin_workers": True,
     "cache_dir": "/var/cache/models",
     "start_timeout_s": 12.5,
     "shutdown_timeout_s": 0.5,
@@ -324,7 +325,7 @@ BOOLEANS = [name for name, hint in get_type_hints(ServeConfig).items() if hint i
 
 def test_booleans_are_switched_on_and_off_by_flags():
     environment = {"AFD_TRUSTED_NETWORK": "true"}
-    assert BOOLEANS == ["trusted_network", "prefix_caching"]
+    assert BOOLEANS == ["trusted_network", "prefix_caching", "pin_workers"]
     assert from_flags("--trusted-network").trusted_network
     assert not from_flags("--no-trusted-network", environment=environment).trusted_network
     assert from_flags(environment=environment).trusted_network

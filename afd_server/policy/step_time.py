@@ -19,6 +19,7 @@ REFIT_EVERY = 16  # steps
 OWN_STEPS = 50.0  # how many observations the calibration is worth for each cost of a step itself
 BESIDE_STEPS = 5.0  # the same for what it costs the steps beside it, which is a guess
 GUESS_STEPS = 0.02  # how many observations of a calibration the guess before it is worth
+STALE_STEPS = 100  # alone, after which nothing is held against lanes beside each other
 NUM_RATIOS = 200  # of observed to predicted times; their quantiles are those of the next one
 OUTLIER = 2.0  # no step counts as slower than so many times its prediction
 
@@ -121,6 +122,7 @@ class StepTimeModel:
         self._ratios: deque[float] = deque([0.9, 1.0, 1.1] * 4, NUM_RATIOS)
         self._sorted_ratios = sorted(self._ratios)
         self._num_observed = 0
+        self._num_alone = 0  # steps since the last one beside others
 
     def predict(self, load: StepLoad, quantile: float = 0.5) -> float:
         """Return the seconds that a step will take at most, with a probability of `quantile`."""
@@ -151,13 +153,15 @@ class StepTimeModel:
         fade = 1 - 1 / MEMORY_STEPS
         _add(self._moments, self._products, _features(load), kept * expected_s, fade=fade)
         self._num_observed += 1
+        self._num_alone = 0 if load.others else self._num_alone + 1
         if self._num_observed % REFIT_EVERY == 0:
             self._sorted_ratios = sorted(self._ratios)
             self._refit()
 
     def _refit(self) -> None:
         """Take new costs; the speed is then that of the latest steps under these."""
-        costs = _non_negative(self._moments, self._products, self._prior, _PRIOR_WEIGHTS)
+        found = _non_negative(self._moments, self._products, self._prior, _PRIOR_WEIGHTS)
+        costs = _bounded(found, self._prior if self._num_alone > STALE_STEPS else found)
         typical = [row[0] for row in self._moments]  # Σ x: the mean load, since x begins with 1
         old = sum(c * x for c, x in zip(self._costs, typical, strict=True))
         new = sum(c * x for c, x in zip(costs, typical, strict=True))
@@ -169,6 +173,18 @@ def _with_beside(own: tuple[float, ...]) -> tuple[float, ...]:
     """Return costs with those of what other lanes do, a share of what the same costs oneself."""
     constant, rows, _, prefill, _ = own
     return (*own, _BESIDE * constant, _BESIDE * rows, _BESIDE * prefill)
+
+
+def _bounded(costs: tuple[float, ...], limits: tuple[float, ...]) -> tuple[float, ...]:
+    """Return costs under which steps cost others beside them no more than is likely.
+
+    That is no more than their own work: what is above was the machine, and is in the speed, which
+    changes back with any step. What lanes cost each other is seen only while several of them run,
+    so a belief that they cannot would last. For the same reason there are limits of their own.
+    """
+    constant, rows, _, prefill, _, *beside_s = costs
+    bounds = zip(beside_s, (constant, rows, prefill), limits[5:], strict=True)
+    return (*costs[:5], *map(min, bounds))
 
 
 def _times(costs: tuple[float, ...], load: StepLoad) -> float:

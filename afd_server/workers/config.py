@@ -164,6 +164,7 @@ class WorkerSpec:
         transport: between workers: `zmq`, or `shm` for shared memory beside it.
         with_crc: whether frames carry checksums.
         load_format: where the weights come from.
+        cores: of its own; empty if it shares all of them.
     """
 
     role: Role
@@ -181,6 +182,7 @@ class WorkerSpec:
     attention: AttentionConfig
     ffn: FFNConfig
     load_format: LoadFormat = "auto"
+    cores: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:

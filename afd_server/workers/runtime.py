@@ -7,6 +7,7 @@ messages and its turns. One loop, one thread; every wait has a limit.
 import gc
 import hashlib
 import logging
+import os
 from collections.abc import Callable
 from typing import Protocol
 
@@ -160,7 +161,9 @@ def run_worker(spec: WorkerSpec, should_stop: Callable[[], bool]) -> None:
     torch.set_num_threads(spec.compute_threads)
     torch.set_grad_enabled(False)
     clock = MonotonicClock()
-    link = _link(spec)
+    link = _link(spec)  # has started its threads, which go where there is room
+    if spec.cores:
+        os.sched_setaffinity(0, spec.cores)
     supervisor = Member(Role.SUPERVISOR, 0, spec.supervisor, spec.supervisor_address, "")
     identity = Identity(spec.incarnation, spec.model_digest)
     endpoint = Endpoint(link, identity, clock, (supervisor,), spec.with_crc)

@@ -43,6 +43,18 @@ def test_colocated_workers_may_be_as_many_as_there_are_cores(short_dir):
         assert f"{CORES} cores: {NUM_WORKERS} colocated attention workers" in server.output
 
 
+@pytest.mark.skipif(CORES < 2, reason="two workers need two cores of their own")
+def test_pinned_workers_have_cores_of_their_own_and_the_gateway_has_all(short_dir):
+    arguments = ("--launcher", "local", "--pin-workers")
+    with serving(short_dir, tiny_llama()[0], *arguments) as server:
+        assert tokens_of(server)
+        started = [(process.cmdline(), process.cpu_affinity()) for process in server.descendants()]
+    pinned = [cores for command, cores in started if "worker" in command]
+    others = [cores for command, cores in started if "gateway" in command]
+    assert list(map(len, pinned)) == [1, 1] and pinned[0] != pinned[1]
+    assert list(map(len, others)) == [CORES]
+
+
 def test_an_ffn_pool_of_groups_has_as_many_workers_as_they_need(short_dir):
     chosen = ("--ffn-workers", "auto", "--ffn-parallel", "hybrid", "--expert-replicas", 2)
     with serving(short_dir, tiny_routed("mixtral")[0], *AUTO, *chosen) as server:
@@ -54,6 +66,14 @@ def test_an_ffn_pool_of_groups_has_as_many_workers_as_they_need(short_dir):
     [
         (["--attention-workers", "0", "--ffn-workers", "auto"], "attention_workers is 0"),
         (["--attention-workers", "-1"], "attention_workers is -1"),
+        (
+            ["--pin-workers", "--attention-workers", CORES],
+            f"{CORES + 1} workers of {THREADS} compute_threads want",
+        ),
+        (
+            ["--pin-workers", "--ray-address", "10.0.0.1:6379", "--launcher", "ray"],
+            "pin_workers gives out the cores of this machine",
+        ),
         (["--ffn-workers", "most"], "ffn_workers is 'most' (command line)"),
         (
             ["--ffn-workers", "auto", "--ray-address", "10.0.0.1:6379", "--launcher", "ray"],

@@ -143,3 +143,20 @@ def test_a_slower_machine_is_noticed_within_some_steps():
     teach(model, rng, 300)
     teach(model, rng, 60, speed=1.5)
     assert error(model, rng, speed=1.5) < 0.25
+
+
+def test_a_crowded_machine_leaves_no_belief_that_lanes_hold_each_other_up_for_good():
+    """Nobody would use a second lane again, and so nobody would find out."""
+    rng, model = random.Random(8), StepTimeModel()
+    teach(model, rng, 300)
+    alone, beside = StepLoad(rows=1, keys=256), StepLoad(rows=1, keys=256, others=1, other_rows=1)
+    for _ in range(400):  # something else takes the cores
+        model.observe(beside, 6 * true_s(beside) * rng.lognormvariate(0, 0.1))
+        model.observe(alone, 2 * true_s(alone) * rng.lognormvariate(0, 0.1))
+    for _ in range(100):  # it has gone, and there is a single lane now
+        model.observe(alone, true_s(alone) * rng.lognormvariate(0, 0.1))
+    assert model.predict(alone) == pytest.approx(true_s(alone), rel=0.25)
+    assert model.predict(beside) <= 2.05 * model.predict(alone)
+    for _ in range(32):
+        model.observe(alone, true_s(alone) * rng.lognormvariate(0, 0.1))
+    assert model.predict(beside) <= 1.7 * model.predict(alone)
