@@ -163,7 +163,10 @@ class _Plan:
         if self.parallel is FFNParallel.COLOCATED and self.num_lanes is None:
             self.num_lanes = 1  # no lane is ever away, and each reads all weights again
         lm_head, shares_head = head_place(
-            config.lm_head, sizes.num_attention, sizes.num_ffn, self.transport == "shm"
+            config.lm_head,
+            sizes.num_attention,
+            sizes.num_ffn,
+            self.transport == "shm" and config.dense_layers == "ffn",
         )
         self.ffn = replace(
             ffn_config(self.parallel, sizes.num_ffn, config.expert_replicas, config.expert_shards),

@@ -89,6 +89,12 @@ def head_place(
     """Return the pool that holds the head, and whether the attention side has a part of it as well.
 
     `auto` has both compute where logits travel through memory, and FFN workers have the time.
+
+    Args:
+        setting: what was asked for.
+        num_attention: workers of that pool.
+        num_ffn: workers of the other.
+        shares_memory: whether they do, and FFN workers hold what is dense.
     """
     if setting == "auto":
         setting = "both" if shares_memory and num_attention <= num_ffn else "attention"

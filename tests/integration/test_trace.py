@@ -31,10 +31,10 @@ def test_a_trace_shows_every_layer_of_both_pools_and_the_metrics_count_them(serv
     assert set(pids) == {"attention/0", "ffn/0"}
     spans = [row for row in rows if row["ph"] == "X"]
     assert all(row["dur"] >= 0 and row["ts"] >= 0 and row["tid"] > 0 for row in spans)
-    for worker, name, expected in (  # behind the three layers comes the head
+    for worker, name, expected in (  # behind the three layers comes the head, on both sides
         ("attention/0", "attention", {0, 1, 2, 3}),
         ("attention/0", "ffn", {3}),
-        ("ffn/0", "ffn", {0, 1, 2}),
+        ("ffn/0", "ffn", {0, 1, 2, 3}),
     ):
         layers = {
             s["args"]["layer"] for s in spans if (s["pid"], s["name"]) == (pids[worker], name)
@@ -57,10 +57,16 @@ def test_a_call_lies_between_its_two_transfers(server, short_dir):
     server.http.post("/v1/completions", json={**BODY, "max_tokens": 50})
     server.wait_for(lambda: len(server.http.get("/debug/trace").json()["traceEvents"]) > 100)
     rows = server.http.get("/debug/trace?seconds=30").json()["traceEvents"]
+    pids = {row["args"]["name"]: row["pid"] for row in rows if row["name"] == "process_name"}
     found = {
         (row["name"], row["args"]["step"], row["args"]["layer"]): row
         for row in rows
-        if row["name"] in ("a_to_f", "ffn", "f_to_a")
+        if (row["pid"], row["name"])
+        in {
+            (pids["attention/0"], "a_to_f"),
+            (pids["ffn/0"], "ffn"),
+            (pids["attention/0"], "f_to_a"),
+        }
     }
     calls = [(key[1:], row) for key, row in found.items() if key[0] == "ffn"]
     compared, slack_us = 0, 3  # two stamps cut to whole microseconds, and rounding
