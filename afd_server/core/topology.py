@@ -78,11 +78,6 @@ class Placement:
         """Return the group that every attention worker is by itself."""
         return self.num_groups
 
-    @property
-    def num_head_shards(self) -> int:
-        """Return the parts into which the vocabulary is cut."""
-        return self.num_shards + self.shares_head
-
     def head_shard(self, shard: int | None) -> tuple[int, int]:
         """Return which of how many parts of the vocabulary a column shard's worker holds.
 
@@ -91,7 +86,7 @@ class Placement:
         """
         if not self.shares_head:
             return (0, 1) if shard is None else (shard, self.num_shards)
-        return 0 if shard is None else shard + 1, self.num_head_shards
+        return 0 if shard is None else shard + 1, self.num_shards + 1
 
     @property
     def num_away(self) -> int:
