@@ -6,7 +6,7 @@ come from what steps have taken so far, those of a calibration first (`policy.st
 """
 
 from collections.abc import Iterable
-from math import inf
+from math import ceil, inf
 
 from afd_server.core.sequence import Sequence
 from afd_server.policy.step_time import StepLoad, StepTimeModel, with_prefill, with_row
@@ -17,6 +17,9 @@ LONGEST_GAP = 1.95  # targets: slack or not, hardly any step with prefill takes 
 EXPECTED_GROWTH = 64  # tokens by which a sequence is taken to grow when it is judged
 PATIENCE = 10  # targets without any prefill, after which some is done at anybody's cost
 MIN_PREFILL = 16  # tokens; fewer are not worth their part of a step
+TRIAL_EVERY = 128  # steps, of which so many are in another number of lanes than is thought best
+TRIAL_STEPS = 8
+TRIAL_COST = 1.5  # unless these would take so many times as long
 STEP_QUANTILE = 0.75  # of a step's time, for what must be done by a moment
 GAP_QUANTILE = 0.98  # the same for the longest gap: how far a step may stray depends on the machine
 MEAN_QUANTILE = 0.6  # of many steps' time, whose mean lies above the median
@@ -26,13 +29,36 @@ class Pace:
     """The schedule of one attention worker's sequences.
 
     Args:
-        num_lanes: that share the sequences.
+        num_lanes: that share the sequences; `open_lanes` may say so later.
     """
 
     def __init__(self, num_lanes: int) -> None:
         self.model = StepTimeModel()
-        self.num_lanes = num_lanes
+        self._lane_choices = range(num_lanes, num_lanes + 1)
+        self._num_chosen = 0
         self._last_prefill_s = -inf
+
+    def open_lanes(self, most: int, fewest: int) -> None:
+        """Share the sequences among so many lanes from now on, as many as pay."""
+        self._lane_choices = range(fewest, most + 1)
+
+    def lanes_for(self, sequences: list[Sequence]) -> int:
+        """Return the number of lanes that bring all of these a token soonest.
+
+        Few sequences are sooner through in few lanes: a step takes hardly longer for some rows
+        more, and longer beside another step. How much longer is seen only while several run, so
+        the second best number has a trial now and then. While somebody reads a prompt all lanes
+        are open, so that others need not wait for it.
+        """
+        choices = self._lane_choices
+        if len(choices) == 1 or not all(map(is_decoding, sequences)):
+            return choices[-1]
+        rows, keys = _expected_rows(sequences)
+        expected_s = {lanes: self._decode_step_s(rows, keys, lanes) for lanes in choices}
+        best, second, *_ = sorted(choices, key=lambda lanes: expected_s[lanes])
+        self._num_chosen += 1
+        is_trial = self._num_chosen % TRIAL_EVERY < TRIAL_STEPS
+        return second if is_trial and expected_s[second] < TRIAL_COST * expected_s[best] else best
 
     def due_s(self, sequence: Sequence) -> float:
         """Return when the next token of a sequence is due; without a target, never."""
@@ -104,22 +130,14 @@ class Pace:
         return self.decode_step_s(everybody) <= min(targets) * DECODE_SHARE
 
     def decode_step_s(self, sequences: list[Sequence]) -> float:
-        """Return the expected time of a step when these decode, evenly spread over the lanes.
+        """Return the expected time of a step when these decode, spread over the lanes that pay."""
+        rows, keys = _expected_rows(sequences)
+        return min(self._decode_step_s(rows, keys, lanes) for lanes in self._lane_choices)
 
-        One with a looser target than the tightest needs a row only in some of the steps.
-        """
-        targets = [s.request.slo.tpot_s or inf for s in sequences]
-        tightest = min(targets, default=inf)
-        weights = [1.0 if tightest == inf else tightest / target for target in targets]
-        rows = sum(weights) / self.num_lanes
-        keys = sum(
-            weight * (len(s.token_ids) + min(s.num_left, EXPECTED_GROWTH))
-            for weight, s in zip(weights, sequences, strict=True)
-        )
-        others = min(self.num_lanes, len(sequences)) - 1
-        load = StepLoad(
-            rows, keys / self.num_lanes, others=max(0, others), other_rows=rows * max(0, others)
-        )
+    def _decode_step_s(self, rows: float, keys: float, num_lanes: int) -> float:
+        lanes = min(num_lanes, max(1, ceil(rows)))
+        others, rows = lanes - 1, rows / lanes
+        load = StepLoad(rows, keys / lanes, others=others, other_rows=others * rows)
         return self.model.predict(load, MEAN_QUANTILE)
 
     @property
@@ -131,6 +149,21 @@ class Pace:
 def is_decoding(sequence: Sequence) -> bool:
     """Tell whether a sequence has had tokens here and waits for its next one only."""
     return sequence.first_token_s is not None and sequence.num_pending == 1
+
+
+def _expected_rows(sequences: list[Sequence]) -> tuple[float, float]:
+    """Return how many rows sequences have in a step on average, and the keys these attend to.
+
+    One with a looser target than the tightest needs a row only in some of the steps.
+    """
+    targets = [s.request.slo.tpot_s or inf for s in sequences]
+    tightest = min(targets, default=inf)
+    weights = [1.0 if tightest == inf else tightest / target for target in targets]
+    keys = sum(
+        weight * (len(s.token_ids) + min(s.num_left, EXPECTED_GROWTH))
+        for weight, s in zip(weights, sequences, strict=True)
+    )
+    return sum(weights), keys
 
 
 def _targets(sequences: Iterable[Sequence]) -> list[float]:

@@ -83,7 +83,6 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
-        self._num_lanes = config.num_lanes
         self.blocks = BlockPool(config.num_blocks, config.block_size)
         self.pace = Pace(config.num_lanes)
         self._tables = BlockTables(self.blocks, config.windows, config.max_batch_tokens)
@@ -119,9 +118,9 @@ class Scheduler:
         """Return the expected time of a step when all who own blocks decode."""
         return self.pace.decode_step_s(self._running)
 
-    def open_lanes(self, num_lanes: int) -> None:
-        """Spread the running sequences over so many lanes from now on."""
-        self._num_lanes = self.pace.num_lanes = num_lanes
+    def open_lanes(self, most: int, fewest: int) -> None:
+        """Spread the running sequences over so many lanes from now on, as many as pay."""
+        self.pace.open_lanes(most, fewest)
 
     def number_step(self) -> int:
         """Return a number for a step, which no other step of this worker has."""
@@ -166,11 +165,14 @@ class Scheduler:
         """Choose the next micro-batch of a free lane, or None if there is nothing to do.
 
         Each lane takes at most its share of the running sequences, so that lanes stay evenly
-        filled as sequences come and go.
+        filled as sequences come and go; no more lanes are in flight than pay.
         """
         assert lane not in self._in_lane, f"lane {lane} is still in flight"
         self._admit(now_s)
-        share = -(-len(self._running) // self._num_lanes)
+        num_lanes = self.pace.lanes_for(self._running)
+        if len(self._in_lane) >= num_lanes:
+            return None
+        share = -(-len(self._running) // num_lanes)
         budget = self._config.max_batch_tokens
         filling = self._filling[lane] = set()
         load = beside(load for load, _ in self._begun.values())

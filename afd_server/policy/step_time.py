@@ -15,11 +15,13 @@ from afd_server.core.sequence import Sequence
 
 MEMORY_STEPS = 2000  # after so many steps an observation counts a third for the costs
 SPEED_STEPS = 25  # the same for the speed
+LANES_STEPS = 16  # the same for what a number of lanes makes of it
+MOST_STRAY = 1.5  # by which a number of lanes is taken to differ from its costs
 REFIT_EVERY = 16  # steps
 OWN_STEPS = 50.0  # how many observations the calibration is worth for each cost of a step itself
 BESIDE_STEPS = 5.0  # the same for what it costs the steps beside it, which is a guess
 GUESS_STEPS = 0.02  # how many observations of a calibration the guess before it is worth
-STALE_STEPS = 100  # alone, after which nothing is held against lanes beside each other
+STALE_STEPS = 150  # alone, after which nothing is held against lanes beside each other
 NUM_RATIOS = 200  # of observed to predicted times; their quantiles are those of the next one
 OUTLIER = 2.0  # no step counts as slower than so many times its prediction
 
@@ -109,13 +111,15 @@ class StepTimeModel:
     """Predicts step times as speed · costs · load; no cost is negative.
 
     The costs are those of a calibration until many steps say otherwise, by least squares; the
-    speed follows the latest steps.
+    speed follows the latest steps. Steps that only decode have a factor for the number of steps
+    beside them: nothing else says so soon in how many lanes a few sequences should be.
     """
 
     def __init__(self) -> None:
         self._prior = _with_beside(_GUESS_S)
         self._costs = self._prior
         self._speed = 1.0  # above 1: everything takes longer than it did
+        self._strays: dict[float, float] = {}  # by the number of others; 1 unless it is there
         size = len(self._prior)
         self._moments = [[0.0] * size for _ in range(size)]  # Σ x xᵀ, fading
         self._products = [0.0] * size  # Σ x · seconds, fading
@@ -127,28 +131,34 @@ class StepTimeModel:
     def predict(self, load: StepLoad, quantile: float = 0.5) -> float:
         """Return the seconds that a step will take at most, with a probability of `quantile`."""
         place = min(len(self._sorted_ratios) - 1, int(quantile * len(self._sorted_ratios)))
-        return self._speed * _times(self._costs, load) * self._sorted_ratios[place]
+        return self._speed * self._nominal_s(load) * self._sorted_ratios[place]
+
+    def _nominal_s(self, load: StepLoad) -> float:
+        return _times(self._costs, load) * self._strays.get(_num_beside(load), 1.0)
 
     def calibrate(self, steps: Iterable[tuple[StepLoad, float]]) -> None:
-        """Take the costs from steps (and their seconds) that were alone on the machine."""
+        """Take the costs from steps (and their seconds) that nothing else held up.
+
+        Those of a step itself come from the steps that were alone, those of the steps beside it
+        from what others took longer.
+        """
         size = len(_GUESS_S)
-        moments = [[0.0] * size for _ in range(size)]
-        products = [0.0] * size
+        alone, together = [], []
         for load, seconds in steps:
-            x = _features(load)[:size]
-            # by their size: a tenth of a short step is worth as much as a tenth of a long one
-            _add(moments, products, x, seconds, weight=(0.02 / seconds) ** 2)
-        weights = (GUESS_STEPS,) * size
-        self._prior = self._costs = _with_beside(
-            _non_negative(moments, products, _GUESS_S, weights)
-        )
+            (together if load.others else alone).append((_features(load), seconds))
+        own = _fitted([(x[:size], seconds, seconds) for x, seconds in alone], _GUESS_S)
+        longer = [(x[size:], seconds - _sum(own, x[:size]), seconds) for x, seconds in together]
+        self._prior = self._costs = (*own, *_fitted(longer, _with_beside(own)[size:]))
 
     def observe(self, load: StepLoad, seconds: float) -> None:
         """Take in what a step took."""
-        expected_s = _times(self._costs, load)
+        expected_s = self._nominal_s(load)
         ratio = seconds / expected_s
         kept = min(ratio, OUTLIER * self._speed)
         self._ratios.append(ratio / self._speed)
+        if (num_beside := _num_beside(load)) >= 0:
+            stray = self._strays.get(num_beside, 1.0) * (kept / self._speed) ** (1 / LANES_STEPS)
+            self._strays[num_beside] = min(MOST_STRAY, max(1 / MOST_STRAY, stray))
         self._speed += (kept - self._speed) / SPEED_STEPS
         fade = 1 - 1 / MEMORY_STEPS
         _add(self._moments, self._products, _features(load), kept * expected_s, fade=fade)
@@ -161,12 +171,34 @@ class StepTimeModel:
     def _refit(self) -> None:
         """Take new costs; the speed is then that of the latest steps under these."""
         found = _non_negative(self._moments, self._products, self._prior, _PRIOR_WEIGHTS)
-        costs = _bounded(found, self._prior if self._num_alone > STALE_STEPS else found)
+        is_stale = self._num_alone > STALE_STEPS
+        costs = _bounded(found, self._prior if is_stale else found)
+        if is_stale:
+            self._strays = {others: stray**0.5 for others, stray in self._strays.items()}
         typical = [row[0] for row in self._moments]  # Σ x: the mean load, since x begins with 1
         old = sum(c * x for c, x in zip(self._costs, typical, strict=True))
         new = sum(c * x for c, x in zip(costs, typical, strict=True))
         self._speed *= old / new
         self._costs = costs
+
+
+def _num_beside(load: StepLoad) -> float:
+    """Return the number of others if all of these only decode, else -1."""
+    return -1 if load.prefill or load.other_prefill else load.others
+
+
+def _fitted(
+    steps: Iterable[tuple[tuple[float, ...], float, float]], guess: tuple[float, ...]
+) -> tuple[float, ...]:
+    """Return costs from features, the seconds they are to explain, and those of the whole step.
+
+    A tenth of a short step is worth as much as a tenth of a long one.
+    """
+    size = len(guess)
+    moments, products = [[0.0] * size for _ in range(size)], [0.0] * size
+    for x, seconds, whole_s in steps:
+        _add(moments, products, x, seconds, weight=(0.02 / whole_s) ** 2)
+    return _non_negative(moments, products, guess, (GUESS_STEPS,) * size)
 
 
 def _with_beside(own: tuple[float, ...]) -> tuple[float, ...]:
@@ -188,7 +220,11 @@ def _bounded(costs: tuple[float, ...], limits: tuple[float, ...]) -> tuple[float
 
 
 def _times(costs: tuple[float, ...], load: StepLoad) -> float:
-    return sum(c * x for c, x in zip(costs, _features(load), strict=True))
+    return _sum(costs, _features(load))
+
+
+def _sum(costs: tuple[float, ...], x: tuple[float, ...]) -> float:
+    return sum(c * value for c, value in zip(costs, x, strict=True))
 
 
 def _add(

@@ -4,7 +4,14 @@ import pytest
 
 from afd_server.core.request import SLO, Request, SamplingParams
 from afd_server.core.sequence import Sequence
-from afd_server.policy.pace import HEADROOM, LONGEST_GAP, MIN_PREFILL, Pace
+from afd_server.policy.pace import (
+    HEADROOM,
+    LONGEST_GAP,
+    MIN_PREFILL,
+    TRIAL_EVERY,
+    TRIAL_STEPS,
+    Pace,
+)
 from afd_server.policy.step_time import StepLoad
 
 CALIBRATION = (
@@ -90,6 +97,36 @@ def test_one_more_fits_as_long_as_a_step_of_all_is_short_enough(pace):
         running.append(decoding(99.99, 1, key=len(running) + 1))
     assert 25 <= len(running) <= 34  # 9 ms and one for each, in 41
     assert pace.decode_step_s(running) == pytest.approx(0.04, abs=0.004)
+
+
+def test_few_share_a_lane_and_many_are_spread_over_as_many_as_pay():
+    """A step beside another takes 4 ms longer, and half a millisecond for each row of that."""
+    pace = Pace(num_lanes=2)
+    beside = [(2, 0.016), (8, 0.025)]
+    together = [(StepLoad(n, 200 * n, others=1, other_rows=n), s) for n, s in beside]
+    pace.model.calibrate([*CALIBRATION, *together])
+    few, many = ([decoding(99.99, 1, key=k) for k in range(n)] for n in (3, 24))
+    assert pace.lanes_for(few) == pace.lanes_for(many) == 2, "as many as there are to be"
+    pace.open_lanes(2, fewest=1)
+    skip_trial(pace, few)
+    assert (pace.lanes_for(few), pace.lanes_for(many)) == (1, 2)
+    assert pace.decode_step_s(few) == pytest.approx(0.012, rel=0.15)
+    assert pace.decode_step_s(many) == pytest.approx(0.031, rel=0.15)
+    assert pace.lanes_for([*few, waiting()]) == 2, "a prompt keeps nobody waiting"
+
+
+def test_the_second_best_number_of_lanes_has_its_trials():
+    pace = Pace(num_lanes=2)
+    pace.model.calibrate(CALIBRATION)
+    pace.open_lanes(2, fewest=1)
+    few = [decoding(99.99, 1, key=k) for k in range(3)]
+    chosen = [pace.lanes_for(few) for _ in range(10 * TRIAL_EVERY)]
+    assert chosen.count(2) == 10 * TRIAL_STEPS
+
+
+def skip_trial(pace, sequences):
+    for _ in range(TRIAL_STEPS):
+        pace.lanes_for(sequences)
 
 
 def test_nobody_is_begun_while_somebody_is_far_behind(pace):

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from afd_server.core.batch import Emitted, Sampled, StepPlan, StepResult
 from afd_server.core.errors import ConfigError
 from afd_server.core.request import FinishReason, Request, SamplingParams
+from afd_server.policy import pace
 from afd_server.policy.scheduler import Scheduler, SchedulerConfig
 
 STOP = 7
@@ -72,6 +73,25 @@ def test_the_last_of_max_tokens_ends_a_request_with_length():
         (2, FinishReason.LENGTH),
     ]
     assert scheduler.blocks.num_free == 16
+
+
+def test_a_lane_that_does_not_pay_waits_and_its_sequences_join_the_other(monkeypatch):
+    scheduler = Scheduler(config())
+    scheduler.open_lanes(2, fewest=1)
+    monkeypatch.setattr(pace, "TRIAL_STEPS", 0)
+    scheduler.submit(request(1, max_tokens=9), 0.0)
+    first = scheduler.plan(0, 0.0)
+    scheduler.submit(request(2, max_tokens=9, first=300), 0.0)
+    second = scheduler.plan(1, 0.0)
+    assert [plan.sequences[0].key for plan in (first, second)] == [1, 2], "prompts do not wait"
+    scheduler.commit(result_of(first), 0.0)
+    third = scheduler.plan(0, 0.0)
+    scheduler.commit(result_of(second), 0.0)
+    assert scheduler.plan(1, 0.0) is None
+    scheduler.commit(result_of(third), 0.0)
+    joined = scheduler.plan(1, 0.0)
+    assert [planned.key for planned in joined.sequences] == [1, 2]
+    assert scheduler.plan(0, 0.0) is None
 
 
 def test_a_stop_token_ends_a_request_with_stop():

@@ -1,8 +1,9 @@
 """The policies that serve, on a virtual clock: targets hold whatever comes, and it ends well."""
 
 import random
+from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +23,8 @@ CALIBRATION = (
     StepLoad(rows=16, keys=3200),
     StepLoad(prefill=128, prefill_keys=8192),
     StepLoad(prefill=128, prefill_keys=128 * 1024),
+    StepLoad(rows=2, keys=400, others=1, other_rows=2),
+    StepLoad(rows=8, keys=1600, others=1, other_rows=8),
 )
 
 
@@ -39,7 +42,9 @@ def nominal_s(load: StepLoad) -> float:
     )
 
 
-def simulation(seed=0, speed=lambda now_s: 1.0, mode="enforce", **changes) -> ServingSimulation:
+def simulation(
+    seed=0, speed=lambda now_s: 1.0, mode="enforce", fewest_lanes=1, **changes
+) -> ServingSimulation:
     rng = random.Random(seed)
 
     def step_s(load, now_s):
@@ -61,6 +66,7 @@ def simulation(seed=0, speed=lambda now_s: 1.0, mode="enforce", **changes) -> Se
     )
     admission = AdmissionConfig(1000, 8192, 64, TARGETS, mode)
     simulated = ServingSimulation(scheduler, admission, step_s)
+    simulated.scheduler.open_lanes(scheduler.num_lanes, fewest_lanes)
     simulated.scheduler.pace.model.calibrate((load, nominal_s(load)) for load in CALIBRATION)
     return simulated
 
@@ -94,11 +100,10 @@ def percentile(values, share) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_at_every_load_admitted_requests_are_on_time_and_overload_costs_no_goodput(seed):
+def test_at_every_load_admitted_requests_are_on_time_and_overload_costs_no_goodput():
     best, seconds = 3.2, 45  # requests a second that this machine can serve
-    rates = {}
-    for factor in (0.5, 1.0, 1.5, 2.0, 3.0):
+    rates = Counter()
+    for factor, seed in product((0.5, 1.0, 1.5, 2.0, 3.0), (1, 2)):
         rng = random.Random(seed)
         outcomes = simulation(seed).run(poisson(factor * best, 0, seconds, rng))
         assert attainment(outcomes) >= 0.99, f"{factor} times the best rate"
@@ -106,7 +111,7 @@ def test_at_every_load_admitted_requests_are_on_time_and_overload_costs_no_goodp
         assert len(late) <= 0.01 * len(outcomes), "who is refused is refused at once"
         ttfts = [o.ttft_s for o in begun(outcomes)]
         assert percentile(ttfts, 0.99) <= 1.25 * TARGETS.ttft_s
-        rates[factor] = goodput(outcomes, seconds)
+        rates[factor] += goodput(outcomes, seconds)
     assert min(rates[2.0], rates[3.0]) >= 0.95 * max(rates.values())
 
 
@@ -196,6 +201,18 @@ def test_each_class_of_targets_holds_in_one_server():
         assert attainment(of_class) >= 0.99, f"{target_s} s"
 
 
+def test_few_streams_share_a_lane_and_many_have_all_of_them():
+    """A second lane costs the first 4 ms a step here, and saves 0.3 ms and more for each row."""
+
+    def tpot_s(num_streams, fewest_lanes):
+        streams = [Arrival(0.0, 32, 200, SLO(60.0)) for _ in range(num_streams)]
+        outcomes = simulation(num_streams, fewest_lanes=fewest_lanes).run(streams)
+        return sum(outcome.tpot_s for outcome in outcomes) / num_streams
+
+    assert tpot_s(2, fewest_lanes=1) < 0.85 * tpot_s(2, fewest_lanes=2)
+    assert tpot_s(24, fewest_lanes=1) == pytest.approx(tpot_s(24, fewest_lanes=2), rel=0.03)
+
+
 def test_a_machine_that_is_slow_for_a_while_is_used_fully_again():
     arrivals = poisson(2.5, 0, 90, random.Random(6))
     outcomes = simulation(6, speed=lambda now_s: 1.8 if 30 < now_s < 45 else 1.0).run(arrivals)
@@ -231,6 +248,7 @@ def test_whatever_comes_everybody_is_served_whole_or_refused_within_the_first_ta
     rng = random.Random(seed)
     count = data.draw(st.integers(1, 60))
     lanes = data.draw(st.integers(1, 3))
+    fewest = data.draw(st.integers(1, lanes))
     blocks = data.draw(st.sampled_from([64, 200, 4000]))
     arrivals = [
         Arrival(
@@ -244,8 +262,8 @@ def test_whatever_comes_everybody_is_served_whole_or_refused_within_the_first_ta
         for _ in range(count)
     ]
     simulated = simulation(
-        seed, lambda now_s: 1 + 2 * (int(now_s) % 5 == 0), num_lanes=lanes, num_blocks=blocks,
-        max_model_len=1000,
+        seed, lambda now_s: 1 + 2 * (int(now_s) % 5 == 0), fewest_lanes=fewest, num_lanes=lanes,
+        num_blocks=blocks, max_model_len=1000,
     )  # fmt: skip
     for outcome in simulated.run(arrivals):
         if outcome.refusal is None:

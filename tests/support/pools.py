@@ -46,6 +46,7 @@ class Pools:
         num_attention: int = 1,
         num_ffn: int = 1,
         num_lanes: int | None = 2,
+        calibrates: bool = False,
         parallel: FFNParallel = FFNParallel.TENSOR,
         num_replicas: int = 1,
         dense_layers: Role = Role.FFN,
@@ -86,6 +87,7 @@ class Pools:
                 kv_cache_bytes,
                 prefix_caching,
                 resend_s,
+                calibrates=calibrates,
             ),  # fmt: skip
             "ffn": replace(
                 ffn_config(parallel, num_ffn, num_replicas),

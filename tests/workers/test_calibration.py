@@ -1,6 +1,7 @@
 """The calibration: what it reads off a timeline, what it leaves behind, what may go wrong."""
 
 import logging
+from collections import Counter
 
 import pytest
 
@@ -10,12 +11,18 @@ from afd_server.core.topology import FFNParallel, Role
 from afd_server.costmodel.pipeline import CONTEXT_TOKENS, LayerTimes
 from afd_server.telemetry.timeline import Event, EventKind, read_events
 from afd_server.transport.inproc import Faults
-from afd_server.workers.attention.calibration import NUM_ROUNDS, PREFILL_ROUNDS, layer_times
+from afd_server.workers.attention import calibration
+from afd_server.workers.attention.calibration import (
+    NUM_ROUNDS,
+    TOGETHER_ROUNDS,
+    layer_times,
+)
 from support.checkpoints import tiny_llama
 from support.experts import tiny_routed
 from support.pools import Pools, ipc_links
 
 NUM_LAYERS = 3
+ALONE = 3 * NUM_ROUNDS + 4  # steps: three sizes that decode, and parts of prompts
 
 
 def requests(count=4, num_output=6):
@@ -99,14 +106,27 @@ def test_it_leaves_no_block_no_row_and_nothing_cached():
     report = worker.load(0)
     assert report.free_blocks == report.num_blocks
     assert report.cached_blocks == report.rows == report.running == report.waiting == 0
-    assert report.steps == 2 * (NUM_ROUNDS + PREFILL_ROUNDS)
+    assert report.steps == ALONE
     steps = [e for e in read_events(report.events.data) if e.kind == EventKind.STEP]
     assert [(e.step, e.rows) for e in steps] == [
         (number, rows)
         for number, rows in enumerate(
-            [4, 16, 47, 47] * PREFILL_ROUNDS + [4, 16] * (NUM_ROUNDS - PREFILL_ROUNDS), 1
+            [2, 4, 16, 47, 2, 4, 16, 47, 47, 2, 4, 16, 47] + [2, 4, 16] * (NUM_ROUNDS - 3), 1
         )
     ]
+
+
+def test_lanes_are_timed_beside_each_other_and_leave_nothing_behind_either(monkeypatch):
+    monkeypatch.setattr(calibration, "LONGEST_S", 1e9)
+    pools = Pools(tiny_llama()[0], num_lanes=3, calibrates=True)
+    (worker,) = calibrate(pools)
+    report = worker.load(0)
+    assert report.free_blocks == report.num_blocks
+    assert report.steps == ALONE + 3 * 2 * TOGETHER_ROUNDS
+    steps = [e for e in read_events(report.events.data) if e.kind == EventKind.STEP]
+    rows = Counter((e.lane, e.rows) for e in steps if e.step > ALONE)
+    assert rows == {(lane, n): TOGETHER_ROUNDS for lane in range(3) for n in (1, 5)}
+    assert pools.run(requests()) == Pools(tiny_llama()[0]).run(requests())
 
 
 def test_it_counts_no_tokens_of_experts_and_asks_for_several():
@@ -145,7 +165,7 @@ def test_over_a_real_link_the_figures_are_in_the_log(tmp_path, caplog):
         pools.close()
     (sentence,) = said(caplog)
     assert sentence.startswith("lanes: ")
-    assert "4 rows: T_a " in sentence
+    assert "2 rows: T_a " in sentence
     assert "16 streams through a layer" in sentence
     assert "T_a 0," not in sentence
 
@@ -176,7 +196,7 @@ def test_an_attention_worker_that_is_replaced_calibrates_again():
     pools.publish()
     pools.start(Role.ATTENTION, 0)
     pools.publish()
-    assert calibrate(pools)[0].load(0).steps == 2 * (NUM_ROUNDS + PREFILL_ROUNDS)
+    assert calibrate(pools)[0].load(0).steps == ALONE
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -201,4 +221,4 @@ def test_every_step_has_a_number_of_its_own():
     pools.run(requests())
     events = read_events(worker.load(0).events.data)
     stages = [StageId(e.step, e.lane, e.layer) for e in events if e.kind == EventKind.ATTENTION]
-    assert len(set(stages)) == len(stages) > 2 * (NUM_ROUNDS + PREFILL_ROUNDS) * NUM_LAYERS
+    assert len(set(stages)) == len(stages) > ALONE * NUM_LAYERS

@@ -1,8 +1,10 @@
 """Finds what steps take, and the number of lanes: made-up steps before any request runs."""
 
 import logging
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable
+from statistics import median_low
+from typing import NamedTuple
 
 from afd_server.core.batch import PlannedSequence, StepPlan
 from afd_server.core.clock import Clock
@@ -24,20 +26,29 @@ from afd_server.workers.attention.kv_store import KVStore
 
 log = logging.getLogger(__name__)
 
+FEW = 2  # rows of the smallest steps
 NUM_ROUNDS = 6  # one step of each size in a round; the first one warms up
-PREFILL_ROUNDS = 3  # of these, with prompts as well
+TOGETHER_ROUNDS = 7  # of each size, beside other lanes; the outer ones are not beside their like
 PREFILL_TOKENS = 2 * MIN_ROWS - 1  # a step that is not cut in two: larger chunks take less
-LONGEST_S = 1.0  # no further step after this, once each size was timed
+LONGEST_S = 1.5  # no further step after this, once each size was timed; again for lanes together
 UNMEASURED_LANES = 2  # one computes while the other is away
 
 Tables = tuple[tuple[int, ...], ...]  # of blocks, for each KV group
+
+
+class _Step(NamedTuple):
+    """What to compute, and whether it is worth knowing how long it takes."""
+
+    sequences: tuple[PlannedSequence, ...]
+    counts: bool
 
 
 class Calibration:
     """Plans steps of few rows and of many, in turns, and chooses lanes by what they took.
 
     The sequences are as many as the worker takes at most, all decoding; in other steps one reads a
-    part of a prompt, near its beginning and far from it. The scheduler learns what they took.
+    part of a prompt, near its beginning and far from it. When the lanes are open, they run beside
+    each other, with few rows and then with many. The scheduler learns what all these took.
 
     Blocks come from the pool and go back to it, zeroed; nothing of them is entered into the
     prefix index, and the steps have numbers of their own, so that a late answer to one is never
@@ -98,43 +109,81 @@ class Calibration:
             (_made_up((0,) * count, start, (every_block,) * groups),)
             for start in sorted({0, longest - count})
         ]
-        sizes = sorted({-(-self._num_streams // 4), self._num_streams})
+        sizes = sorted({min(FEW, self._num_streams), -(-self._num_streams // 4), self._num_streams})
         decoding = [tuple(self._sequences[:size]) for size in sizes]
-        self._num_sizes = len(sizes)
-        self._num_warm = len(decoding) + len(prefilling)
-        self._steps = [
-            *(decoding + prefilling) * PREFILL_ROUNDS,
-            *decoding * (NUM_ROUNDS - PREFILL_ROUNDS),
-        ]
-        self._seconds: dict[StepLoad, float] = {}  # the quickest of each load
+        self._sizes = sizes
+        warming = [*decoding, prefilling[0]]
+        needed = [*decoding, *prefilling]  # however long they take
+        further = [*warming, *decoding * (NUM_ROUNDS - 3)]
+        counted = [_Step(step, True) for step in [*needed, *further]]
+        self._queues = {0: deque([*(_Step(step, False) for step in warming), *counted])}
+        self._num_needed = len(warming) + len(needed)
+        self._late_s: float | None = None
+        self._is_open = False
+        self._in_flight: dict[int, tuple[StepLoad, bool]] = {}  # by lane, and whether it counts
+        self._seconds: defaultdict[StepLoad, list[float]] = defaultdict(list)
         self._measured: defaultdict[int, list[LayerTimes]] = defaultdict(list)  # by rows
-        self._begun_s: float | None = None
         self._num_steps = 0
         self._num_recorded = 0
 
+    @property
+    def is_alone_over(self) -> bool:
+        """Tell whether it is time to open the lanes."""
+        return not (self._is_open or self._in_flight or self._queues[0])
+
+    @property
+    def is_over(self) -> bool:
+        """Tell whether it has been found out what there is to find out."""
+        return self._is_open and not self._in_flight and not any(self._queues.values())
+
     def plan(self, lane: int) -> StepPlan | None:
-        """Return the next step, or None if it has been found out what there is to find out."""
-        now = self._clock.now()
-        if self._begun_s is None:
-            self._begun_s = now
-        is_late = now > self._begun_s + LONGEST_S and self._num_steps >= 2 * self._num_warm
-        if self._num_steps == len(self._steps) or is_late:
-            for table in self._tables:
-                self._scheduler.blocks.free(table)
-            self._scheduler.pace.model.calibrate(self._seconds.items())
+        """Return the next step of a lane, if there is one."""
+        queue, now = self._queues[lane], self._clock.now()
+        if self._late_s is None:
+            self._late_s = now + LONGEST_S
+        if now > self._late_s and self._num_steps >= self._num_needed:
+            queue.clear()
+        if not queue:
             return None
-        sequences = self._steps[self._num_steps]
+        sequences, counts = queue.popleft()
+        plan = StepPlan(self._scheduler.number_step(), lane, sequences)
+        load = load_of(plan, (load for load, _ in self._in_flight.values()))
+        is_beside_its_like = load.other_rows == load.rows * (len(self._queues) - 1)
+        self._in_flight[lane] = (load, counts and is_beside_its_like)
         self._num_recorded = self._timeline.num_recorded
-        return StepPlan(self._scheduler.number_step(), lane, sequences)
+        return plan
 
     def commit(self, plan: StepPlan, seconds: float) -> None:
         """Take in a finished step: how long it took, and what the timeline says of its stages."""
-        load = load_of(plan, ())
-        if self._num_steps >= self._num_warm:
-            self._seconds[load] = min(seconds, self._seconds.get(load, seconds))
-            if self._num_lanes is None and load.prefill == 0:
+        load, counts = self._in_flight.pop(plan.lane)
+        if counts:
+            self._seconds[load].append(seconds)
+            if not self._is_open and load.prefill == 0:
                 self._note_stages(len(plan.sequences))
         self._num_steps += 1
+
+    def open_lanes(self, num_attention: int) -> int:
+        """Say how many lanes each of so many attention workers is to have, and load these."""
+        num_lanes = self._choose(num_attention) if self._num_lanes is None else self._num_lanes
+        self._scheduler.open_lanes(num_lanes, fewest=self._num_lanes or 1)
+        self._queues = {lane: deque() for lane in range(num_lanes)}
+        self._is_open, self._late_s = True, None
+        if 1 < num_lanes <= self._num_streams:
+            for lane, queue in self._queues.items():
+                for size in sorted({max(1, size // num_lanes) for size in self._sizes}):
+                    own = self._sequences[lane::num_lanes][:size]
+                    outer, inner = _Step(tuple(own), False), _Step(tuple(own), True)
+                    queue += [outer, *[inner] * (TOGETHER_ROUNDS - 2), outer]
+        return num_lanes
+
+    def end(self) -> None:
+        """Give the blocks back, and have the scheduler learn what was found out."""
+        for table in self._tables:
+            self._scheduler.blocks.free(table)
+        # not the least: of lanes together one is quick whenever another one was held up
+        typical = {load: median_low(seconds) for load, seconds in self._seconds.items()}
+        self._scheduler.pace.model.calibrate(typical.items())
+        log.debug("steps take, in seconds: %s", typical)
 
     def _note_stages(self, num_rows: int) -> None:
         events = list(read_events(self._timeline.since(self._num_recorded)))
@@ -143,11 +192,9 @@ class Calibration:
         if times is not None:
             self._measured[num_rows].append(times)
 
-    def choose(self, num_attention: int) -> int:
+    def _choose(self, num_attention: int) -> int:
         """Return the number of lanes for each of so many attention workers, and log why."""
-        if self._num_lanes is not None:
-            return self._num_lanes
-        if len(self._measured) < self._num_sizes:
+        if len(self._measured) < len(self._sizes):
             log.warning(
                 "lanes: %d, uncalibrated: calls had to be sent again, or their transfers are more "
                 "than the timeline holds",

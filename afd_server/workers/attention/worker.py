@@ -225,18 +225,21 @@ class AttentionWorker:
 
     def _plan(self, lane: Lane, now_s: float) -> StepPlan | None:
         """Choose an idle lane's next step; of requests once the calibration is over."""
-        if self._calibration is not None:
-            plan = self._calibration.plan(lane.index)
-            if plan is not None:
+        calibration = self._calibration
+        if calibration is not None:
+            plan = calibration.plan(lane.index)
+            if calibration.is_alone_over:
+                self._open_lanes(calibration)
+                plan = calibration.plan(lane.index)
+            if not calibration.is_over:
                 return plan
-            self._open_lanes(self._calibration)
+            calibration.end()
             self._calibration = None
         return self._scheduler.plan(lane.index, now_s)
 
     def _open_lanes(self, calibration: Calibration) -> None:
         """Go on with as many lanes as there should be."""
-        num_lanes = calibration.choose(len(self._endpoint.topology.pool(Role.ATTENTION)))
-        self._scheduler.open_lanes(num_lanes)
+        num_lanes = calibration.open_lanes(len(self._endpoint.topology.pool(Role.ATTENTION)))
         indices, is_split = range(len(self._lanes), num_lanes), self._ffn.is_away
         opened = [Lane(index, self._sampler, is_split) for index in indices]
         self._lanes += opened
