@@ -117,11 +117,15 @@ def test_few_share_a_lane_and_many_are_spread_over_as_many_as_pay():
 
 def test_the_second_best_number_of_lanes_has_its_trials():
     pace = Pace(num_lanes=2)
-    pace.model.calibrate(CALIBRATION)
+    together = StepLoad(rows=2, keys=400, others=1, other_rows=2)
+    pace.model.calibrate([*CALIBRATION, (together, 0.014)])
     pace.open_lanes(2, fewest=1)
-    few = [decoding(99.99, 1, key=k) for k in range(3)]
-    chosen = [pace.lanes_for(few) for _ in range(10 * TRIAL_EVERY)]
+    near, few = ([decoding(99.99, 1, key=k) for k in range(n)] for n in (3, 2))
+    chosen = [pace.lanes_for(near) for _ in range(10 * TRIAL_EVERY)]
     assert chosen.count(2) == 10 * TRIAL_STEPS
+    pace.model.calibrate([*CALIBRATION, (together, 0.024)])
+    chosen = [pace.lanes_for(few) for _ in range(10 * TRIAL_EVERY)]
+    assert chosen.count(2) == 0, "not where it would cost too much"
 
 
 def skip_trial(pace, sequences):
