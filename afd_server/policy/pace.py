@@ -15,7 +15,7 @@ HEADROOM = 0.94  # of a target: tokens are due that much earlier than was promis
 DECODE_SHARE = 0.82  # of a target that decoding alone may come to take; the rest is for prompts
 LONGEST_GAP = 1.95  # targets: slack or not, hardly any step with prefill takes longer
 EXPECTED_GROWTH = 64  # tokens by which a sequence is taken to grow when it is judged
-PATIENCE = 10  # targets without any prefill, after which some is done at anybody's cost
+PATIENCE_S = 0.5  # without any prefill, after which some is done at anybody's cost
 MIN_PREFILL = 16  # tokens; fewer are not worth their part of a step
 TRIAL_EVERY = 128  # steps, of which so many are in another number of lanes than is thought best
 TRIAL_STEPS = 8
@@ -42,16 +42,20 @@ class Pace:
         """Share the sequences among so many lanes from now on, as many as pay."""
         self._lane_choices = range(fewest, most + 1)
 
+    @property
+    def most_lanes(self) -> int:
+        """Return how many lanes are open."""
+        return self._lane_choices[-1]
+
     def lanes_for(self, sequences: list[Sequence]) -> int:
         """Return the number of lanes that bring all of these a token soonest.
 
         Few sequences are sooner through in few lanes: a step takes hardly longer for some rows
         more, and longer beside another step. How much longer is seen only while several run, so
-        the second best number has a trial now and then. While somebody reads a prompt all lanes
-        are open, so that others need not wait for it.
+        the second best number has a trial now and then.
         """
         choices = self._lane_choices
-        if len(choices) == 1 or not all(map(is_decoding, sequences)):
+        if len(choices) == 1:
             return choices[-1]
         rows, keys = _expected_rows(sequences)
         expected_s = {lanes: self._decode_step_s(rows, keys, lanes) for lanes in choices}
@@ -111,7 +115,7 @@ class Pace:
             )
             fitting, too_many = (middle, too_many) if fits else (fitting, middle)
         if fitting < min(MIN_PREFILL, most):
-            is_starved = now_s - self._last_prefill_s > PATIENCE * min(targets)
+            is_starved = now_s - self._last_prefill_s > PATIENCE_S
             return min(MIN_PREFILL, most) if is_starved else 0
         return fitting
 

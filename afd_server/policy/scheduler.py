@@ -12,7 +12,7 @@ from afd_server.core.errors import ConfigError
 from afd_server.core.request import FinishReason, Request
 from afd_server.core.sequence import Sequence, SequenceState
 from afd_server.policy.blocks import BlockPool, longest_fitting
-from afd_server.policy.pace import Pace
+from afd_server.policy.pace import Pace, is_decoding
 from afd_server.policy.prefix import extend_chain
 from afd_server.policy.step_time import StepLoad, beside, with_prefill, with_row
 from afd_server.policy.tables import BlockTables
@@ -165,13 +165,12 @@ class Scheduler:
         """Choose the next micro-batch of a free lane, or None if there is nothing to do.
 
         Each lane takes at most its share of the running sequences, so that lanes stay evenly
-        filled as sequences come and go; no more lanes are in flight than pay.
+        filled as sequences come and go. No more lanes decode than pay; prompts have the others.
         """
         assert lane not in self._in_lane, f"lane {lane} is still in flight"
         self._admit(now_s)
-        num_lanes = self.pace.lanes_for(self._running)
-        if len(self._in_lane) >= num_lanes:
-            return None
+        num_lanes = self.pace.lanes_for([s for s in self._running if is_decoding(s)])
+        may_decode = sum(load.rows > 0 for load, _ in self._begun.values()) < num_lanes
         share = -(-len(self._running) // num_lanes)
         budget = self._config.max_batch_tokens
         filling = self._filling[lane] = set()
@@ -185,16 +184,20 @@ class Scheduler:
             self._take_over(sequence)
             if self._is_under_way(sequence):
                 continue
-            is_decoding = sequence.num_pending == 1
-            if is_decoding and chosen and self.pace.can_wait(sequence, load, chosen[0][0], now_s):
+            decodes = sequence.num_pending == 1
+            if decodes and not may_decode:
                 continue
-            if not is_decoding and load.prefill == 0:
+            if decodes and chosen and self.pace.can_wait(sequence, load, chosen[0][0], now_s):
+                continue
+            if not decodes and load.rows and num_lanes < self.pace.most_lanes:
+                break
+            if not decodes and load.prefill == 0:
                 start = sequence.num_computed
                 budget = self.pace.prefill_budget(load, start, self._running, budget, now_s)
             num_tokens = min(sequence.num_pending, budget)
             if num_tokens == 0 or not self._reserve(sequence, sequence.num_computed + num_tokens):
                 continue
-            if is_decoding:
+            if decodes:
                 load = with_row(load, sequence)
             else:
                 load = with_prefill(load, sequence.num_computed, num_tokens)

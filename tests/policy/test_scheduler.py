@@ -92,6 +92,13 @@ def test_a_lane_that_does_not_pay_waits_and_its_sequences_join_the_other(monkeyp
     joined = scheduler.plan(1, 0.0)
     assert [planned.key for planned in joined.sequences] == [1, 2]
     assert scheduler.plan(0, 0.0) is None
+    scheduler.submit(request(3, first=500), 0.0)
+    assert [planned.key for planned in scheduler.plan(0, 0.0).sequences] == [3], (
+        "a lane for prompts"
+    )
+    scheduler.submit(request(4, first=700), 0.0)
+    scheduler.commit(result_of(joined), 0.0)
+    assert [planned.key for planned in scheduler.plan(1, 0.0).sequences] == [1, 2]
 
 
 def test_a_stop_token_ends_a_request_with_stop():
