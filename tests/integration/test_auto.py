@@ -55,6 +55,7 @@ def test_pinned_workers_have_cores_of_their_own_and_the_gateway_has_all(short_di
     assert list(map(len, others)) == [CORES]
 
 
+@pytest.mark.slow
 def test_an_ffn_pool_of_groups_has_as_many_workers_as_they_need(short_dir):
     chosen = ("--ffn-workers", "auto", "--ffn-parallel", "hybrid", "--expert-replicas", 2)
     with serving(short_dir, tiny_routed("mixtral")[0], *AUTO, *chosen) as server:

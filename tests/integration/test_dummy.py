@@ -25,6 +25,7 @@ def directory(tmp_path):
     return directory
 
 
+@pytest.mark.slow
 def test_a_config_is_served_without_weights_or_tokenizer_alike_by_all_topologies(
     directory, tmp_path
 ):
@@ -44,6 +45,7 @@ def test_a_config_is_served_without_weights_or_tokenizer_alike_by_all_topologies
     assert [path.name for path in directory.iterdir()] == ["config.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["step-3-mini", "step-3.5-flash-mini", "deepseek-v3-mini"])
 def test_the_small_shape_of_a_large_model_with_experts_is_served(name, tmp_path):
     arguments = ("--load-format", "dummy", "--launcher", "local", "--kv-cache-mb", "16")

@@ -29,6 +29,7 @@ def greedy(model, ids, count):
     return out[0, len(ids) :].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "arguments"),
     [
@@ -71,6 +72,7 @@ def counted_in_all_layers(server):
     return hot if sorted(hot) == ["0", "1", "2"] else None
 
 
+@pytest.mark.slow
 def test_what_was_asked_most_can_be_replicated_at_the_next_start_and_changes_no_token(short_dir):
     directory, _ = tiny_routed("mixtral")
     file = short_dir / "hot.json"

@@ -26,12 +26,22 @@ def tokens_of(server):
 @pytest.mark.parametrize(
     ("notation", "arguments"),
     [
-        ("2A2F", ["--attention-workers", 2, "--ffn-workers", 2]),
+        pytest.param(
+            "2A2F", ["--attention-workers", 2, "--ffn-workers", 2], marks=pytest.mark.slow
+        ),
         ("2A0F", ["--attention-workers", 2, "--ffn-workers", 0]),
-        ("1A3F", ["--ffn-workers", 3, "--ffn-parallel", "replicate", "--lanes", 4]),
+        pytest.param(
+            "1A3F",
+            ["--ffn-workers", 3, "--ffn-parallel", "replicate", "--lanes", 4],
+            marks=pytest.mark.slow,
+        ),
         ("1A1F", ["--data-transport", "tcp"]),
         ("1A1F", ["--transport", "zmq"]),
-        ("2A2F", ["--attention-workers", 2, "--ffn-workers", 2, "--transport", "shm"]),
+        pytest.param(
+            "2A2F",
+            ["--attention-workers", 2, "--ffn-workers", 2, "--transport", "shm"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_any_topology_and_transport_gives_the_same_tokens(short_dir, notation, arguments):

@@ -17,6 +17,7 @@ def metric(server, name):
     return float(found[1])
 
 
+@pytest.mark.slow
 def test_a_trace_shows_every_layer_of_both_pools_and_the_metrics_count_them(server, short_dir):
     asking = threading.Thread(target=lambda: [server.http.post("/v1/completions", json=BODY)
                                               for _ in range(6)])  # fmt: skip

@@ -73,16 +73,16 @@ def test_top_n_sigma_leaves_what_is_within_n_deviations_of_the_best(sample):
     deviation = float(LOGITS.std())  # 1.497
     for num_sigmas, left in [(0.3, {1}), (0.5, {1, 5}), (1.0, {1, 2, 5}), (9.0, set(range(6)))]:
         assert {i for i in range(6) if LOGITS[i] >= 3 - num_sigmas * deviation} == left
-        assert set(draw(sample, top_n_sigma=num_sigmas)) == left
-        assert set(draw(sample, top_n_sigma=num_sigmas, temperature=2.0)) <= left
+        assert set(draw(sample, 1000, top_n_sigma=num_sigmas)) == left
+        assert set(draw(sample, 1000, top_n_sigma=num_sigmas, temperature=2.0)) <= left
 
 
 def test_min_k_leaves_what_is_before_the_cliff_but_no_fewer_than_tau_over_the_range(sample):
-    assert set(draw(sample, min_k=0.1)) == {1}  # gaps by rank: .5, .5/2, 1/3, 1/4, 1/5
+    assert set(draw(sample, 1000, min_k=0.1)) == {1}  # gaps by rank: .5, .5/2, 1/3, 1/4, 1/5
     for temperature in (1.0, 2.0):
-        assert set(draw(sample, min_k=8.0, temperature=temperature)) == {1, 5}  # ⌊8 / 4⌋
-    assert set(draw(sample, min_k=16.0, top_k=3)) == {1, 2, 5}
-    assert set(draw(sample, min_k=1e9)) == set(range(6))
+        assert set(draw(sample, 1000, min_k=8.0, temperature=temperature)) == {1, 5}  # ⌊8 / 4⌋
+    assert set(draw(sample, 1000, min_k=16.0, top_k=3)) == {1, 2, 5}
+    assert set(draw(sample, 1000, min_k=1e9)) == set(range(6))
 
 
 def test_filters_apply_together(sample):
