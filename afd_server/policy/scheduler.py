@@ -14,10 +14,17 @@ from afd_server.core.sequence import Sequence, SequenceState
 from afd_server.policy.blocks import BlockPool, longest_fitting
 from afd_server.policy.pace import Pace, is_decoding
 from afd_server.policy.prefix import extend_chain
-from afd_server.policy.step_time import StepLoad, beside, with_prefill, with_row
+from afd_server.policy.step_time import (
+    StepLoad,
+    beside,
+    beside_those_of,
+    with_prefill,
+    with_row,
+)
 from afd_server.policy.tables import BlockTables
 
 MOST_TURNS = 8  # waiting sequences that are looked at in a step
+HARDLY_BEGUN = 0.3  # of its expected time: what begins until then counts as beside a step
 RESERVED_TOKENS = 256  # that a running sequence is taken to want still, if it may
 
 
@@ -215,6 +222,7 @@ class Scheduler:
     ) -> StepPlan:
         self._in_lane[lane] = [sequence for sequence, _ in chosen]
         self._begun[lane] = (load, now_s)
+        self._note_beside(lane, now_s)
         for sequence in self._in_lane[lane]:
             if sequence.begun_s is None:
                 sequence.begun_s = now_s
@@ -222,6 +230,15 @@ class Scheduler:
             self.pace.note_prefill(now_s)
         planned = tuple(_planned(sequence, num_tokens) for sequence, num_tokens in chosen)
         return StepPlan(self.number_step(), lane, planned)
+
+    def _note_beside(self, newest: int, now_s: float) -> None:
+        """Let steps that have hardly begun know of one that begins: it is beside them too."""
+        for lane, (load, begun_s) in self._begun.items():
+            if lane == newest or load.others == len(self._begun) - 1:
+                continue
+            if now_s - begun_s < HARDLY_BEGUN * self.pace.model.predict(load):
+                others = beside(other for n, (other, _) in self._begun.items() if n != lane)
+                self._begun[lane] = (beside_those_of(load, others), begun_s)
 
     def commit(self, result: StepResult, now_s: float) -> list[Emitted]:
         """Take in a finished step: advance, extend or end its sequences.

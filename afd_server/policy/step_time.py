@@ -65,6 +65,16 @@ def beside(loads: Iterable[StepLoad]) -> StepLoad:
     )
 
 
+def beside_those_of(load: StepLoad, others: StepLoad) -> StepLoad:
+    """Return a load beside the same steps of other lanes as another one."""
+    return replace(
+        load,
+        others=others.others,
+        other_rows=others.other_rows,
+        other_prefill=others.other_prefill,
+    )
+
+
 def with_row(load: StepLoad, sequence: Sequence) -> StepLoad:
     """Return a load with one more sequence that decodes."""
     return replace(load, rows=load.rows + 1, keys=load.keys + len(sequence.token_ids))
@@ -89,8 +99,8 @@ def load_of(plan: StepPlan, others: Iterable[StepLoad]) -> StepLoad:
             rows, keys = rows + 1, keys + seen
         else:
             prefill, prefill_keys = prefill + tokens, prefill_keys + seen
-    load = beside(others)
-    return replace(load, rows=rows, keys=keys, prefill=prefill, prefill_keys=prefill_keys)
+    load = StepLoad(rows=rows, keys=keys, prefill=prefill, prefill_keys=prefill_keys)
+    return beside_those_of(load, beside(others))
 
 
 def _features(load: StepLoad) -> tuple[float, ...]:
@@ -143,10 +153,10 @@ class StepTimeModel:
         from what others took longer.
         """
         size = len(_GUESS_S)
-        alone, together = [], []
-        for load, seconds in steps:
-            (together if load.others else alone).append((_features(load), seconds))
+        timed = [(_features(load), seconds) for load, seconds in steps]
+        alone = [(x, seconds) for x, seconds in timed if not any(x[size:])]
         own = _fitted([(x[:size], seconds, seconds) for x, seconds in alone], _GUESS_S)
+        together = [(x, seconds) for x, seconds in timed if any(x[size:])]
         longer = [(x[size:], seconds - _sum(own, x[:size]), seconds) for x, seconds in together]
         self._prior = self._costs = (*own, *_fitted(longer, _with_beside(own)[size:]))
 

@@ -18,6 +18,7 @@ from afd_server.core.errors import ConfigError
 from afd_server.core.request import FinishReason, Request, SamplingParams
 from afd_server.policy import pace
 from afd_server.policy.scheduler import Scheduler, SchedulerConfig
+from afd_server.policy.step_time import StepLoad
 
 STOP = 7
 
@@ -99,6 +100,22 @@ def test_a_lane_that_does_not_pay_waits_and_its_sequences_join_the_other(monkeyp
     scheduler.submit(request(4, first=700), 0.0)
     scheduler.commit(result_of(joined), 0.0)
     assert [planned.key for planned in scheduler.plan(1, 0.0).sequences] == [1, 2]
+
+
+def test_what_begins_beside_a_step_that_has_hardly_begun_counts_for_it_too(monkeypatch):
+    """A prompt begins behind the step that decodes; whose time would else be put down to chance."""
+    scheduler, observed = Scheduler(config()), []
+    monkeypatch.setattr(scheduler.pace.model, "observe", lambda load, _: observed.append(load))
+    expected_s = scheduler.pace.model.predict(StepLoad(prefill=5))
+    for at_s in (0.1 * expected_s, 0.9 * expected_s):
+        scheduler.submit(request(1, max_tokens=1), 0.0)
+        first = scheduler.plan(0, 0.0)
+        scheduler.submit(request(2, max_tokens=1, first=300), at_s)
+        second = scheduler.plan(1, at_s)
+        for plan in (first, second):
+            scheduler.commit(result_of(plan), 2 * expected_s)
+    assert [load.other_prefill for load in observed[:2]] == [5, 5]
+    assert [load.others for load in observed] == [1, 1, 0, 1]
 
 
 def test_a_stop_token_ends_a_request_with_stop():
