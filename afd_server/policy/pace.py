@@ -13,7 +13,7 @@ from afd_server.policy.step_time import StepLoad, StepTimeModel, with_prefill, w
 
 HEADROOM = 0.94  # of a target: tokens are due that much earlier than was promised
 DECODE_SHARE = 0.82  # of a target that decoding alone may come to take; the rest is for prompts
-LONGEST_GAP = 1.95  # targets: slack or not, hardly any step with prefill takes longer
+LONGEST_GAP = 1.85  # targets: slack or not, hardly any step with more prefill takes longer
 EXPECTED_GROWTH = 64  # tokens by which a sequence is taken to grow when it is judged
 PATIENCE_S = 0.5  # without any prefill, after which some is done at anybody's cost
 MIN_PREFILL = 16  # tokens; fewer are not worth their part of a step
@@ -109,9 +109,8 @@ class Pace:
         while too_many - fitting > 1:
             middle = (fitting + too_many) // 2
             step = with_prefill(load, start, middle)
-            fits = (
-                self.model.predict(step, STEP_QUANTILE) <= slack_s
-                and self.model.predict(step, GAP_QUANTILE) <= longest_s
+            fits = self.model.predict(step, STEP_QUANTILE) <= slack_s and (
+                middle <= MIN_PREFILL or self.model.longest(step, GAP_QUANTILE) <= longest_s
             )
             fitting, too_many = (middle, too_many) if fits else (fitting, middle)
         if fitting < min(MIN_PREFILL, most):

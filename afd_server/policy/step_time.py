@@ -23,6 +23,7 @@ BESIDE_STEPS = 5.0  # the same for what it costs the steps beside it, which is a
 GUESS_STEPS = 0.02  # how many observations of a calibration the guess before it is worth
 STALE_STEPS = 150  # alone, after which nothing is held against lanes beside each other
 NUM_RATIOS = 200  # of observed to predicted times; their quantiles are those of the next one
+LONG_S = 0.05  # what holds a shorter step up would hold up one of this time no longer
 OUTLIER = 2.0  # no step counts as slower than so many times its prediction
 
 # Seconds for each unit of `_features` before any was measured, and how much of what a step costs
@@ -135,13 +136,24 @@ class StepTimeModel:
         self._products = [0.0] * size  # Σ x · seconds, fading
         self._ratios: deque[float] = deque([0.9, 1.0, 1.1] * 4, NUM_RATIOS)
         self._sorted_ratios = sorted(self._ratios)
+        self._delays = self._ratios.copy()  # the same of what took at least `LONG_S`, or might have
+        self._sorted_delays = sorted(self._delays)
         self._num_observed = 0
         self._num_alone = 0  # steps since the last one beside others
 
     def predict(self, load: StepLoad, quantile: float = 0.5) -> float:
         """Return the seconds that a step will take at most, with a probability of `quantile`."""
-        place = min(len(self._sorted_ratios) - 1, int(quantile * len(self._sorted_ratios)))
-        return self._speed * self._nominal_s(load) * self._sorted_ratios[place]
+        return self._speed * self._nominal_s(load) * _quantile(self._sorted_ratios, quantile)
+
+    def longest(self, load: StepLoad, quantile: float) -> float:
+        """Return the same for a step that may be much longer than most.
+
+        What holds steps up often takes as long whatever they hold: a few milliseconds are twice a
+        short step, and little of a long one.
+        """
+        expected_s = self._speed * self._nominal_s(load)
+        delay = _quantile(self._sorted_delays, quantile) - 1
+        return expected_s + delay * max(expected_s, LONG_S)
 
     def _nominal_s(self, load: StepLoad) -> float:
         return _times(self._costs, load) * self._strays.get(_num_beside(load), 1.0)
@@ -166,6 +178,8 @@ class StepTimeModel:
         ratio = seconds / expected_s
         kept = min(ratio, OUTLIER * self._speed)
         self._ratios.append(ratio / self._speed)
+        usual_s = self._speed * expected_s
+        self._delays.append(1 + (seconds - usual_s) / max(usual_s, LONG_S))
         if (num_beside := _num_beside(load)) >= 0:
             stray = self._strays.get(num_beside, 1.0) * (kept / self._speed) ** (1 / LANES_STEPS)
             self._strays[num_beside] = min(MOST_STRAY, max(1 / MOST_STRAY, stray))
@@ -176,6 +190,7 @@ class StepTimeModel:
         self._num_alone = 0 if load.others else self._num_alone + 1
         if self._num_observed % REFIT_EVERY == 0:
             self._sorted_ratios = sorted(self._ratios)
+            self._sorted_delays = sorted(self._delays)
             self._refit()
 
     def _refit(self) -> None:
@@ -190,6 +205,10 @@ class StepTimeModel:
         new = sum(c * x for c, x in zip(costs, typical, strict=True))
         self._speed *= old / new
         self._costs = costs
+
+
+def _quantile(ordered: list[float], quantile: float) -> float:
+    return ordered[min(len(ordered) - 1, int(quantile * len(ordered)))]
 
 
 def _num_beside(load: StepLoad) -> float:

@@ -5,6 +5,7 @@ import pytest
 from afd_server.core.request import SLO, Request, SamplingParams
 from afd_server.core.sequence import Sequence
 from afd_server.policy.pace import (
+    GAP_QUANTILE,
     HEADROOM,
     LONGEST_GAP,
     MIN_PREFILL,
@@ -75,12 +76,24 @@ def test_slack_that_was_earned_is_spent_on_prefill_but_not_in_one_gap(pace):
 def test_where_steps_stray_far_less_is_read_in_one_gap(pace):
     ahead, load = decoding(99.0, 200), StepLoad(rows=1, keys=100)
     budgets = [pace.prefill_budget(load, 0, [ahead], 256, 100.0)]
-    usual_s = pace.model.predict(load)
+    reading = StepLoad(rows=1, keys=100, prefill=60)
+    usual_s = pace.model.predict(reading)
     for spread in (0.2, 0.4):
         for step in range(400):
-            pace.model.observe(load, usual_s * (1 + spread * (-1) ** step))
+            pace.model.observe(reading, usual_s * (1 + spread * (-1) ** step))
         budgets.append(pace.prefill_budget(load, 0, [ahead], 256, 100.0))
     assert budgets[0] > budgets[1] > budgets[2] >= MIN_PREFILL
+
+
+def test_what_holds_short_steps_up_does_not_keep_prompts_out(pace):
+    """12 ms more are twice a step that decodes, and an eighth of one that reads a prompt."""
+    ahead, load = decoding(99.0, 200), StepLoad(rows=1, keys=100)
+    before = pace.prefill_budget(load, 0, [ahead], 256, 100.0)
+    usual_s = pace.model.predict(load)
+    for step in range(400):
+        pace.model.observe(load, usual_s + (step % 20 == 0) * 0.012)
+    assert pace.model.predict(load, GAP_QUANTILE) > 2 * usual_s
+    assert pace.prefill_budget(load, 0, [ahead], 256, 100.0) > 0.6 * before
 
 
 def test_who_has_least_slack_decides_how_much_is_read(pace):
