@@ -5,6 +5,7 @@ AFDError
 │   ├── ModelError         the model directory lacks a file or tensor, or is of no supported kind
 │   └── AddressInUse       a port or socket path is taken
 ├── InvalidRequest         a client's request is wrong; carries the parameter's name
+│   └── TargetOutOfReach   or asks for more than this machine can do
 ├── Overloaded             right request, no room now
 ├── ProtocolError          a frame that no peer of ours may send
 ├── WorkerFailed           a worker did not start, or died
@@ -39,6 +40,10 @@ class InvalidRequest(AFDError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class TargetOutOfReach(InvalidRequest):
+    """A client asked for a target that not even a request alone would keep."""
 
 
 class Overloaded(AFDError):

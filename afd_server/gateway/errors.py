@@ -14,7 +14,13 @@ from starlette.exceptions import HTTPException
 
 from afd_server.api import anthropic, openai
 from afd_server.api.body import validation_error
-from afd_server.core.errors import AFDError, InvalidRequest, Overloaded, WorkerFailed
+from afd_server.core.errors import (
+    AFDError,
+    InvalidRequest,
+    Overloaded,
+    TargetOutOfReach,
+    WorkerFailed,
+)
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +96,9 @@ def new_request_id() -> str:
 
 
 def retry_headers(error: Exception) -> dict[str, str]:
-    """Return when to come back, with jitter so that refused clients do not return together."""
+    """Return why, and when to come back: with jitter, so that they do not return together."""
+    if isinstance(error, TargetOutOfReach):
+        return {"x-afd-reject-reason": "target_out_of_reach"}
     if not isinstance(error, Overloaded | NotReady):
         return {}
     delay_s = error.retry_after_s if isinstance(error, Overloaded) else 1.0

@@ -160,8 +160,9 @@ class AnswerStream:
 
     def verdict(self) -> tuple[Outcome, str]:
         """Return how a complete answer ended, and why if not well."""
-        if self._status in REFUSALS:
-            reason = self._headers.get("x-afd-reject-reason") or self._error_of_body().get("code")
+        reason = self._headers.get("x-afd-reject-reason")
+        if self._status in REFUSALS or reason is not None:
+            reason = reason or self._error_of_body().get("code")
             return Outcome.REFUSED, str(reason or f"HTTP {self._status}")
         if self._status != 200:
             message = self._error_of_body().get("message", "")

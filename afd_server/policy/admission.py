@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Literal
 
-from afd_server.core.errors import InvalidRequest, Overloaded
+from afd_server.core.errors import InvalidRequest, Overloaded, TargetOutOfReach
 from afd_server.core.request import SLO
 
 RETRY_AFTER_S = 1.0
@@ -141,10 +141,10 @@ def check_reachable(tpot_s: float, alone_s: float) -> None:
     """Refuse a target that not even a request alone would keep.
 
     Raises:
-        InvalidRequest: so it is.
+        TargetOutOfReach: so it is.
     """
     if tpot_s < alone_s:
-        raise InvalidRequest(
+        raise TargetOutOfReach(
             f"a TPOT of {tpot_s * 1e3:g} ms is out of reach: a request that is alone gets a token "
             f"every {alone_s * 1e3:.1f} ms here; ask for more than that",
             "x-slo-tpot-ms",

@@ -7,7 +7,7 @@ import pytest
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from afd_server.core.errors import InvalidRequest, Overloaded, WorkerFailed
+from afd_server.core.errors import InvalidRequest, Overloaded, TargetOutOfReach, WorkerFailed
 from afd_server.gateway.errors import (
     ModelNotFound,
     NotReady,
@@ -46,6 +46,13 @@ def test_overload_says_when_to_return_with_jitter():
     assert max(delays) <= 3000
     assert len(delays) > 5
     assert retry_headers(InvalidRequest("bad")) == {}
+
+
+def test_a_target_out_of_reach_says_so_to_those_who_count_refusals_and_not_to_come_back():
+    error = TargetOutOfReach("out of reach", "x-slo-tpot-ms")
+    status, body = openai_body(error)
+    assert (status, body["error"]["param"]) == (400, "x-slo-tpot-ms")
+    assert retry_headers(error) == {"x-afd-reject-reason": "target_out_of_reach"}
 
 
 FULL = Overloaded("full", 2.0, "queue_full")

@@ -165,6 +165,13 @@ def test_a_refusal_without_a_header_is_named_by_its_code_or_status(status):
     assert read(b"busy", status=status).verdict() == (Outcome.REFUSED, f"HTTP {status}")
 
 
+def test_whatever_the_status_an_answer_with_a_reason_is_a_refusal():
+    """A target that is out of reach is a 400, and nobody's failure."""
+    answer = read(b"{}", status=400, headers={"x-afd-reject-reason": "target_out_of_reach"})
+    assert answer.verdict() == (Outcome.REFUSED, "target_out_of_reach")
+    assert read(b"{}", status=400).verdict()[0] is Outcome.FAILED
+
+
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", "http://x:99999"])
 def test_a_url_that_is_none_is_refused(url):
     with pytest.raises(ConfigError, match="url is"):
