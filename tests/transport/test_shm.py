@@ -170,7 +170,7 @@ def test_an_idle_pair_uses_no_cpu(net):
     began = time.process_time()
     for _ in range(4):
         assert b.receive(0.25) == []
-    assert time.process_time() - began < 0.05
+    assert time.process_time() - began < 0.3  # of a second; who watched would use all of it
 
 
 def test_a_wait_ends_in_time(net):
