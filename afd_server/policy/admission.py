@@ -10,6 +10,7 @@ from afd_server.core.request import SLO
 
 RETRY_AFTER_S = 1.0
 LONGEST_RETRY_S = 60.0  # clients give up on servers that say much more
+KEPT_SHARE = 4  # one in so many places in the queue is for those who overtake somebody there
 WAIT_SHARE = 0.35  # of the TTFT target that may be spent on waiting for others
 FADING = 0.08  # weight of the newest first token in the estimate of their pace; of the first ones
 # more, so that they are averaged
@@ -24,7 +25,8 @@ class AdmissionConfig:
     Attributes:
         max_live_requests: most that have not ended.
         max_model_len: the context, in tokens.
-        max_queued_requests: most that wait for their first token, where targets are enforced.
+        max_queued_requests: most that wait for their first token, where targets are enforced; the
+            last quarter of these places is for those who are served before others that wait.
         slo: targets of requests that name none.
         slo_mode: whether requests are refused whose targets would not be met (`enforce`), or only
             scheduled by them (`best-effort`); `off` knows no targets.
@@ -87,8 +89,11 @@ class FirstTokenQueue:
     ) -> None:
         """Refuse what could not begin in time; needs no knowledge of the prompt.
 
+        Nobody who waits is sent away for somebody more urgent. So a crowd that all the others
+        overtake, of low priority or of one tenant, does not get every place.
+
         Raises:
-            Overloaded: too many are ahead, or they take too long.
+            Overloaded: too many wait, or those ahead take too long.
             InvalidRequest: it would never fit.
         """
         if num_new > config.max_queued_requests:
@@ -99,20 +104,26 @@ class FirstTokenQueue:
         num_ahead = self._num_ahead(priority, tenant)
         most_s = inf if ttft_s is None else WAIT_SHARE * ttft_s
         wait_s = self._interval_s * (num_ahead + num_new - 1)
-        is_full = num_ahead + num_new > config.max_queued_requests
+        places = config.max_queued_requests
+        is_full = self.num_waiting + num_new > places or num_ahead >= places - places // KEPT_SHARE
         if not is_full and wait_s <= most_s:
             return
-        own = sum(waiting == (priority, tenant) for waiting in self._waiting.values())
-        is_own_doing = own > 0 and self._interval_s * (num_ahead - own) <= most_s
         raise Overloaded(
-            f"{num_ahead} requests wait before this one, for some {wait_s:.1f} s; try again later",
+            f"{self.num_waiting} requests wait for their first token, {num_ahead} of them before "
+            f"this one, for some {wait_s:.1f} s; try again later",
             min(LONGEST_RETRY_S, max(wait_s - most_s, self._interval_s, 0.05)),
             "queue_full" if is_full else "expected_wait",
-            is_own_doing=is_own_doing and len(self._tenants()) > 1,
+            is_own_doing=self._is_own_doing(priority, tenant, most_s, is_full),
         )
 
-    def _tenants(self) -> set[str]:
-        return {tenant for _, tenant in self._waiting.values()}
+    def _is_own_doing(self, priority: int, tenant: str, most_s: float, is_full: bool) -> bool:
+        """Tell whether a tenant, and not the only one, has most places or stands in its own way."""
+        num_by_tenant = Counter(t for _, t in self._waiting.values())
+        if is_full:
+            return len(num_by_tenant) > 1 and 2 * num_by_tenant[tenant] > self.num_waiting
+        own = sum(waiting == (priority, tenant) for waiting in self._waiting.values())
+        others_s = self._interval_s * (self._num_ahead(priority, tenant) - own)
+        return len(num_by_tenant) > 1 and own > 0 and others_s <= most_s
 
     def _num_ahead(self, priority: int, tenant: str) -> int:
         """Count who is served before a new request: of other tenants, as many as of its own."""

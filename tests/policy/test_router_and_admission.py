@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 
 from afd_server.core.errors import InvalidRequest, Overloaded
@@ -121,6 +123,39 @@ def test_the_queue_is_bounded_even_when_nothing_is_known_of_its_pace():
     with pytest.raises(Overloaded) as refusal:
         queue.check(ENFORCED, 4.0, 0, "a", 1)
     assert refusal.value.reason == "queue_full"
+
+
+@pytest.mark.parametrize(
+    "askers",
+    [
+        [(priority, "a") for priority in (3, 2, 1, 0, -1) for _ in range(8)],
+        [(0, str(number)) for number in range(40)],
+        [(-number, str(number)) for number in range(40)],
+    ],
+)
+def test_no_mixture_of_priorities_and_tenants_gets_more_places_than_there_are(askers):
+    queue = queue_of()
+    for key, (priority, tenant) in enumerate(askers):
+        with contextlib.suppress(Overloaded):
+            queue.check(ENFORCED, None, priority, tenant, 1)
+            queue.enter(key, priority, tenant, 100.0)
+    assert 6 <= queue.num_waiting <= 8
+
+
+def test_a_crowd_that_others_overtake_leaves_a_quarter_of_the_places_to_them():
+    queue = queue_of(*[(0, "many")] * 6)
+    with pytest.raises(Overloaded) as refusal:
+        queue.check(ENFORCED, None, 0, "many", 1)
+    assert (refusal.value.reason, refusal.value.is_own_doing) == ("queue_full", False)
+    queue.check(ENFORCED, None, 0, "few", 2)
+    queue.check(ENFORCED, None, -1, "many", 2)
+    queue.enter(1, 0, "few", 100.0)
+    queue.enter(2, -1, "few", 100.0)
+    for priority, tenant, is_own_doing in [(-1, "few", False), (-1, "many", True)]:
+        with pytest.raises(Overloaded, match="8 requests wait .* 1 of them before") as refusal:
+            queue.check(ENFORCED, None, priority, tenant, 1)
+        assert refusal.value.reason == "queue_full"
+        assert refusal.value.is_own_doing == is_own_doing
 
 
 def test_the_more_urgent_and_those_who_ask_little_do_not_wait_for_the_rest():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afd_server.core.request import SLO
-from afd_server.policy.admission import AdmissionConfig
+from afd_server.policy.admission import AdmissionConfig, FirstTokenQueue
 from afd_server.policy.scheduler import SchedulerConfig
 from afd_server.policy.step_time import StepLoad
 from afd_server.simulator.serving import Arrival, Outcome, ServingSimulation
@@ -240,6 +240,29 @@ def test_the_urgent_and_those_who_ask_little_go_first():
     assert len(begun(of_urgent)) >= 0.95 * len(urgent)
     assert 0 < len(begun(of_many)) < 0.5 * len(many)
     assert attainment(outcomes) >= 0.99
+
+
+class BoundedQueue(FirstTokenQueue):
+    """Remembers the most that it ever held."""
+
+    longest = 0
+
+    def enter(self, key, priority, tenant, now_s):
+        super().enter(key, priority, tenant, now_s)
+        self.longest = max(self.longest, self.num_waiting)
+
+
+def test_the_queue_never_holds_more_than_its_bound_whoever_comes():
+    rng = random.Random(10)
+    patient = [
+        replace(arrival, priority=rng.randint(-2, 2), tenant=str(rng.randint(0, 40)))
+        for arrival in poisson(40.0, 0, 10, rng, SLO(tpot_s=0.05))
+    ]
+    simulated = simulation(10)
+    queue = simulated.queue = BoundedQueue()
+    outcomes = simulated.run(patient)
+    assert queue.longest == 64
+    assert {outcome.refusal for outcome in outcomes} == {None, "queue_full"}
 
 
 @settings(max_examples=25, deadline=None)
