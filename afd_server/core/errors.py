@@ -45,6 +45,8 @@ class InvalidRequest(AFDError):
 class TargetOutOfReach(InvalidRequest):
     """A client asked for a target that not even a request alone would keep."""
 
+    reason = "target_out_of_reach"  # for metrics and clients, as that of `Overloaded`
+
 
 class Overloaded(AFDError):
     """The request is fine but cannot be taken now.

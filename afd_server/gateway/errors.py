@@ -98,7 +98,7 @@ def new_request_id() -> str:
 def retry_headers(error: Exception) -> dict[str, str]:
     """Return why, and when to come back: with jitter, so that they do not return together."""
     if isinstance(error, TargetOutOfReach):
-        return {"x-afd-reject-reason": "target_out_of_reach"}
+        return {"x-afd-reject-reason": error.reason}
     if not isinstance(error, Overloaded | NotReady):
         return {}
     delay_s = error.retry_after_s if isinstance(error, Overloaded) else 1.0

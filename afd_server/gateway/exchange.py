@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from afd_server.api.body import Body, GenerationBody, check_token_ids, sampling_params
-from afd_server.core.errors import Overloaded
+from afd_server.core.errors import Overloaded, TargetOutOfReach
 from afd_server.gateway.asker import Asker
 from afd_server.gateway.choices import ChoicePlan, Choices, ChoiceState, Piece, run_to_end
 from afd_server.gateway.errors import ModelNotFound, NotReady, end_openly
@@ -94,7 +94,8 @@ def admit(service: Service, request: Request, body: GenerationBody, num_new: int
 
     Raises:
         Overloaded: there is no room for them now.
-        InvalidRequest: their targets are nonsense or out of reach.
+        TargetOutOfReach: not even one alone would keep their target.
+        InvalidRequest: their targets are nonsense, or they are more than may ever wait.
     """
     asker = service.asker_of(request.headers, body.cache_salt, body.priority)
     admission, generations = service.admission, service.generations
@@ -105,7 +106,7 @@ def admit(service: Service, request: Request, body: GenerationBody, num_new: int
             generations.queue.check(
                 admission, asker.slo.ttft_s, asker.priority, asker.tenant, num_new
             )
-    except Overloaded as error:
+    except (Overloaded, TargetOutOfReach) as error:
         service.metrics.refused(error.reason)
         raise
     return asker

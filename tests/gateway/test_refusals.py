@@ -1,0 +1,75 @@
+"""Refusals as clients and operators see them: the whole gateway, without workers."""
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+import httpx
+
+from afd_server.core.topology import Member, Role, Topology
+from afd_server.gateway.app import create_app
+from afd_server.gateway.config import GatewaySpec
+from afd_server.gateway.service import Service
+from afd_server.transport.messages import EMPTY, LoadReport
+
+MODEL = Path(__file__).parents[2] / "configs" / "llama-mini"
+WORKER = Member(Role.ATTENTION, 0, "w0", "", "f")
+COMPLETION = ("/v1/completions", {"prompt": "a"})
+MESSAGE = ("/v1/messages", {"max_tokens": 5, "messages": [{"role": "user", "content": "a"}]})
+
+
+class NoCodec:
+    """Knows no text: whoever looks at a prompt fails."""
+
+
+@contextlib.contextmanager
+def gateway(slo_mode="enforce", **changes):
+    """Make a gateway that believes an attention worker to be there."""
+    spec = GatewaySpec(
+        incarnation="g", listen_fd=-1, url="", supervisor="s", supervisor_address="ipc:///none",
+        model_path=str(MODEL), model_digest="", served_model_name="tiny", max_model_len=512,
+        num_attention=1, num_ffn=0, num_ffn_parts=0, with_crc=False, shutdown_timeout_s=1.0,
+        log_level="warning", load_format="dummy", ttft_slo_s=4.0, tpot_slo_s=0.05,
+        slo_mode=slo_mode, **{"max_live_requests": 100, "max_queued_requests": 8, **changes},
+    )  # fmt: skip
+    service = Service(spec)
+    service.pools.follow(Topology(1, (WORKER,)))
+    try:
+        yield service
+    finally:
+        service._link.close()
+
+
+def post(service, path, body, **headers):
+    """Return an answer that does not wait for tokens."""
+
+    async def posting():
+        transport = httpx.ASGITransport(create_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
+            return await asyncio.wait_for(http.post(path, json=body, headers=headers), 10)
+
+    return asyncio.run(posting())
+
+
+def fill(service, *keys):
+    """Let requests with these API keys wait, whose first tokens come every second."""
+    queue = service.generations.queue
+    queue.enter(-1, 0, "", 0.0)
+    queue.serve(-1, 1.0)
+    for number, key in enumerate(keys):
+        tenant = service.asker_of({"authorization": key}, None, 0).tenant
+        queue.enter(number, 0, tenant, 1.0)
+
+
+def metric(service, name, **labels):
+    return service.metrics.registry.get_sample_value(name, labels)
+
+
+def test_a_target_out_of_reach_is_counted_among_the_refusals():
+    with gateway() as service:
+        zeros = [0] * 14
+        service.pools.take_report("w0", LoadReport(*zeros, 20_000, 10_000, EMPTY))
+        answer = post(service, *COMPLETION, **{"x-slo-tpot-ms": "1"})
+        assert answer.status_code == 400
+        reason = answer.headers["x-afd-reject-reason"]
+        assert metric(service, "afd_refused_requests_total", reason=reason) == 1
