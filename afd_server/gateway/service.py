@@ -162,7 +162,7 @@ class Service:
         for member in self.pools.workers():
             self._endpoint.try_send(member.incarnation, beat)
         queue = self.generations.queue
-        self.metrics.queue(queue.num_waiting, queue.expected_wait_s(0, ""))
+        self.metrics.queue(queue.num_waiting, queue.drain_s)
         self.metrics.topology(
             self.pools.topology.epoch,
             len(self.pools.topology.pool(Role.ATTENTION)),

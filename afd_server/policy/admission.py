@@ -57,6 +57,11 @@ class FirstTokenQueue:
         """Return the requests without a first token."""
         return len(self._waiting)
 
+    @property
+    def drain_s(self) -> float:
+        """Return how long it takes until all who wait have their first token."""
+        return self._interval_s * len(self._waiting)
+
     def enter(self, key: int, priority: int, tenant: str, now_s: float) -> None:
         """Add a request that was admitted."""
         if not self._waiting:
@@ -103,7 +108,7 @@ class FirstTokenQueue:
             )
         num_ahead = self._num_ahead(priority, tenant)
         most_s = inf if ttft_s is None else WAIT_SHARE * ttft_s
-        wait_s = self._interval_s * (num_ahead + num_new - 1)
+        wait_s = self.expected_wait_s(priority, tenant) + self._interval_s * (num_new - 1)
         places = config.max_queued_requests
         is_full = self.num_waiting + num_new > places or num_ahead >= places - places // KEPT_SHARE
         if not is_full and wait_s <= most_s:
@@ -122,7 +127,7 @@ class FirstTokenQueue:
         if is_full:
             return len(num_by_tenant) > 1 and 2 * num_by_tenant[tenant] > self.num_waiting
         own = sum(waiting == (priority, tenant) for waiting in self._waiting.values())
-        others_s = self._interval_s * (self._num_ahead(priority, tenant) - own)
+        others_s = self.expected_wait_s(priority, tenant) - self._interval_s * own
         return len(num_by_tenant) > 1 and own > 0 and others_s <= most_s
 
     def _num_ahead(self, priority: int, tenant: str) -> int:

@@ -172,7 +172,7 @@ class GatewayMetrics:
             "afd_queued_requests", "Admitted requests without a first token", registry=registry
         )
         self._expected_wait = Gauge(
-            "afd_expected_wait_seconds", "For others' first tokens, of a request that came now",
+            "afd_expected_wait_seconds", "Until all who wait have their first token",
             registry=registry,
         )  # fmt: skip
         self._expected_step = Gauge(
@@ -234,10 +234,10 @@ class GatewayMetrics:
         """Count a request by whether it kept its targets."""
         self._judged.labels("yes" if slo_met else "no").inc()
 
-    def queue(self, num_waiting: int, expected_wait_s: float) -> None:
-        """Show who waits for a first token."""
+    def queue(self, num_waiting: int, drain_s: float) -> None:
+        """Show how many wait for a first token, and how long until all have it."""
         self._queued.set(num_waiting)
-        self._expected_wait.set(expected_wait_s)
+        self._expected_wait.set(drain_s)
 
     def expected_steps(self, worker: str, step_s: float, alone_s: float) -> None:
         """Show what an attention worker expects of its steps."""

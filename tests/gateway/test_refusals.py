@@ -73,3 +73,11 @@ def test_a_target_out_of_reach_is_counted_among_the_refusals():
         assert answer.status_code == 400
         reason = answer.headers["x-afd-reject-reason"]
         assert metric(service, "afd_refused_requests_total", reason=reason) == 1
+
+
+def test_the_expected_wait_is_that_for_the_whole_queue_whosever_it_is():
+    with gateway() as service:
+        fill(service, *["Bearer many"] * 4)
+        service._beat()
+        assert metric(service, "afd_queued_requests") == 4
+        assert metric(service, "afd_expected_wait_seconds") == 4.0
