@@ -24,6 +24,9 @@ from afd_server.core.errors import (
 
 log = logging.getLogger(__name__)
 
+START_AGAIN_S = 1.0  # of those who come while the server starts or stops
+REPLACE_AGAIN_S = 5.0  # a small model's worker is replaced and calibrated by then
+
 ANTHROPIC_PATH = "/v1/messages"  # here and below clients expect Anthropic's errors
 
 
@@ -97,16 +100,23 @@ def new_request_id() -> str:
 
 def retry_headers(error: Exception) -> dict[str, str]:
     """Return why, and when to come back: with jitter, so that they do not return together."""
-    if isinstance(error, TargetOutOfReach):
-        return {"x-afd-reject-reason": error.reason}
-    if not isinstance(error, Overloaded | NotReady):
-        return {}
-    delay_s = error.retry_after_s if isinstance(error, Overloaded) else 1.0
+    match error:
+        case TargetOutOfReach():
+            return {"x-afd-reject-reason": error.reason}
+        case Overloaded():
+            delay_s, reason = error.retry_after_s, {"x-afd-reject-reason": error.reason}
+        case NotReady():
+            delay_s, reason = START_AGAIN_S, {}
+        case WorkerFailed():
+            delay_s, reason = REPLACE_AGAIN_S, {}
+        case _:
+            return {}
     delay_s *= random.uniform(1.0, 1.5)
-    headers = {"retry-after": str(math.ceil(delay_s)), "retry-after-ms": str(int(delay_s * 1000))}
-    if isinstance(error, Overloaded):
-        headers["x-afd-reject-reason"] = error.reason
-    return headers
+    return {
+        "retry-after": str(math.ceil(delay_s)),
+        "retry-after-ms": str(int(delay_s * 1000)),
+        **reason,
+    }
 
 
 async def answer(request: Request, error: Exception) -> JSONResponse:

@@ -100,7 +100,7 @@ def admit(service: Service, request: Request, body: GenerationBody, num_new: int
     asker = service.asker_of(request.headers, body.cache_salt, body.priority)
     admission, generations = service.admission, service.generations
     try:
-        check_capacity(admission, generations.num_live, num_new)
+        check_capacity(admission, generations.num_live, num_new, generations.queue.retry_after_s)
         if admission.slo_mode == "enforce":
             service.check_reachable(asker.slo)
             generations.queue.check(

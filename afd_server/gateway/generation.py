@@ -17,7 +17,7 @@ from afd_server.core.errors import AFDError, Overloaded, ProtocolError, WorkerFa
 from afd_server.core.request import FinishReason, Request, SamplingParams, time_per_token_s
 from afd_server.core.topology import Member, Role, Topology
 from afd_server.gateway.asker import Asker
-from afd_server.policy.admission import RETRY_AFTER_S, FirstTokenQueue
+from afd_server.policy.admission import FirstTokenQueue
 from afd_server.policy.router import PrefixMap, choose_worker, prefix_blocks
 from afd_server.telemetry.metrics import GatewayMetrics
 from afd_server.transport.endpoint import Endpoint
@@ -317,12 +317,12 @@ class Generations:
     def _refuse(self, entry: JournalEntry) -> None:
         waited_s = self._clock.now() - entry.arrived_s
         self._metrics.refused("queue_timeout")
+        self._end(entry, "refused")  # before the others are counted
         error = Overloaded(
             f"the request waited for {waited_s:.1f} s and was not begun; try again later",
-            max(RETRY_AFTER_S, waited_s),
+            self.queue.retry_after_s,
             "queue_timeout",
         )
-        self._end(entry, "refused")
         entry.events.put_nowait(FailureEvent(entry.choice, error))
 
     def _end(self, entry: JournalEntry, reason: str) -> None:

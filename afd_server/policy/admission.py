@@ -8,7 +8,7 @@ from typing import Literal
 from afd_server.core.errors import InvalidRequest, Overloaded, TargetOutOfReach
 from afd_server.core.request import SLO
 
-RETRY_AFTER_S = 1.0
+RETRY_AFTER_S = 1.0  # at least, where it is not known what will be free by then
 LONGEST_RETRY_S = 60.0  # clients give up on servers that say much more
 KEPT_SHARE = 4  # one in so many places in the queue is for those who overtake somebody there
 WAIT_SHARE = 0.35  # of the TTFT target that may be spent on waiting for others
@@ -61,6 +61,11 @@ class FirstTokenQueue:
     def drain_s(self) -> float:
         """Return how long it takes until all who wait have their first token."""
         return self._interval_s * len(self._waiting)
+
+    @property
+    def retry_after_s(self) -> float:
+        """Return when to come back for those who are refused though few are ahead of them."""
+        return min(LONGEST_RETRY_S, max(RETRY_AFTER_S, self.drain_s))
 
     def enter(self, key: int, priority: int, tenant: str, now_s: float) -> None:
         """Add a request that was admitted."""
@@ -138,7 +143,9 @@ class FirstTokenQueue:
         return more_urgent + own + sum(min(n, own + 1) for t, n in equals.items() if t != tenant)
 
 
-def check_capacity(config: AdmissionConfig, num_live: int, num_new: int) -> None:
+def check_capacity(
+    config: AdmissionConfig, num_live: int, num_new: int, retry_after_s: float
+) -> None:
     """Refuse when the gateway is full; needs no knowledge of the prompt.
 
     Raises:
@@ -148,7 +155,7 @@ def check_capacity(config: AdmissionConfig, num_live: int, num_new: int) -> None
         raise Overloaded(
             f"{num_live} requests are live and the limit is {config.max_live_requests}; "
             "try again later",
-            RETRY_AFTER_S,
+            retry_after_s,
             "max_live_requests",
         )
 

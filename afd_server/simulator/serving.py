@@ -91,7 +91,7 @@ class ServingSimulation:
     def _take(self, outcome: Outcome, now_s: float) -> None:
         arrival, key = outcome.arrival, next(self._order)
         try:
-            check_capacity(self._admission, len(self._live), 1)
+            check_capacity(self._admission, len(self._live), 1, self.queue.retry_after_s)
             if self._admission.slo_mode == "enforce":
                 ttft_s = arrival.slo.ttft_s
                 self.queue.check(self._admission, ttft_s, arrival.priority, arrival.tenant, 1)

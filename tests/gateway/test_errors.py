@@ -48,6 +48,13 @@ def test_overload_says_when_to_return_with_jitter():
     assert retry_headers(InvalidRequest("bad")) == {}
 
 
+@pytest.mark.parametrize(("error", "seconds"), [(NotReady("soon"), 1), (WorkerFailed("gone"), 5)])
+def test_who_meets_a_server_without_its_workers_is_told_when_they_may_be_back(error, seconds):
+    headers = retry_headers(error)
+    assert seconds <= int(headers["retry-after-ms"]) / 1000 <= 1.5 * seconds
+    assert "x-afd-reject-reason" not in headers
+
+
 def test_a_target_out_of_reach_says_so_to_those_who_count_refusals_and_not_to_come_back():
     error = TargetOutOfReach("out of reach", "x-slo-tpot-ms")
     status, body = openai_body(error)

@@ -414,14 +414,18 @@ def test_what_is_left_of_the_first_target_travels_with_rank_and_tenant():
 
 def test_a_request_that_was_not_begun_in_time_is_refused_as_overload():
     bench = Bench()
-    bench.clock.advance(4.1)
+    first, *_others = [bench.start() for _ in range(3)]
+    bench.clock.advance(2.0)
+    bench.token(0, 50, key=first)
+    bench.heard()
+    bench.clock.advance(100.0)
     bench.chunk((bench.key, 1, 0, 0, 0, FinishReason.REFUSED, 0, 0, 0))
     (event,) = bench.heard()
     assert isinstance(event.error, Overloaded)
-    assert (event.error.reason, event.error.retry_after_s) == ("queue_timeout", pytest.approx(4.1))
+    assert (event.error.reason, event.error.retry_after_s) == ("queue_timeout", 4.0)
     refused = bench.metrics.registry.get_sample_value
     assert refused("afd_refused_requests_total", {"reason": "queue_timeout"}) == 1
-    assert bench.generations.queue.num_waiting == 0
+    assert bench.generations.queue.num_waiting == 2
 
 
 def test_requests_are_in_the_queue_until_their_first_token():

@@ -53,10 +53,17 @@ def test_without_workers_there_is_no_choice():
 
 
 def test_a_full_gateway_refuses_and_says_when_to_come_back():
-    check_capacity(LIMITS, num_live=2, num_new=2)
+    check_capacity(LIMITS, num_live=2, num_new=2, retry_after_s=7.0)
     with pytest.raises(Overloaded, match="limit is 4") as refusal:
-        check_capacity(LIMITS, num_live=3, num_new=2)
-    assert refusal.value.retry_after_s > 0
+        check_capacity(LIMITS, num_live=3, num_new=2, retry_after_s=7.0)
+    assert refusal.value.retry_after_s == 7.0
+
+
+def test_who_is_refused_comes_back_when_the_queue_is_drained_but_within_the_patience_of_clients():
+    assert queue_of().retry_after_s == 1.0
+    waiting = [(0, "a")] * 6
+    assert queue_of(*waiting).retry_after_s == pytest.approx(3.0, rel=0.01)
+    assert queue_of(*waiting, interval_s=60.0).retry_after_s == 60.0
 
 
 def test_max_tokens_defaults_to_what_the_context_leaves():
