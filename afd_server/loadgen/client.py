@@ -16,6 +16,7 @@ from afd_server.workload.report import Outcome, RequestRecord
 
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 REFUSALS = (429, 503, 529)
+FAULTS = ("worker_failed", "server_is_starting")  # codes of our 503 that refuse nobody
 WORDS = ("the", "and", "for", "you", "are", "with", "that", "this", "from", "have", "not", "but")
 
 
@@ -161,11 +162,12 @@ class AnswerStream:
     def verdict(self) -> tuple[Outcome, str]:
         """Return how a complete answer ended, and why if not well."""
         reason = self._headers.get("x-afd-reject-reason")
-        if self._status in REFUSALS or reason is not None:
-            reason = reason or self._error_of_body().get("code")
-            return Outcome.REFUSED, str(reason or f"HTTP {self._status}")
+        error = self._error_of_body() if self._status != 200 else {}
+        code = error.get("code")
+        if reason is not None or (self._status in REFUSALS and code not in FAULTS):
+            return Outcome.REFUSED, str(reason or code or f"HTTP {self._status}")
         if self._status != 200:
-            message = self._error_of_body().get("message", "")
+            message = error.get("message", "")
             return Outcome.FAILED, f"HTTP {self._status}: {message}"[:200]
         if self._error is not None:
             return Outcome.FAILED, self._error[:200]

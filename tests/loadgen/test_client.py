@@ -165,6 +165,12 @@ def test_a_refusal_without_a_header_is_named_by_its_code_or_status(status):
     assert read(b"busy", status=status).verdict() == (Outcome.REFUSED, f"HTTP {status}")
 
 
+@pytest.mark.parametrize("code", ["worker_failed", "server_is_starting"])
+def test_a_server_that_could_not_is_no_server_that_would_not(code):
+    body = json.dumps({"error": {"code": code, "message": "gone"}}).encode()
+    assert read(body, status=503).verdict() == (Outcome.FAILED, "HTTP 503: gone")
+
+
 def test_whatever_the_status_an_answer_with_a_reason_is_a_refusal():
     """A target that is out of reach is a 400, and nobody's failure."""
     answer = read(b"{}", status=400, headers={"x-afd-reject-reason": "target_out_of_reach"})
