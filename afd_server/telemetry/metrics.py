@@ -161,6 +161,9 @@ class GatewayMetrics:
         self._dropped = Counter(
             "afd_fenced_tokens", "Tokens of no current attempt", registry=registry
         )
+        self._admitted = Counter(
+            "afd_admitted_requests", "Requests taken, each choice as one", registry=registry
+        )
         self._refused = Counter(
             "afd_refused_requests", "Requests refused", ("reason",), registry=registry
         )
@@ -208,6 +211,7 @@ class GatewayMetrics:
 
     def started(self, num_prompt_tokens: int) -> None:
         """Count a request that was taken."""
+        self._admitted.inc()
         self._prompt.inc(num_prompt_tokens)
 
     def refused(self, reason: str) -> None:

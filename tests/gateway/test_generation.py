@@ -432,6 +432,7 @@ def test_requests_are_in_the_queue_until_their_first_token():
     bench = Bench()
     other = bench.start()
     assert bench.generations.queue.num_waiting == 2
+    assert bench.metric("afd_admitted_requests_total") == 2
     bench.token(0, 50)
     assert bench.generations.queue.num_waiting == 1
     bench.generations.abandon(other, "abort")
