@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from afd_server.api.body import Body, GenerationBody, MessageText, StopStrings
+from afd_server.api.body import Body, GenerationBody, MessageText, Metrics, StopStrings
 
 IGNORED = frozenset({
     "metadata", "service_tier", "speed", "cache_control", "diagnostics", "user_profile_id",
@@ -151,6 +151,7 @@ class MessageBody(Ending):
     model: str
     content: list[TextBlock]
     usage: Usage
+    metrics: NotRequired[Metrics]
 
 
 class TextDelta(TypedDict):
@@ -169,6 +170,7 @@ class Event(TypedDict):
     content_block: NotRequired[TextBlock]
     delta: NotRequired[TextDelta | Ending]
     usage: NotRequired[Usage]
+    metrics: NotRequired[Metrics]
 
 
 class TokenCount(TypedDict):
@@ -198,18 +200,27 @@ def make_ending(finish: Literal["stop", "length"], stopped_by: str | int | None)
 
 
 def message(
-    message_id: str, model: str, content: list[TextBlock], ending: Ending, usage: Usage
+    message_id: str,
+    model: str,
+    content: list[TextBlock],
+    ending: Ending,
+    usage: Usage,
+    metrics: Metrics | None = None,
 ) -> MessageBody:
     """Make the response of /v1/messages."""
-    return {
+    body: MessageBody = {
         "id": message_id,
         "type": "message",
         "role": "assistant",
         "model": model,
         "content": content,
-        **ending,
+        "stop_reason": ending["stop_reason"],
+        "stop_sequence": ending["stop_sequence"],
         "usage": usage,
     }
+    if metrics is not None:
+        body["metrics"] = metrics
+    return body
 
 
 def text_block(text: str) -> TextBlock:
@@ -237,13 +248,12 @@ def text_event(text: str) -> Event:
     }
 
 
-def closing(ending: Ending, usage: Usage) -> list[Event]:
+def closing(ending: Ending, usage: Usage, metrics: Metrics | None = None) -> list[Event]:
     """Return the events after the last text; the counts are those of the whole message."""
-    return [
-        {"type": "content_block_stop", "index": 0},
-        {"type": "message_delta", "delta": ending, "usage": usage},
-        {"type": "message_stop"},
-    ]
+    delta: Event = {"type": "message_delta", "delta": ending, "usage": usage}
+    if metrics is not None:
+        delta["metrics"] = metrics
+    return [{"type": "content_block_stop", "index": 0}, delta, {"type": "message_stop"}]
 
 
 PING: Event = {"type": "ping"}

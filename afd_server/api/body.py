@@ -8,7 +8,7 @@ means absent.
 
 import reprlib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar, Self, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -144,6 +144,7 @@ class GenerationBody(Body):
     ignore_eos: bool = False
     cache_salt: str | None = Field(default=None, min_length=1)  # vLLM's
     priority: int = Field(default=0, ge=PRIORITIES[0], le=PRIORITIES[-1])  # vLLM's: lower is first
+    return_metrics: bool = False
 
     @model_validator(mode="after")
     def _refuse_what_does_not_go_with_guard(self) -> Self:
@@ -252,3 +253,18 @@ def validation_error(exc: ValidationError) -> InvalidRequest:
 
 def _short(value: object) -> str:
     return reprlib.repr(value)
+
+
+# ── answers ─────────────────────────────────────────────────────────────────────────────────
+
+
+class Metrics(TypedDict):
+    """How a choice was served, if `return_metrics` asks for it; times in milliseconds.
+
+    `tpot_ms` is None for a choice of one token; `slo_met` is whether it kept its targets.
+    """
+
+    ttft_ms: float
+    tpot_ms: float | None
+    queue_ms: float
+    slo_met: bool

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
-from afd_server.api.body import GenerationBody, MessageText, valid_text
+from afd_server.api.body import GenerationBody, MessageText, Metrics, valid_text
 
 MAX_CHOICES = 8
 
@@ -144,7 +144,6 @@ class GenerationRequest(GenerationBody):
     stream_options: StreamOptions = StreamOptions()
     max_tokens: int | None = Field(default=None, ge=1)
     return_token_ids: bool = False
-    return_metrics: bool = False
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
 
     def _also_neutral(self) -> dict[str, tuple[object, ...]]:
@@ -270,19 +269,7 @@ class Ending(TypedDict):
     stop_reason: StopReason
     token_ids: NotRequired[list[int]]
     prompt_token_ids: NotRequired[list[int]]
-    metrics: NotRequired["Metrics"]
-
-
-class Metrics(TypedDict):
-    """How a choice was served, if `return_metrics` asks for it; times in milliseconds.
-
-    `tpot_ms` is None for a choice of one token; `slo_met` is whether it kept its targets.
-    """
-
-    ttft_ms: float
-    tpot_ms: float | None
-    queue_ms: float
-    slo_met: bool
+    metrics: NotRequired[Metrics]
 
 
 class ChatReply(TypedDict):

@@ -23,7 +23,7 @@ def anthropic_routes(service: Service) -> APIRouter:
         asker = admit(service, request, body, 1)
         prompt = _encode(service, body)
         plans = plan_choices(service, body, [prompt], "messages", body.max_tokens)
-        writer = MessageWriter(service.model_name, new_request_id())
+        writer = MessageWriter(service.model_name, new_request_id(), body.return_metrics)
         return await answer(service, request, asker, plans, writer, body.stream)
 
     @router.post("/count_tokens")
@@ -43,18 +43,23 @@ class MessageWriter:
 
     keep_alive = sse.json_event(anthropic.PING, anthropic.PING["type"])
 
-    def __init__(self, model: str, request_id: str) -> None:
+    def __init__(self, model: str, request_id: str, with_metrics: bool) -> None:
         self.headers = {"request-id": request_id}
         self._request_id = request_id
         self._message_id = f"msg_{uuid.uuid4().hex}"
         self._model = model
+        self._with_metrics = with_metrics
 
     def whole(self, states: Sequence[ChoiceState]) -> anthropic.MessageBody:
         """Return the answer in one piece."""
         (state,) = states
-        content = [anthropic.text_block(state.text)]
         return anthropic.message(
-            self._message_id, self._model, content, _ending(state), _usage(state)
+            self._message_id,
+            self._model,
+            [anthropic.text_block(state.text)],
+            _ending(state),
+            _usage(state),
+            state.metrics if self._with_metrics else None,
         )
 
     def start(self, num_choices: int) -> Iterable[bytes]:
@@ -71,7 +76,8 @@ class MessageWriter:
     def end(self, states: Sequence[ChoiceState]) -> Iterable[bytes]:
         """Return why it ended and what it took."""
         (state,) = states
-        return map(_framed, anthropic.closing(_ending(state), _usage(state)))
+        metrics = state.metrics if self._with_metrics else None
+        return map(_framed, anthropic.closing(_ending(state), _usage(state), metrics))
 
     def failure(self, error: Exception) -> bytes:
         """Return the error."""

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+from afd_server.api.body import Metrics
 from afd_server.api.openai import FinishName, StopReason
 from afd_server.core.request import FinishReason, SamplingParams
 from afd_server.gateway.asker import Asker
@@ -57,6 +58,18 @@ class ChoiceState:
     finish: FinishName | None = None
     stop_reason: StopReason = None
     timing: Timing | None = None  # of its tokens so far
+
+    @property
+    def metrics(self) -> Metrics:
+        """Return how it was served, for its client; it must have ended."""
+        timing = self.timing
+        assert timing is not None, "an unfinished choice has no metrics"
+        return {
+            "ttft_ms": timing.ttft_s * 1e3,
+            "tpot_ms": None if timing.tpot_s is None else timing.tpot_s * 1e3,
+            "queue_ms": timing.queue_s * 1e3,
+            "slo_met": timing.slo_met,
+        }
 
 
 class Choices:

@@ -102,7 +102,7 @@ class ChatWriter(_Writer):
                 _finish(state),
                 state.stop_reason,
                 state.token_ids if self._with_ids else None,
-                _metrics(state) if self._with_metrics else None,
+                state.metrics if self._with_metrics else None,
             )
             for index, state in enumerate(states)
         ]
@@ -128,7 +128,7 @@ class ChatWriter(_Writer):
                 piece.finish,
                 piece.stop_reason,
                 ids,
-                _metrics(state) if self._with_metrics else None,
+                state.metrics if self._with_metrics else None,
             )
             yield sse.json_event(finish)
 
@@ -156,7 +156,7 @@ class CompletionWriter(_Writer):
                 state.stop_reason,
                 state.token_ids if self._with_ids else None,
                 list(state.plan.prompt_ids) if self._with_ids else None,
-                _metrics(state) if self._with_metrics else None,
+                state.metrics if self._with_metrics else None,
             )
             for index, state in enumerate(states)
         ]
@@ -179,7 +179,7 @@ class CompletionWriter(_Writer):
             piece.stop_reason,
             [piece.token_id] if self._with_ids else None,
             list(state.plan.prompt_ids) if self._with_ids and first else None,
-            _metrics(state) if self._with_metrics and piece.finish else None,
+            state.metrics if self._with_metrics and piece.finish else None,
         )
         yield sse.json_event(openai.completion_chunk(self._envelope, choice))
 
@@ -210,17 +210,6 @@ def _usage(states: Sequence[ChoiceState]) -> openai.Usage:
         sum(len(state.token_ids) for state in states),
         sum(cached.values()),
     )
-
-
-def _metrics(state: ChoiceState) -> openai.Metrics:
-    timing = state.timing
-    assert timing is not None, "an unfinished choice has no metrics"
-    return {
-        "ttft_ms": timing.ttft_s * 1e3,
-        "tpot_ms": None if timing.tpot_s is None else timing.tpot_s * 1e3,
-        "queue_ms": timing.queue_s * 1e3,
-        "slo_met": timing.slo_met,
-    }
 
 
 def _finish(state: ChoiceState) -> openai.FinishName:

@@ -10,17 +10,19 @@ from afd_server.core.request import SamplingParams
 from afd_server.gateway.anthropic_routes import MessageWriter
 from afd_server.gateway.byte_codec import byte_codec
 from afd_server.gateway.choices import ChoicePlan, ChoiceState, Piece
+from afd_server.gateway.generation import Timing
 from afd_server.gateway.openai_routes import ChatWriter, CompletionWriter
 from afd_server.gateway.text import TextStream
 
 CODEC = byte_codec(300)
 PROMPT = (1, 2, 3, 4, 5)
+TIMING = Timing(ttft_s=0.5, tpot_s=0.25, queue_s=0.125, slo_met=True)
 
 
 def written(writer, text, num_cached=3):
     """Write a choice of one token a character and return its state and its events."""
     plan = ChoicePlan(0, PROMPT, SamplingParams(9), ())
-    state = ChoiceState(plan, TextStream(CODEC), num_cached=num_cached)
+    state = ChoiceState(plan, TextStream(CODEC), num_cached=num_cached, timing=TIMING)
     raw = [*writer.start(1)]
     for number, char in enumerate(text, 1):
         state.token_ids += CODEC.encode(char)
@@ -37,7 +39,7 @@ def parsed(raw):
 
 
 def test_a_message_is_streamed_in_anthropics_order():
-    state, raw = written(MessageWriter("tiny", "req_1"), "hey")
+    state, raw = written(MessageWriter("tiny", "req_1", False), "hey")
     names = [name for name, _ in parsed(raw)]
     assert names == [
         "message_start", "content_block_start", "ping", *["content_block_delta"] * 3,
@@ -49,7 +51,7 @@ def test_a_message_is_streamed_in_anthropics_order():
 
 
 def test_a_message_is_the_same_whole_or_streamed():
-    writer = MessageWriter("tiny", "req_1")
+    writer = MessageWriter("tiny", "req_1", False)
     state, raw = written(writer, "hey")
     whole = writer.whole([state])
     events = dict(parsed(raw))
@@ -65,12 +67,25 @@ def test_a_message_is_the_same_whole_or_streamed():
     assert whole["id"].startswith("msg_")
 
 
+def test_a_message_says_how_it_was_served_if_that_is_asked_for():
+    writer = MessageWriter("tiny", "req_1", with_metrics=True)
+    state, raw = written(writer, "hey")
+    metrics = {"ttft_ms": 500.0, "tpot_ms": 250.0, "queue_ms": 125.0, "slo_met": True}
+    assert writer.whole([state])["metrics"] == metrics
+    assert [content["type"] for _, content in parsed(raw) if "metrics" in content] == [
+        "message_delta"
+    ]
+    assert dict(parsed(raw))["message_delta"]["metrics"] == metrics
+    plain = MessageWriter("tiny", "req_1", with_metrics=False)
+    assert "metrics" not in plain.whole([state])
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [(WorkerFailed("gone"), "api_error"), (Overloaded("late", 1.0, "q"), "overloaded_error")],
 )
 def test_a_message_that_cannot_go_on_ends_with_an_error_event(error, kind):
-    ((name, content),) = parsed([MessageWriter("tiny", "req_1").failure(error)])
+    ((name, content),) = parsed([MessageWriter("tiny", "req_1", False).failure(error)])
     assert name == content["type"] == "error"
     assert (content["error"]["type"], content["request_id"]) == (kind, "req_1")
 

@@ -32,6 +32,8 @@ def test_a_choice_says_how_it_was_served_if_asked(server):
     chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4, "stream": True}
     lines = server.http.post("/v1/chat/completions", json=chat | {"return_metrics": True}).text
     assert lines.count('"metrics":{"ttft_ms":') == 1
+    message = server.http.post("/v1/messages", json=chat | {"return_metrics": True}).text
+    assert message.count('"metrics":{"ttft_ms":') == 1
 
 
 @pytest.mark.parametrize(
