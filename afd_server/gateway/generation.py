@@ -18,6 +18,7 @@ from afd_server.core.request import FinishReason, Request, SamplingParams, time_
 from afd_server.core.topology import Member, Role, Topology
 from afd_server.gateway.asker import Asker
 from afd_server.policy.admission import FirstTokenQueue
+from afd_server.policy.pace import EXPECTED_GROWTH
 from afd_server.policy.router import PrefixMap, choose_worker, prefix_blocks
 from afd_server.telemetry.metrics import GatewayMetrics
 from afd_server.transport.endpoint import Endpoint
@@ -103,8 +104,12 @@ class JournalEntry:
 
     @property
     def num_live_tokens(self) -> int:
-        """Return the tokens this request may come to hold."""
-        return len(self.prompt_ids) + self.sampling.max_tokens
+        """Return the tokens this request takes of a worker: of its prompt, and of what is to come.
+
+        Who gives no limit may want all that the context leaves, and hardly ever does.
+        """
+        num_left = self.sampling.max_tokens - len(self.emitted_ids)
+        return len(self.prompt_ids) + min(num_left, EXPECTED_GROWTH)
 
 
 class Generations:

@@ -46,8 +46,8 @@ def choose_worker(
 
     Args:
         workers: the attention pool.
-        work: by incarnation, the tokens that its live requests may take and that the new one would
-            have to compute there.
+        work: by incarnation, the tokens that its live requests are expected to take and that the
+            new one would have to compute there.
         late: incarnations whose steps take longer than the new request's target; the last choice.
     """
     return min(

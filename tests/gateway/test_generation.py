@@ -313,6 +313,22 @@ def test_requests_that_begin_alike_meet_at_one_worker_as_long_as_it_is_not_much_
     assert worker_of(alike[:270]) == "w0"
 
 
+def test_who_gives_no_limit_weighs_no_more_than_is_expected_of_it():
+    bench = Bench(*WORKERS, max_tokens=4000)  # 3 + 64 tokens at w0
+    bench.generations.start(0, (7,) * 66, SamplingParams(max_tokens=5), ASKER, bench.events)
+    bench.start()
+    assert [peer for peer, _, _ in submits(bench.endpoint.take())] == ["w0", "w1", "w0"]
+
+
+def test_a_request_weighs_less_with_every_token():
+    bench = Bench(*WORKERS, max_tokens=6)
+    bench.start(max_tokens=5)
+    for index in range(2):
+        bench.token(index, 50)
+    bench.start()
+    assert [peer for peer, _, _ in submits(bench.endpoint.take())] == ["w0", "w1", "w0"]
+
+
 def test_a_worker_whose_steps_are_too_long_is_avoided():
     bench = Bench(*WORKERS)
     bench.generations.expect_step("w1", 0.06)
