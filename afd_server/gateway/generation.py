@@ -77,7 +77,12 @@ class FailureEvent:
 
 
 Event = TokenEvent | FailureEvent
-EventQueue = asyncio.Queue[Event]
+
+
+class EventQueue(asyncio.Queue[Event]):
+    """The events of the choices of one HTTP request, and whether any of them has had a token."""
+
+    has_begun = False
 
 
 @dataclass(slots=True)
@@ -91,6 +96,7 @@ class JournalEntry:
     asker: Asker
     events: EventQueue
     arrived_s: float
+    patience_from_s: float  # it is begun within its target from here on, or refused
     heard_s: float  # any sign of life of the present attempt
     asked_s: float | None  # the last submit; None if it could not be sent
     emitted_ids: list[int] = field(default_factory=list)
@@ -151,7 +157,7 @@ class Generations:
         """
         now = self._clock.now()
         entry = JournalEntry(
-            self._next_key, choice, prompt_ids, sampling, asker, events, now, now, now
+            self._next_key, choice, prompt_ids, sampling, asker, events, now, now, now, now
         )
         self._next_key += 1
         self._live[entry.key] = entry
@@ -195,7 +201,7 @@ class Generations:
             if finish == FinishReason.ERROR:
                 self._fail(entry, WorkerFailed("the attention worker cannot take this request"))
             elif finish == FinishReason.REFUSED:
-                self._refuse(entry)
+                self._refuse_or_renew(entry)
             elif count == 1:
                 ending = FinishReason(finish) if finish else None
                 event = TokenEvent(entry.choice, token_id, ending, num_cached)
@@ -258,6 +264,7 @@ class Generations:
         now = self._clock.now()
         if entry.last_token_s is None:
             entry.first_token_s = now
+            entry.events.has_begun = True
             self.queue.serve(entry.key, now)
             self._metrics.first_token(now - entry.arrived_s)
         else:
@@ -319,6 +326,19 @@ class Generations:
         self._end(entry, "error")
         entry.events.put_nowait(FailureEvent(entry.choice, error))
 
+    def _refuse_or_renew(self, entry: JournalEntry) -> None:
+        """Refuse what was not begun in time, but for the rest of what its client has begun to get.
+
+        No dialect can refuse one choice of several, and failing all would waste those that are
+        under way.
+        """
+        if entry.events.has_begun:
+            entry.patience_from_s = self._clock.now()
+            entry.fruitless = 0  # the worker is well
+            self._assign(entry)
+        else:
+            self._refuse(entry)
+
     def _refuse(self, entry: JournalEntry) -> None:
         waited_s = self._clock.now() - entry.arrived_s
         self._metrics.refused("queue_timeout")
@@ -342,7 +362,7 @@ class Generations:
         """Return a request as it stands: the rest of the way, and of the time."""
         asker, slo = entry.asker, entry.asker.slo
         if slo.ttft_s is not None:
-            waited_s = self._clock.now() - entry.arrived_s
+            waited_s = self._clock.now() - entry.patience_from_s
             slo = replace(slo, ttft_s=max(LEAST_TTFT_S, slo.ttft_s - waited_s))
         return Request(
             key=entry.key,

@@ -1,7 +1,6 @@
 """The journal: no token lost, repeated or taken from an attempt that is over."""
 
 import array
-import asyncio
 
 import pytest
 
@@ -15,6 +14,7 @@ from afd_server.gateway.generation import (
     GIVE_UP_AFTER_S,
     MAX_ATTEMPTS,
     MOVE_AFTER_S,
+    EventQueue,
     FailureEvent,
     Generations,
     TokenEvent,
@@ -61,7 +61,7 @@ class Bench:
         self.clock = ManualClock()
         self.metrics = GatewayMetrics("m")
         self.generations = Generations(self.endpoint, self.clock, self.metrics)
-        self.events = asyncio.Queue()
+        self.events = EventQueue()
         self.key = self.start(max_tokens)
 
     def start(self, max_tokens=5, guard_window=0, asker=ASKER):
@@ -430,18 +430,36 @@ def test_what_is_left_of_the_first_target_travels_with_rank_and_tenant():
 
 def test_a_request_that_was_not_begun_in_time_is_refused_as_overload():
     bench = Bench()
+    own, bench.events = bench.events, EventQueue()  # the others have other clients
     first, *_others = [bench.start() for _ in range(3)]
     bench.clock.advance(2.0)
     bench.token(0, 50, key=first)
-    bench.heard()
     bench.clock.advance(100.0)
     bench.chunk((bench.key, 1, 0, 0, 0, FinishReason.REFUSED, 0, 0, 0))
-    (event,) = bench.heard()
+    event = own.get_nowait()
     assert isinstance(event.error, Overloaded)
     assert (event.error.reason, event.error.retry_after_s) == ("queue_timeout", 4.0)
     refused = bench.metrics.registry.get_sample_value
     assert refused("afd_refused_requests_total", {"reason": "queue_timeout"}) == 1
     assert bench.generations.queue.num_waiting == 2
+
+
+def test_a_choice_beside_one_that_has_begun_is_not_refused_but_waits_on():
+    bench = Bench()
+    late = bench.start()
+    bench.token(0, 50)
+    bench.heard()
+    bench.endpoint.take()
+    for attempt in range(1, MAX_ATTEMPTS + 2):
+        bench.clock.advance(4.1)
+        bench.chunk((late, attempt, 0, 0, 0, FinishReason.REFUSED, 0, 0, 0))
+        ((_, submit),) = bench.endpoint.take()
+        assert (submit.key, submit.attempt, submit.ttft_s) == (late, attempt + 1, 4.0)
+    assert bench.heard() == []
+    bench.token(0, 60, key=late, attempt=submit.attempt, finish=FinishReason.LENGTH)
+    assert not bench.heard()[0].timing.slo_met
+    refused = bench.metrics.registry.get_sample_value
+    assert refused("afd_refused_requests_total", {"reason": "queue_timeout"}) is None
 
 
 def test_requests_are_in_the_queue_until_their_first_token():
