@@ -5,21 +5,32 @@ import contextlib
 from pathlib import Path
 
 import httpx
+import pytest
+from starlette.requests import Request
 
+from afd_server.api.openai import CompletionRequest
+from afd_server.core.request import SLO
 from afd_server.core.topology import Member, Role, Topology
 from afd_server.gateway.app import create_app
 from afd_server.gateway.config import GatewaySpec
+from afd_server.gateway.exchange import admit
 from afd_server.gateway.service import Service
 from afd_server.transport.messages import EMPTY, LoadReport
 
 MODEL = Path(__file__).parents[2] / "configs" / "llama-mini"
 WORKER = Member(Role.ATTENTION, 0, "w0", "", "f")
 COMPLETION = ("/v1/completions", {"prompt": "a"})
+CHAT = ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})
 MESSAGE = ("/v1/messages", {"max_tokens": 5, "messages": [{"role": "user", "content": "a"}]})
 
 
 class NoCodec:
-    """Knows no text: whoever looks at a prompt fails."""
+    """Fails whoever looks at a prompt."""
+
+    def encode(self, *_text):
+        raise AssertionError("a prompt was looked at")
+
+    encode_chat = encode_open_chat = encode
 
 
 @contextlib.contextmanager
@@ -29,8 +40,8 @@ def gateway(slo_mode="enforce", **changes):
         incarnation="g", listen_fd=-1, url="", supervisor="s", supervisor_address="ipc:///none",
         model_path=str(MODEL), model_digest="", served_model_name="tiny", max_model_len=512,
         num_attention=1, num_ffn=0, num_ffn_parts=0, with_crc=False, shutdown_timeout_s=1.0,
-        log_level="warning", load_format="dummy", ttft_slo_s=4.0, tpot_slo_s=0.05,
-        slo_mode=slo_mode, **{"max_live_requests": 100, "max_queued_requests": 8, **changes},
+        log_level="warning", load_format="dummy", tpot_slo_s=0.05, slo_mode=slo_mode,
+        **{"max_live_requests": 100, "max_queued_requests": 8, "ttft_slo_s": 4.0, **changes},
     )  # fmt: skip
     service = Service(spec)
     service.pools.follow(Topology(1, (WORKER,)))
@@ -49,6 +60,13 @@ def post(service, path, body, **headers):
             return await asyncio.wait_for(http.post(path, json=body, headers=headers), 10)
 
     return asyncio.run(posting())
+
+
+def admitted(service, **headers):
+    """Return for whom a request with these headers would run; raises if it is refused."""
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    request = Request({"type": "http", "headers": raw})
+    return admit(service, request, CompletionRequest.model_validate(COMPLETION[1]), 1)
 
 
 def fill(service, *keys):
@@ -81,3 +99,42 @@ def test_the_expected_wait_is_that_for_the_whole_queue_whosever_it_is():
         service._beat()
         assert metric(service, "afd_queued_requests") == 4
         assert metric(service, "afd_expected_wait_seconds") == 4.0
+
+
+def test_who_fills_the_queue_alone_gets_a_429_and_another_one_is_taken():
+    many, few = {"authorization": "Bearer many"}, {"authorization": "Bearer few"}
+    with gateway(max_queued_requests=64, ttft_slo_s=10.0) as service:
+        fill(service, *["Bearer many"] * 5, "Bearer few")
+        for path, body in (COMPLETION, MESSAGE):
+            answer = post(service, path, body, **many)
+            assert answer.status_code == 429
+            assert answer.headers["x-afd-reject-reason"] == "expected_wait"
+            assert int(answer.headers["retry-after-ms"]) >= 1000
+        assert admitted(service, **few).tenant == service.asker_of(few, None, 0).tenant
+    assert answer.json()["error"]["type"] == "rate_limit_error"
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        {"max_queued_requests": 4, "ttft_slo_s": None},
+        {"max_queued_requests": 64},
+        {"max_live_requests": 0},
+    ],
+)
+@pytest.mark.parametrize(("path", "body"), [COMPLETION, CHAT, MESSAGE])
+def test_who_is_refused_is_refused_before_its_prompt_is_looked_at(refusal, path, body):
+    with gateway(**refusal) as service:
+        fill(service, "Bearer a", "Bearer b", "Bearer c", "Bearer d")
+        service.codec = NoCodec()
+        answer = post(service, path, body)
+        assert answer.status_code == (529 if path == MESSAGE[0] else 503)
+
+
+def test_best_effort_knows_targets_and_refuses_nobody_for_them():
+    with gateway("best-effort") as service:
+        fill(service, *["Bearer many"] * 20)
+        assert admitted(service).slo == SLO(ttft_s=4.0, tpot_s=0.05)
+        assert admitted(service, **{"x-slo-tpot-ms": "0.001"}).slo.tpot_s == 1e-6
+    with gateway("off") as service:
+        assert admitted(service).slo == SLO()

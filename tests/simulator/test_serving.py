@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise, product
+from statistics import mean
 
 import pytest
 from hypothesis import given, settings
@@ -120,6 +121,16 @@ def test_without_control_the_same_overload_serves_nobody_on_time():
     free = [replace(arrival, slo=SLO()) for arrival in arrivals]
     outcomes = simulation(1, mode="off").run(free)
     assert goodput(outcomes, 30) < 0.3 * goodput(simulation(1).run(arrivals), 30)
+
+
+def test_best_effort_refuses_nobody_and_lets_prompts_wait_for_those_who_decode():
+    arrivals = poisson(6.4, 0, 20, random.Random(11))
+    outcomes = simulation(11, mode="best-effort").run(arrivals)
+    free = simulation(11, mode="off").run([replace(arrival, slo=SLO()) for arrival in arrivals])
+    assert len(begun(outcomes)) == len(begun(free)) == len(arrivals)
+    assert attainment(outcomes) >= 0.95
+    assert mean(outcome.tpot_s for outcome in free) > 1.5 * TARGETS.tpot_s
+    assert percentile([outcome.ttft_s for outcome in outcomes], 0.9) > 2 * TARGETS.ttft_s
 
 
 def test_no_cap_on_concurrency_does_better_in_the_same_time():
