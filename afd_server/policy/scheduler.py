@@ -6,6 +6,7 @@ Knows nothing of tensors or wires: it sees sequences, blocks and lanes, and is t
 import heapq
 from collections import Counter
 from dataclasses import dataclass
+from math import inf
 
 from afd_server.core.batch import Emitted, PlannedSequence, Sampled, StepPlan, StepResult
 from afd_server.core.errors import ConfigError
@@ -26,6 +27,7 @@ from afd_server.policy.tables import BlockTables
 MOST_TURNS = 8  # waiting sequences that are looked at in a step
 HARDLY_BEGUN = 0.3  # of its expected time: what begins until then counts as beside a step
 RESERVED_TOKENS = 256  # that a running sequence is taken to want still, if it may
+RESUME_PATIENCE_S = 10.0  # that begun ones wait, after which one of them goes on at anybody's cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,7 @@ class Scheduler:
         self._by_key: dict[tuple[int, int], Sequence] = {}
         self._num_arrivals = 0
         self._num_steps = 0
+        self._resumed_s = -inf  # when a begun sequence last went on, or none waited to
         self.num_preemptions = 0
         self.num_queried_tokens = 0  # known to sequences when they were first planned
         self.num_hit_tokens = 0  # of these, found computed
@@ -266,11 +269,22 @@ class Scheduler:
         return emitted
 
     def _admit(self, now_s: float) -> None:
-        """Give waiting sequences their place while there are blocks for all they know already."""
+        """Give waiting sequences their place while there are blocks for all they know already.
+
+        No new one overtakes one that was begun. These go on at the same pace, since a worker's
+        may come all at once when it dies; but seldom at anybody's cost, so that no stream pauses
+        until long ones have ended.
+        """
         waiting, num_held_back = self._by_turn(), 0
+        if not (waiting and waiting[0].is_promised):
+            self._resumed_s = now_s
         while num_held_back < len(waiting) and len(self._running) < self._config.max_num_seqs:
             sequence = waiting[num_held_back]
-            if not sequence.is_promised and not self._may_begin(sequence, now_s):
+            is_promised = sequence.is_promised
+            is_overdue = is_promised and now_s - self._resumed_s > RESUME_PATIENCE_S
+            if not (is_overdue or self._may_begin(sequence, now_s)):
+                if is_promised:
+                    return
                 num_held_back += 1
                 continue
             self._take_over(sequence)
@@ -282,6 +296,8 @@ class Scheduler:
             sequence.state = SequenceState.RUNNING
             self._running.append(sequence)
             self._running.sort(key=lambda s: s.arrival)
+            if is_promised:
+                self._resumed_s = now_s
             waiting, num_held_back = self._by_turn(), 0
 
     def _by_turn(self) -> list[Sequence]:
@@ -301,7 +317,7 @@ class Scheduler:
         return heapq.nsmallest(MOST_TURNS, self._waiting, key=turn)
 
     def _may_begin(self, sequence: Sequence, now_s: float) -> bool:
-        """Tell whether a new sequence can be begun without harm to those that run.
+        """Tell whether a sequence can be begun, or go on, without harm to those that run.
 
         Prompts that were begun come first, so that who is waiting may still be overtaken by who
         is in a greater hurry; and blocks are kept for what running ones will soon want.

@@ -17,7 +17,10 @@ StepTime = Callable[[StepLoad, float], float]  # of a step that begins at a mome
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request to come: when, its sizes in tokens, and what it asks for."""
+    """A request to come: when, its sizes in tokens, and what it asks for.
+
+    With `num_emitted` it is moved: a worker had sent so many of its tokens, and died.
+    """
 
     at_s: float
     num_prompt: int
@@ -25,11 +28,12 @@ class Arrival:
     slo: SLO = field(default_factory=SLO)
     priority: int = 0
     tenant: str = ""
+    num_emitted: int = 0
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of a request: the times of its tokens, or why and when it was refused."""
+    """What became of a request: the times of its tokens here, or why and when it was refused."""
 
     arrival: Arrival
     token_times_s: list[float] = field(default_factory=list)
@@ -90,6 +94,10 @@ class ServingSimulation:
 
     def _take(self, outcome: Outcome, now_s: float) -> None:
         arrival, key = outcome.arrival, next(self._order)
+        if arrival.num_emitted:  # the gateway admitted it long ago
+            self._live[key] = outcome
+            self.scheduler.submit(_request(key, arrival), now_s)
+            return
         try:
             check_capacity(self._admission, len(self._live), 1, self.queue.retry_after_s)
             if self._admission.slo_mode == "enforce":
@@ -132,6 +140,8 @@ def _request(key: int, arrival: Arrival) -> Request:
         key,
         (key % 2**31, *range(arrival.num_prompt - 1)),
         SamplingParams(max_tokens=arrival.num_output),
+        attempt=2 if arrival.num_emitted else 1,
+        emitted_ids=(0,) * arrival.num_emitted,
         slo=arrival.slo,
         tenant=arrival.tenant,
         priority=arrival.priority,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from afd_server.core.request import SLO
 from afd_server.policy.admission import AdmissionConfig, FirstTokenQueue
-from afd_server.policy.scheduler import SchedulerConfig
+from afd_server.policy.scheduler import RESUME_PATIENCE_S, SchedulerConfig
 from afd_server.policy.step_time import StepLoad
 from afd_server.simulator.serving import Arrival, Outcome, ServingSimulation
 from afd_server.workload.limits import AIMD
@@ -199,6 +199,44 @@ def test_a_long_prompt_among_decoding_streams_costs_them_no_target():
     assert late.ttft_s < 12
 
 
+def test_requests_of_a_lost_worker_go_on_without_harm_to_those_of_the_one_that_is_left():
+    streams = [Arrival(0.2 * i, 32, 700, TARGETS) for i in range(30)]
+    moved = [Arrival(8.0, 32, 400, TARGETS, num_emitted=10) for _ in range(40)]
+    outcomes = simulation(10).run([*streams, *moved])
+    assert attainment(outcomes) == 1.0
+    assert all(outcome.refusal is None for outcome in outcomes)
+    resumed_s = sorted(outcome.ttft_s for outcome in outcomes[len(streams) :])
+    gaps_s = [b - a for a, b in pairwise(resumed_s)]
+    assert resumed_s[0] < 0.5
+    assert max(gaps_s) < RESUME_PATIENCE_S + 2.0
+
+
+def test_a_request_of_a_lost_worker_waits_no_longer_because_others_are_in_a_hurry():
+    """Nobody's target can be kept here, so nobody would ever be begun beside another."""
+    streams = [Arrival(0.0, 32, 300, TARGETS) for _ in range(3)]
+    moved = [Arrival(5.0, 32, 50, TARGETS, num_emitted=10) for _ in range(2)]
+    newest = Arrival(5.0, 32, 50, SLO(60.0, 0.05), priority=-1)
+    outcomes = simulation(11, speed=lambda now_s: 10.0).run([*streams, *moved, newest])
+    first, second = sorted(outcome.ttft_s for outcome in outcomes[3:5])
+    assert RESUME_PATIENCE_S < first < RESUME_PATIENCE_S + 5.0
+    assert second < 2 * RESUME_PATIENCE_S + 10.0
+    assert 5.0 + second < outcomes[5].token_times_s[0], "new ones do not overtake them"
+
+
+def test_where_blocks_run_short_targets_are_kept_and_those_preempted_finish():
+    for seed in (1, 2, 3):
+        rng = random.Random(seed)
+        arrivals = [
+            replace(arrival, num_output=rng.randint(300, 700))  # more than is reserved for them
+            for arrival in poisson(2.5, 0, 40, rng, tokens=(32, 64))
+        ]
+        simulated = simulation(seed, num_blocks=200, max_model_len=1000)
+        outcomes = begun(simulated.run(arrivals))
+        assert simulated.scheduler.num_preemptions > 0
+        assert attainment(outcomes) == 1.0
+        assert all(len(o.token_times_s) == o.arrival.num_output for o in outcomes)
+
+
 def test_each_class_of_targets_holds_in_one_server():
     rng = random.Random(5)
     arrivals = [
@@ -288,12 +326,13 @@ def test_whatever_comes_everybody_is_served_whole_or_refused_within_the_first_ta
         Arrival(
             rng.uniform(0, 10),
             rng.randint(1, 600),
-            rng.randint(1, 300),
+            num_output,
             SLO(rng.choice([0.5, 4.0]), rng.choice([0.001, 0.02, 0.05, 0.2])),
             rng.choice([-1, 0, 0, 5]),
             rng.choice(["", "a", "b"]),
+            num_emitted=rng.choice([0, 0, 0, rng.randrange(num_output)]),
         )
-        for _ in range(count)
+        for num_output in [rng.randint(1, 300) for _ in range(count)]
     ]
     simulated = simulation(
         seed, lambda now_s: 1 + 2 * (int(now_s) % 5 == 0), fewest_lanes=fewest, num_lanes=lanes,
@@ -301,8 +340,10 @@ def test_whatever_comes_everybody_is_served_whole_or_refused_within_the_first_ta
     )  # fmt: skip
     for outcome in simulated.run(arrivals):
         if outcome.refusal is None:
-            assert len(outcome.token_times_s) == outcome.arrival.num_output
+            left = outcome.arrival.num_output - outcome.arrival.num_emitted
+            assert len(outcome.token_times_s) == left
         else:
+            assert not outcome.arrival.num_emitted, "what was begun is never refused"
             assert not outcome.token_times_s
             waited_s = outcome.refused_s - outcome.arrival.at_s
             assert waited_s <= outcome.arrival.slo.ttft_s + 1.0
