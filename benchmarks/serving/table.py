@@ -101,6 +101,15 @@ class Server:
         return sizes
 
 
+def heed_sigterm() -> None:
+    """Let SIGTERM do what Ctrl-C does, also where a shell began this in the background.
+
+    There SIGINT is ignored, and SIGTERM would leave the servers behind.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
 @contextlib.contextmanager
 def serving(
     options: argparse.Namespace, *flags: str, launcher: str = "", slo_mode: str = "off"
@@ -345,6 +354,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="of the JSON file")
     options = parser.parse_args()
+    heed_sigterm()
     unknown = sorted(set(options.rows) - set(ROWS))
     if unknown:
         parser.error(f"there are no rows {unknown}; choose among {list(ROWS)}")

@@ -46,7 +46,7 @@ import uvloop
 from contenders import Contender, Load, Measured, poisson_load, put
 from load import Workload, connect, measure
 from scenes import PATIENT, after_burst, beside_long, burst_load, long_load
-from table import RESULTS, RowFailed, Server, serving
+from table import RESULTS, RowFailed, Server, heed_sigterm, serving
 from verdicts import OURS, verdicts
 
 from afd_server.core.request import SLO
@@ -331,6 +331,7 @@ def measure_parts(options: argparse.Namespace, results: Results) -> None:
 
 def main() -> None:
     options = parse()
+    heed_sigterm()
     begin_s = time.monotonic()
     results = Results(options)
     if set(options.parts) != {"plots"}:
