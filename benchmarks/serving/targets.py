@@ -75,7 +75,9 @@ class Results:
         """Keep the points of parts that are not asked for; to resume, all."""
         self.path: Path = options.output
         about = {name: str(value) for name, value in vars(options).items()}
-        self._about = {"options": about, "environment": environment()}
+        found = environment()
+        self._about = {"options": about, "environment": found}
+        self._commit = found["commit"]
         self._points: list[dict] = []
         if self.path.exists():
             again = () if options.resume else options.parts
@@ -90,7 +92,7 @@ class Results:
         return next(found, None)
 
     def add(self, point: dict) -> None:
-        self._points.append(point)
+        self._points.append(point | {"commit": self._commit})
         judged = [vars(verdict) for verdict in self.verdicts()]
         result = {**self._about, "verdicts": judged, "points": self._points}
         self.path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")

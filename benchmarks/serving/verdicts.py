@@ -1,8 +1,8 @@
 """What was promised of targets under load, and whether the points of a run hold it."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from statistics import mean
 
 from afd_server.workload.report import percentile
@@ -35,17 +35,26 @@ def verdicts(points: Sequence[dict]) -> list[Verdict]:
     parts: dict[str, list[dict]] = defaultdict(list)
     for point in points:
         parts[point["part"]].append(point)
+    loads, baselines, mixed = parts["loads"], parts["baselines"], parts["mixed"]
     found: list[Verdict] = []
-    if parts["loads"]:
-        found += _loads(_by_load(parts["loads"]))
-    if parts["baselines"]:
-        found += _baselines(_by_load(parts["loads"]), _by_load(parts["baselines"]))
+    if loads:
+        found += _with_commits(_loads(_by_load(loads)), loads)
+    if baselines:
+        judged = _baselines(_by_load(loads), _by_load(baselines))
+        found += _with_commits(judged, [*loads, *baselines])
     for part, judge in (("burst", _burst), ("long", _long)):
         for point in parts[part]:
             found += judge(point)
-    if parts["mixed"]:
-        found += _mixed(parts["mixed"])
+    if mixed:
+        found += _with_commits(_mixed(mixed), mixed)
     return found
+
+
+def _with_commits(found: Iterable[Verdict], points: Sequence[dict]) -> Iterator[Verdict]:
+    """Let verdicts say so where their points are of several commits."""
+    commits = sorted({point.get("commit") or "unknown" for point in points})
+    doubt = f"; points of several commits: {', '.join(commits)}" if len(commits) > 1 else ""
+    return (replace(verdict, measured=verdict.measured + doubt) for verdict in found)
 
 
 def _loads(loads: dict[float, list[dict]]) -> Iterator[Verdict]:
