@@ -21,17 +21,20 @@ BURST = ((0.7, 20.0), (3.0, 30.0), (0.7, 30.0))  # multiples of the rate, and fo
 UNUSUAL = 2.0  # times the p99 of TTFT before the burst: above, a request waits longer than usual
 
 NUM_STREAMS, EVERY_S = 16, 0.25
-STREAM_TOKENS = (64, 600)  # in and out: 20 s or more, so that all decode until the prompt is read
+# In and out. The prompt was read in 46 s where a token took 44 ms; this is 60 s of such, so that
+# all decode until then.
+STREAM_TOKENS = (64, 1400)
 LONG_TOKENS, LONG_AT_S = (4000, 32), 8.0
+LONG_DRAIN_S = 150.0  # after the prompt was sent, until all of it is cut: twice what streams take
 PATIENT = {"x-slo-ttft-ms": "60000"}  # so long a prompt needs more than the usual 4 s
 
 
-def burst_load(rate_per_s: float, scale: float, seed: int, tpot_slo_ms: float) -> Load:
-    """Return Poisson arrivals at the multiples of a rate; `scale` makes them shorter."""
+def burst_load(rate_per_s: float, seed: int, tpot_slo_ms: float) -> Load:
+    """Return Poisson arrivals at the multiples of a rate."""
     times_s: list[float] = []
     begin_s = 0.0
     for number, (multiple, lasts_s) in enumerate(BURST):
-        rate, lasts_s = multiple * rate_per_s, lasts_s * scale
+        rate = multiple * rate_per_s
         drawn = arrival_times(rate, 1.0, max(1, round(rate * lasts_s)), f"{seed} burst {number}")
         times_s += [begin_s + at_s for at_s in drawn]
         begin_s += lasts_s
@@ -40,9 +43,9 @@ def burst_load(rate_per_s: float, scale: float, seed: int, tpot_slo_ms: float) -
     return Load(bench_config(seed, begin_s, tpot_slo_ms), len(offers) / begin_s, begin_s, offers)
 
 
-def after_burst(measured: Measured, scale: float) -> dict:
+def after_burst(measured: Measured) -> dict:
     """Return how long it took until everything was as before, and what the timeline shows."""
-    begin_s, end_s = BURST[0][1] * scale, (BURST[0][1] + BURST[1][1]) * scale
+    begin_s, end_s = BURST[0][1], BURST[0][1] + BURST[1][1]
     arrived = [(record.intended_s - measured.begin_s, record) for record in measured.records]
     before = _ttfts_ms([record for at_s, record in arrived if at_s < begin_s])
     usual_ms = UNUSUAL * percentile(before, 99)
@@ -61,16 +64,15 @@ def after_burst(measured: Measured, scale: float) -> dict:
     }
 
 
-def long_load(scale: float, tpot_slo_ms: float) -> Load:
-    """Return 16 streams, and in their midst a prompt of 4,000 tokens; `scale` makes it shorter."""
-    num_in, num_out = STREAM_TOKENS
+def long_load(tpot_slo_ms: float) -> Load:
+    """Return 16 streams, and in their midst a prompt of 4,000 tokens."""
     streams = [
-        _offer(EVERY_S * scale * number, f"stream {number}", num_in, round(num_out * scale))
+        _offer(EVERY_S * number, f"stream {number}", *STREAM_TOKENS)
         for number in range(NUM_STREAMS)
     ]
-    offers = [*streams, _offer(LONG_AT_S * scale, "long", *LONG_TOKENS)]
-    lasts_s = LONG_AT_S * scale
-    return Load(bench_config(0, lasts_s, tpot_slo_ms), len(offers) / lasts_s, lasts_s, offers)
+    offers = [*streams, _offer(LONG_AT_S, "long", *LONG_TOKENS)]
+    config = bench_config(0, LONG_AT_S, tpot_slo_ms)
+    return Load(config, len(offers) / LONG_AT_S, LONG_AT_S, offers)
 
 
 def beside_long(measured: Measured) -> dict:

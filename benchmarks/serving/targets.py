@@ -40,12 +40,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import uvloop
 from contenders import Contender, Load, Measured, poisson_load, put
 from load import Workload, connect, measure
-from scenes import PATIENT, after_burst, beside_long, burst_load, long_load
+from scenes import LONG_DRAIN_S, PATIENT, after_burst, beside_long, burst_load, long_load
 from table import RESULTS, RowFailed, Server, heed_sigterm, serving
 from verdicts import OURS, verdicts
 
@@ -61,7 +62,6 @@ SHORTER = 0.8  # the duration of each run of the search and of the sweep over ca
 DRAIN_S = 5.0  # until a run of a baseline is cut: most of who are under way have ended
 UNLIMITED = ("--max-num-seqs", "64", "--max-live-requests", "100000")
 MIX = (0.4, 1.0, 2.0)  # times the target: 20, 50 and 100 ms
-USUAL_S = 25.0  # of a load; with less the burst and the long prompt are shorter as well
 RUNS = Path(__file__).parents[2] / "build" / "targets"  # result files that the plots are drawn of
 HEAD = ("Server", "Load", "Requests/s", "Offered", "Attainment", "Goodput /s", "with TTFT /s",
         "TPOT p50 / p99 ms", "Gap p99 ms", "TTFT p50 / p99 ms", "Refused",
@@ -107,7 +107,6 @@ class Bench:
     def __init__(self, options: argparse.Namespace, results: Results, server: Server) -> None:
         self._options = options
         self._results = results
-        self._scale = min(1.0, options.duration_s / USUAL_S)
         self._ours = Contender(OURS, server.url)
         self._rate_per_s = options.rate or self._search()
 
@@ -143,13 +142,13 @@ class Bench:
         ]
 
     def burst(self) -> None:
-        load = burst_load(self._rate_per_s, self._scale, 0, self._options.tpot_slo_ms)
+        load = burst_load(self._rate_per_s, 0, self._options.tpot_slo_ms)
         self._measure("burst", self._ours, 3.0, load,
-                      lambda measured: {"burst": after_burst(measured, self._scale)})  # fmt: skip
+                      lambda measured: {"burst": after_burst(measured)})  # fmt: skip
 
     def long(self) -> None:
-        load = long_load(self._scale, self._options.tpot_slo_ms)
-        self._measure("long", self._ours, 0.0, load,
+        load = long_load(self._options.tpot_slo_ms)
+        self._measure("long", replace(self._ours, drain_s=LONG_DRAIN_S), 0.0, load,
                       lambda measured: {"long": beside_long(measured)}, PATIENT)  # fmt: skip
 
     def mixed(self) -> None:
