@@ -59,6 +59,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.25
 MAX_GARBAGE = 200_000  # young objects that a worker without a pause may gather: about 30 MB
+TIDY_AFTER_S = 5.0  # nothing was done for so long: nobody will feel a full collection
 FAREWELL_S = 2.0  # how long a failing worker tries to say why
 
 
@@ -73,6 +74,11 @@ class Worker(Protocol):
     @property
     def is_ready(self) -> bool:
         """Tell whether requests are served at once; messages are taken in before."""
+        ...
+
+    @property
+    def is_between_steps(self) -> bool:
+        """Tell, after `advance`, whether a pause now would fall into no step of its own."""
         ...
 
     def handle(self, received: Received) -> None:
@@ -108,7 +114,9 @@ class WorkerLoop:
         self._worker = worker
         self._endpoint = endpoint
         self._clock = clock
-        self._next_beat_s = clock.now()
+        self._next_beat_s = self._next_collection_s = self._worked_s = clock.now()
+        self._num_steps_seen = worker.num_steps
+        self._is_tidy = False
         self._has_work = False
 
     def turn(self, longest_wait_s: float) -> None:
@@ -125,8 +133,11 @@ class WorkerLoop:
             else:
                 self._worker.handle(received)
         self._has_work = self._worker.advance()
-        if self._clock.now() >= self._next_beat_s:
+        now_s = self._clock.now()
+        if now_s >= self._next_beat_s:
             self._beat()
+        if now_s >= self._next_collection_s and not gc.isenabled():
+            self._collect(now_s)
 
     def _wait_s(self, longest_s: float) -> float:
         if self._has_work:
@@ -148,8 +159,17 @@ class WorkerLoop:
         state = ProcessState.READY if self._worker.is_ready else ProcessState.STARTING
         beat = _heartbeat(self._spec, state, address, steps)
         self._endpoint.try_send(self._spec.supervisor, beat)
-        if not gc.isenabled() and (not self._has_work or gc.get_count()[0] > MAX_GARBAGE):
-            gc.collect(1)
+
+    def _collect(self, now_s: float) -> None:
+        """Collect what is young between steps; everything once after the last of them."""
+        if not (self._worker.is_between_steps or gc.get_count()[0] > MAX_GARBAGE):
+            return
+        self._next_collection_s = now_s + HEARTBEAT_S
+        if (num_steps := self._worker.num_steps) != self._num_steps_seen:
+            self._num_steps_seen, self._worked_s, self._is_tidy = num_steps, now_s, False
+        is_full = not self._is_tidy and now_s - self._worked_s >= TIDY_AFTER_S
+        self._is_tidy |= is_full
+        gc.collect(2 if is_full else 1)
 
 
 def run_worker(spec: WorkerSpec, should_stop: Callable[[], bool]) -> None:

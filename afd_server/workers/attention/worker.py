@@ -108,6 +108,7 @@ class AttentionWorker:
         self._owners: dict[tuple[int, int], str] = {}  # (key, attempt) → gateway
         self._num_rows = 0
         self._live_since_s: float | None = None  # None while no lane has a step
+        self._has_ended_step = False  # with the latest piece of work
 
     @property
     def num_steps(self) -> int:
@@ -116,6 +117,11 @@ class AttentionWorker:
     @property
     def is_ready(self) -> bool:
         return self._calibration is None
+
+    @property
+    def is_between_steps(self) -> bool:
+        # of several lanes some are nearly always out: it is a step's end in any of them
+        return self._has_ended_step or len(self._idle) == len(self._lanes)
 
     def handle(self, received: Received) -> None:
         """Take in a message meant for an attention worker; nothing is computed here."""
@@ -138,6 +144,7 @@ class AttentionWorker:
         for index in self._ffn.take_ready():
             self._runnable.append(self._lanes[index % AHEAD].part(index))
         self._ffn.resend_due()
+        self._has_ended_step = False
         if not self._runnable:
             return False
         part, begin_s = self._runnable.popleft(), self._clock.now()
@@ -284,6 +291,7 @@ class AttentionWorker:
         else:
             self._report(self._scheduler.commit(result, end_s))
         record(EventKind.STEP, lane.begun_s, end_s, stage, plan.num_tokens)
+        self._has_ended_step = True
         self._runnable.append(lane.rest)
         self._wake_idle()
 

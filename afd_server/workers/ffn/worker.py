@@ -103,6 +103,10 @@ class FFNWorker:
     def is_ready(self) -> bool:
         return True
 
+    @property
+    def is_between_steps(self) -> bool:
+        return not self._waiting
+
     def handle(self, received: Received) -> None:
         """Queue a dispatch, or refuse it with the reason; a repetition in the queue is dropped."""
         message = received.message
