@@ -61,18 +61,27 @@ def estimate_stages(
 
 def attention_weights(layer: AttentionSpec, hidden_size: int) -> int:
     """Return the elements of a layer's projections, as they are multiplied by."""
+    return sum(width * columns for width, columns in attention_products(layer, hidden_size))
+
+
+def attention_products(layer: AttentionSpec, hidden_size: int) -> list[tuple[int, int]]:
+    """Return (in, out) of a layer's projections, as they are multiplied by."""
     kv, heads = layer.kv, layer.num_heads
     match layer:
         case GQASpec():
-            return hidden_size * layer.head_dim * 2 * (heads + layer.num_kv_heads)
+            width = heads * layer.head_dim
+            return [(hidden_size, width + kv.elements), (width, hidden_size)]
         case MFASpec():
-            query = layer.query_rank * (hidden_size + heads * layer.head_dim)
-            return query + hidden_size * (kv.elements + heads * layer.head_dim)
+            rank, width = layer.query_rank, heads * layer.head_dim
+            return [(hidden_size, rank + kv.elements), (rank, width), (width, hidden_size)]
         case _:  # absorbed: a head's keys meet its query, its values come behind the sum
-            query = layer.query_rank * heads * (layer.plain_dim + layer.rope.dim)
-            by_head = heads * layer.latent_dim * (layer.plain_dim + layer.value_dim)
-            around = layer.query_rank + kv.elements + heads * layer.value_dim
-            return query + by_head + hidden_size * around
+            rank, latent = layer.query_rank, layer.latent_dim
+            return [
+                (hidden_size, rank + kv.elements),
+                (rank, heads * (layer.plain_dim + layer.rope.dim)),
+                *[(layer.plain_dim, latent), (latent, layer.value_dim)] * heads,
+                (heads * layer.value_dim, hidden_size),
+            ]
 
 
 def _attend_s(layer: AttentionSpec, kv_format: KVFormat, rows: int, context: int) -> float:

@@ -34,7 +34,7 @@ def _test_outputs(kernels: Kernels, dtype: torch.dtype, kv_dtype: torch.dtype) -
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    rows, norm = draw(35, 192), draw(192)
+    rows, norm = draw(49, 192), draw(192)  # products of 40 rows or more take another path
     weight = kernels.pack(draw(96, 192))
     kv = KVLayer(*(store(draw(12, 2, 16, 32), kv_dtype) for _ in KVLayer._fields))
     runs = [PagedRun(stop - 1, 1, list(range(2, 12))) for stop in (1, 16, 65)]

@@ -13,10 +13,12 @@ from typing import Protocol
 
 import torch
 
+from afd_server.core.attention_spec import GQASpec
 from afd_server.core.clock import Clock, MonotonicClock
 from afd_server.core.errors import AFDError, ConfigError, ModelError
 from afd_server.core.model_spec import ModelSpec, read_model_spec
-from afd_server.core.topology import Member, Role
+from afd_server.core.topology import Member, Role, column_shard
+from afd_server.costmodel.stages import attention_products
 from afd_server.kernels.cpu import native_kernels
 from afd_server.kernels.fingerprint import kernel_fingerprint
 from afd_server.kernels.reference import reference
@@ -60,6 +62,7 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 0.25
 MAX_GARBAGE = 200_000  # young objects that a worker without a pause may gather: about 30 MB
 TIDY_AFTER_S = 5.0  # nothing was done for so long: nobody will feel a full collection
+HEAD_SLICE = 512  # tokens of the vocabulary that the kernels are tried with
 FAREWELL_S = 2.0  # how long a failing worker tries to say why
 
 
@@ -237,18 +240,27 @@ def _load(spec: WorkerSpec, endpoint: Endpoint, clock: Clock) -> Worker:
     model_spec = read_model_spec(spec.model_directory)
     build = build_attention_worker if spec.role is Role.ATTENTION else build_ffn_worker
     kernels = select_kernels(spec.numerics)
-    _self_test(kernels, model_spec, TORCH_DTYPES[spec.numerics.kv])
+    _self_test(spec, kernels, model_spec)
     worker = build(spec, model_spec, kernels, endpoint, clock)
     endpoint.identify(numerics_fingerprint(spec, kernels))
     return worker
 
 
-def _self_test(kernels: Kernels, model: ModelSpec, kv_dtype: torch.dtype) -> None:
-    """Try the kernels on the model's shapes; see `check_rows`."""
-    hidden, inner = model.hidden_size, model.intermediate_size
-    products = [(hidden, hidden), (hidden, inner), (inner, hidden)]
-    heads = {(a.num_heads, a.kv.num_heads, a.kv.key_dim) for a in model.attention}
-    check_rows(kernels, products, sorted(heads), kv_dtype)
+def _self_test(spec: WorkerSpec, kernels: Kernels, model: ModelSpec) -> None:
+    """Try the kernels on the shapes of the model's layers, most of which are alike."""
+    hidden, num_parts = model.hidden_size, spec.ffn.num_parts if spec.role is Role.FFN else 1
+    products, heads = {(hidden, HEAD_SLICE)}, set()
+    for layer, attention in enumerate(model.attention):
+        products.update(attention_products(attention, hidden))
+        window = attention.window if isinstance(attention, GQASpec) else None
+        heads.add((attention.num_heads, attention.kv.num_heads, attention.kv.key_dim, window))
+        for expert in {0, model.experts_by_layer[layer] - 1}:  # the last may be shared
+            columns = model.ffn_shape(layer, expert).intermediate_size
+            shard = column_shard(columns, spec.slot % num_parts, num_parts)
+            inner = shard.stop - shard.start
+            products.update(((hidden, 2 * inner), (inner, hidden)))
+    kv_dtype = TORCH_DTYPES[spec.numerics.kv]
+    check_rows(kernels, sorted(products), sorted(heads, key=str), kv_dtype)
 
 
 def select_kernels(numerics: Numerics) -> Kernels:
