@@ -108,7 +108,7 @@ def write_kv(layer: KVLayer, slots: Tensor, keys: Tensor, values: Tensor | None)
     block_size = layer.keys.shape[2]
     block_ids, offsets = slots // block_size, slots % block_size
     for rows, blocks in ((keys, layer.keys), (values, layer.values)):
-        if rows is not None:
+        if rows is not None and len(rows):  # torch takes no view of nothing in another size
             blocks[block_ids, :, offsets] = store(rows, blocks.dtype)
 
 
@@ -129,8 +129,9 @@ def rope_write_kv(
         [tokens, heads, head_dim].
     """
     num_kv_heads, head_dim = layer.keys.shape[1], table.shape[-1]
-    heads = qkv.view(qkv.shape[0], -1, head_dim)
-    query, keys, values = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+    sizes = [num_heads, num_kv_heads, num_kv_heads]
+    heads = qkv.view(qkv.shape[0], sum(sizes), head_dim)
+    query, keys, values = torch.split(heads, sizes, dim=1)
     write_kv(layer, slots, rope(keys, table, positions), values)
     return rope(query, table, positions)
 
