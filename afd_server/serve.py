@@ -505,6 +505,12 @@ def _resolve_numerics(config: ServeConfig) -> Numerics:
             f"quantization int8 needs the native kernels, and none are in {NATIVE_LIBRARIES}: "
             "install g++ and reinstall, or use --quantization none"
         )
+    if not native:
+        log.warning(
+            "there are no native kernels in %s: everything is computed by torch in %s, many times "
+            "slower than in int8; install g++ and reinstall",
+            NATIVE_LIBRARIES, dtype,
+        )  # fmt: skip
     quantised = config.quantization != "none" and native and dtype == "float32"
     kv = config.kv_cache_dtype
     return Numerics(

@@ -1,0 +1,30 @@
+"""What is chosen from the settings before anything starts, and what is said about it."""
+
+import pytest
+
+from afd_server import serve
+from afd_server.config import ServeConfig
+from afd_server.core.errors import ConfigError
+from afd_server.serve import _resolve_numerics
+from afd_server.workers.config import Numerics
+
+
+@pytest.fixture
+def libraries(tmp_path, monkeypatch):
+    """Where the native kernels would be; there are none."""
+    monkeypatch.setattr(serve, "NATIVE_LIBRARIES", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("quantization", ["auto", "none"])
+def test_a_server_without_native_kernels_says_what_is_missing(libraries, caplog, quantization):
+    config = ServeConfig(model="m", quantization=quantization, compute_threads=2)
+    assert _resolve_numerics(config) == Numerics("reference", "float32", "float32")
+    assert [r.levelname for r in caplog.records] == ["WARNING"], "threads are of use to torch"
+    assert f"no native kernels in {libraries}" in caplog.text
+    assert "install g++ and reinstall" in caplog.text
+
+
+def test_int8_without_native_kernels_is_refused(libraries):
+    with pytest.raises(ConfigError, match=r"needs the native kernels.*install g\+\+"):
+        _resolve_numerics(ServeConfig(model="m", quantization="int8"))
