@@ -511,6 +511,12 @@ def _resolve_numerics(config: ServeConfig) -> Numerics:
             "slower than in int8; install g++ and reinstall",
             NATIVE_LIBRARIES, dtype,
         )  # fmt: skip
+    elif config.compute_threads > 1:
+        log.warning(
+            "compute_threads is %d, but native kernels start no thread: a worker hardly gains by "
+            "more than one, while pools and cores are shared out for all; give more workers",
+            config.compute_threads,
+        )
     quantised = config.quantization != "none" and native and dtype == "float32"
     kv = config.kv_cache_dtype
     return Numerics(

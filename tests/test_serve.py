@@ -28,3 +28,13 @@ def test_a_server_without_native_kernels_says_what_is_missing(libraries, caplog,
 def test_int8_without_native_kernels_is_refused(libraries):
     with pytest.raises(ConfigError, match=r"needs the native kernels.*install g\+\+"):
         _resolve_numerics(ServeConfig(model="m", quantization="int8"))
+
+
+@pytest.mark.parametrize("quantization", ["auto", "none"])
+@pytest.mark.parametrize("threads", [1, 4])
+def test_threads_beside_native_kernels_are_warned_of(libraries, caplog, quantization, threads):
+    (libraries / "libafd_portable.so").touch()
+    config = ServeConfig(model="m", quantization=quantization, compute_threads=threads)
+    assert _resolve_numerics(config).kernels == "native"
+    warned = "compute_threads is 4, but native kernels start no thread"
+    assert [warned in record.getMessage() for record in caplog.records] == [True] * (threads > 1)
