@@ -1,13 +1,14 @@
 """Weights as the kernels want them, packed once and kept in a file beside the model.
 
 The file holds one worker's part in one format of one set of kernels; whatever differs makes
-another file. It can be deleted at any time.
+another file. It can be deleted at any time, and is once a later version of the formats has written.
 """
 
 import contextlib
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,12 +22,13 @@ from afd_server.models.base import TensorReader
 log = logging.getLogger(__name__)
 
 PACK_VERSION = 2  # of the kernels' formats: raise it when one of them changes
+_NAME = re.compile(r"(?:v(\d+)-)?[0-9a-f]{16}\.safetensors")  # the first names had no version
 
 
 def pack_path(directory: Path, *identity: object) -> Path:
     """Return where a part is kept: all that decides over its content is in `identity`."""
     digest = hashlib.sha256(repr((PACK_VERSION, *identity)).encode()).hexdigest()[:16]
-    return directory / ".packed" / f"{digest}.safetensors"
+    return directory / ".packed" / f"v{PACK_VERSION}-{digest}.safetensors"
 
 
 class PackedWeights:
@@ -80,11 +82,20 @@ class PackedWeights:
             self._path.parent.mkdir(exist_ok=True)
             save_file(self._made, temporary)
             temporary.replace(self._path)
+            _remove_older(self._path.parent)
         except OSError as error:
             log.warning("packed weights cannot be kept in %s: %s", self._path.parent, error)
             with contextlib.suppress(OSError):
                 temporary.unlink()
         self._made = {}
+
+
+def _remove_older(directory: Path) -> None:
+    """Remove files of earlier formats; whoever has one mapped keeps what it reads."""
+    for path in directory.iterdir():
+        name = _NAME.fullmatch(path.name)
+        if name is not None and int(name[1] or 0) < PACK_VERSION:
+            path.unlink(missing_ok=True)  # another worker may be as far
 
 
 def _read(path: Path) -> dict[str, Tensor]:
