@@ -37,7 +37,7 @@ test-rest: $(STAMP) ## the others: those marked slow, ray or faults
 test-all: test test-rest ## all tests
 
 determinism: $(STAMP) ## 10,000 requests alone and in random company, compared bit for bit
-	$(BIN)/python -m pytest tests/workers/test_determinism.py --comparisons 10000 --timeout 7200
+	$(BIN)/python -m pytest tests/workers/test_determinism.py --comparisons 10000 --timeout 7200 $(ARGS)
 
 faults: $(STAMP) ## the tests that kill, delay or lose things
 	$(BIN)/python -m pytest -m faults $(ARGS)

@@ -17,5 +17,6 @@ def short_dir():
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--comparisons", type=int, default=300, help="of test_determinism (make determinism)"
+        "--comparisons", type=int, default=150, help="of test_determinism (make determinism)"
     )
+    parser.addoption("--record", type=Path, help="where test_determinism writes what it did")
