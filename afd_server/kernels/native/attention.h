@@ -7,8 +7,13 @@
 
 namespace afd {
 
+// For what takes addresses of local arrays: compiled apart it would keep them out of registers.
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
+
 constexpr int kKeyTile = 16;
 constexpr int kTiles = 4;  // share a maximum: what is done once for them makes the core wait
+constexpr int kSpan = kTiles * kKeyTile;
+constexpr int64_t kManyQueries = 24;  // from so many on it pays to turn keys
 
 // Query heads that share a key/value head and read its keys together. Their sums, head_dim / 16
 // registers each, should stay in registers.
@@ -34,7 +39,17 @@ struct KVHead {  // one key/value head of one sequence
     return blocks[position >> block_bits] * block_stride + offset * stored;
   }
 
+  // The same; outside of what is seen any seen key will do: it is hidden, or never used.
+  int64_t seen_at(int64_t position, int64_t first, int64_t stop) const {
+    position = position < stop ? position : stop - 1;
+    return at(position < first ? first : position);
+  }
 };
+
+inline int tiles_until(int64_t stop, int64_t begin) {
+  const int64_t seen = (stop - begin + kKeyTile - 1) / kKeyTile;
+  return seen < kTiles ? static_cast<int>(seen) : kTiles;
+}
 
 // The hardware does not know which block comes next.
 template <typename KV>
@@ -42,12 +57,59 @@ void prefetch(const KV* at, int head_dim) {
   for (int i = 0; i < head_dim; i += 64 / static_cast<int>(sizeof(KV))) __builtin_prefetch(at + i);
 }
 
+// Weighs the values of a span by a query's scores: one step of an online softmax.
+template <int kVectors>
+ALWAYS_INLINE void weigh(const v16* scores, int tiles, float& highest, float& total, v16* weighted,
+                         float* weights) {
+  v16 largest = scores[0];
+  for (int tile = 1; tile < tiles; tile++) largest = larger(largest, scores[tile]);
+  const float span_highest = largest_lane(largest);
+  const float peak = span_highest > highest ? span_highest : highest;
+  v16 sum = {};
+  for (int tile = 0; tile < tiles; tile++) {
+    const v16 weight = exp_nonpositive(scores[tile] - peak);
+    sum += weight;
+    store(weights + kKeyTile * tile, weight);
+  }
+  const float shrink = exp_nonpositive(splat(highest - peak))[0];
+  total = total * shrink + sum_lanes(sum);
+  highest = peak;
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; i++) weighted[i] *= shrink;
+}
+
+template <typename KV, int kVectors>
+ALWAYS_INLINE void end(v16* weighted, float total, float* to) {
+  put_together<KV, kVectors>(weighted);
+  for (int i = 0; i < kVectors; i++)  // adding 0 makes a zero's sign the same in any company
+    store(to + 16 * i, weighted[i] / total + 0.0f);
+}
+
+// Scores of sixteen keys from `begin` on; what the query does not see is hidden.
+ALWAYS_INLINE v16 hide(v16 score, const Query& query, int64_t begin) {
+  const v16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const v16 position = lanes + static_cast<float>(begin - query.first);
+  const float visible = static_cast<float>(query.stop - query.first);
+  score = position < visible ? score : splat(-INFINITY);
+  return position < 0.0f ? splat(-INFINITY) : score;
+}
+
+// Loads a query as `load_apart` has keys.
+template <typename KV, int kVectors>
+ALWAYS_INLINE void load_query(const float* from, float scale, float* to) {
+  v16 part[kVectors];
+  for (int i = 0; i < kVectors; i++) part[i] = load(from + 16 * i) * scale;
+  take_apart<KV, kVectors>(part);
+  for (int i = 0; i < kVectors; i++) store(to + 16 * i, part[i]);
+}
+
 // Attends with an online softmax over spans of 64 keys, in order, each of four tiles. Spans start at
 // multiples of 64 and hidden keys weigh exactly nothing, so a query's bits do not depend on the
-// others. Tiles behind the last seen key are left out.
+// others. Tiles behind the last seen key are left out. (What `attend_many` has functions for stands
+// here in full: with them GCC 12 makes this an eighth slower.)
 template <typename KV, int kVectors, int kQueries>
 void attend(const KVHead<KV>& kv, const Query* queries, float scale) {
-  constexpr int kHeadDim = 16 * kVectors, kSpan = kTiles * kKeyTile;
+  constexpr int kHeadDim = 16 * kVectors;
   alignas(64) float query[kQueries][kHeadDim];
   v16 weighted[kQueries][kVectors] = {};
   float highest[kQueries], total[kQueries] = {};
@@ -111,23 +173,9 @@ void attend(const KVHead<KV>& kv, const Query* queries, float scale) {
     }
     alignas(64) float weights[kQueries][kSpan];
     for (int q = 0; q < kQueries; q++) {
-      v16 largest = scores[q][0];
-      for (int tile = 1; tile < tiles; tile++) largest = larger(largest, scores[q][tile]);
-      const float span_highest = largest_lane(largest);
-      const float peak = span_highest > highest[q] ? span_highest : highest[q];
-      v16 sum = {};
-      for (int tile = 0; tile < tiles; tile++) {
-        v16 weight = exp_nonpositive(scores[q][tile] - peak);
-        sum += weight;
-        if constexpr (kScaleElements<KV> > 0)
-          for (int j = 0; j < kKeyTile; j++) weight[j] *= scale_of(kv.values + at[kKeyTile * tile + j]);
-        store(weights[q] + kKeyTile * tile, weight);
-      }
-      const float shrink = exp_nonpositive(splat(highest[q] - peak))[0];
-      total[q] = total[q] * shrink + sum_lanes(sum);
-      highest[q] = peak;
-#pragma GCC unroll 16
-      for (int i = 0; i < kVectors; i++) weighted[q][i] *= shrink;
+      weigh<kVectors>(scores[q], tiles, highest[q], total[q], weighted[q], weights[q]);
+      if constexpr (kScaleElements<KV> > 0)
+        for (int j = 0; j < kKeyTile * tiles; j++) weights[q][j] *= scale_of(kv.values + at[j]);
     }
     for (int j = 0; j < kKeyTile * tiles; j++) {
       v16 value[kVectors];
@@ -148,9 +196,170 @@ void attend(const KVHead<KV>& kv, const Query* queries, float scale) {
   }
 }
 
-// Attends for up to `count` queries and returns for how many.
+#ifdef __AVX512F__  // elsewhere 16 registers of half the size are too few for what follows
+// A span as many queries read it, in float32: dimension v of lane i of all keys is row i · kVectors + v.
+template <int kVectors>
+struct alignas(64) SpanOfMany {
+  float keys[16 * kVectors][kSpan];
+  float values[kSpan][16 * kVectors];
+  float key_scales[kSpan], value_scales[kSpan];
+
+  template <typename KV>
+  void lay_out(const KVHead<KV>& kv, int64_t begin, int tiles, int64_t first, int64_t stop) {
+    for (int tile = 0; tile < tiles; tile++) {
+      v16 key[kVectors][kKeyTile];
+      for (int j = 0; j < kKeyTile; j++) {
+        const int64_t place = kv.seen_at(begin + kKeyTile * tile + j, first, stop);
+        v16 part[kVectors];
+        load_apart<KV, kVectors>(kv.keys + place, part);
+        for (int v = 0; v < kVectors; v++) key[v][j] = part[v];
+        load_apart<KV, kVectors>(kv.values + place, part);
+        for (int v = 0; v < kVectors; v++) store(values[kKeyTile * tile + j] + 16 * v, part[v]);
+        if constexpr (kScaleElements<KV> > 0) {
+          key_scales[kKeyTile * tile + j] = scale_of(kv.keys + place);
+          value_scales[kKeyTile * tile + j] = scale_of(kv.values + place);
+        }
+      }
+      for (int v = 0; v < kVectors; v++) {
+        transpose(key[v]);
+        for (int i = 0; i < 16; i++) store(keys[i * kVectors + v] + kKeyTile * tile, key[v][i]);
+      }
+    }
+  }
+};
+
+template <int kVectors>
+struct alignas(64) RunningQuery {  // an online softmax between two spans
+  float scaled[16 * kVectors], weighted[16 * kVectors];
+  const Query* query;
+  float highest, total;
+};
+
+// Products of queries with 32 keys from `column` on, summed over the dimensions of `count` lanes from
+// `lane` on: the sums of `attend`, in its order, with a lane for each key.
+template <int kVectors, int kQueries, int lane, int count>
+ALWAYS_INLINE void multiply_keys(const float (*keys)[kSpan], int column,
+                                 const RunningQuery<kVectors>* queries,
+                                 v16 (&sum)[kQueries][2]) {
+  if constexpr (count > 1) {
+    v16 others[kQueries][2];
+    multiply_keys<kVectors, kQueries, lane, count / 2>(keys, column, queries, sum);
+    multiply_keys<kVectors, kQueries, lane + count / 2, count / 2>(keys, column, queries, others);
+    for (int q = 0; q < kQueries; q++)
+      for (int t = 0; t < 2; t++) sum[q][t] += others[q][t];
+  } else {
+    // nothing is loaded earlier than here: there are no registers to keep it in
+    __asm__ volatile("" : : : "memory");
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) {
+      const float* row = keys[lane * kVectors + v] + column;
+      v16 key[2] = {load(row), load(row + kKeyTile)};
+      for (v16& part : key) __asm__("" : "+v"(part));  // loaded once
+#pragma GCC unroll 2
+      for (int q = 0; q < kQueries; q++) {
+        const v16 part = splat(queries[q].scaled[16 * v + lane]);
+        for (int t = 0; t < 2; t++)
+          sum[q][t] = v == 0 ? part * key[t] : fma(part, key[t], sum[q][t]);
+      }
+    }
+  }
+}
+
+template <typename KV, int kVectors, int kQueries>
+ALWAYS_INLINE void score_keys(const SpanOfMany<kVectors>& span,
+                              const RunningQuery<kVectors>* queries, int64_t begin, int tiles,
+                              v16 (*scores)[kTiles]) {
+  for (int tile = 0; tile < tiles; tile += 2) {
+    v16 sum[kQueries][2];
+    multiply_keys<kVectors, kQueries, 0, 16>(span.keys, kKeyTile * tile, queries, sum);
+    for (int q = 0; q < kQueries; q++)
+      for (int t = 0; t < 2; t++) {
+        const int column = kKeyTile * (tile + t);
+        if constexpr (kScaleElements<KV> > 0) sum[q][t] *= load(span.key_scales + column);
+        scores[q][tile + t] = hide(sum[q][t], *queries[q].query, begin + column);
+      }
+  }
+}
+
+// Takes up to kQueries queries through a span; returns how many.
+template <typename KV, int kVectors, int kQueries = most_queries(kVectors)>
+int64_t take_through(const SpanOfMany<kVectors>& span, int64_t begin, int tiles, int64_t count,
+                     RunningQuery<kVectors>* queries) {
+  if constexpr (kQueries > 1) {
+    if (count < kQueries)
+      return take_through<KV, kVectors, kQueries - 1>(span, begin, tiles, count, queries);
+  }
+  v16 scores[kQueries][kTiles], weighted[kQueries][kVectors];
+  alignas(64) float weights[kQueries][kSpan];
+  for (int q = 0; q + 1 < kQueries; q += 2)
+    score_keys<KV, kVectors, 2>(span, queries + q, begin, tiles, scores + q);
+  if constexpr (kQueries % 2 == 1)
+    score_keys<KV, kVectors, 1>(span, queries + kQueries - 1, begin, tiles, scores + kQueries - 1);
+  for (int q = 0; q < kQueries; q++) {
+    for (int i = 0; i < kVectors; i++) weighted[q][i] = load(queries[q].weighted + 16 * i);
+    weigh<kVectors>(scores[q], tiles, queries[q].highest, queries[q].total, weighted[q], weights[q]);
+    if constexpr (kScaleElements<KV> > 0)
+      for (int j = 0; j < kKeyTile * tiles; j++) weights[q][j] *= span.value_scales[j];
+  }
+  for (int j = 0; j < kKeyTile * tiles; j++) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; i++) {
+      const v16 value = load(span.values[j] + 16 * i);
+#pragma GCC unroll 6
+      for (int q = 0; q < kQueries; q++)
+        weighted[q][i] = fma(splat(weights[q][j]), value, weighted[q][i]);
+    }
+  }
+  for (int q = 0; q < kQueries; q++)
+    for (int i = 0; i < kVectors; i++) store(queries[q].weighted + 16 * i, weighted[q][i]);
+  return kQueries;
+}
+
+// Attends for many queries that see about the same keys: a span is brought into float32 and turned
+// once for all of them. The bits are those of `attend`; a span that a query does not see changes none.
+template <typename KV, int kVectors>
+void attend_many(const KVHead<KV>& kv, const Query* queries, int64_t count, float scale) {
+  thread_local std::vector<SpanOfMany<kVectors>> spans(1);
+  thread_local std::vector<RunningQuery<kVectors>> running;
+  running.assign(count, {});
+  int64_t first = queries[0].first, stop = queries[0].stop;
+  for (int64_t q = 0; q < count; q++) {
+    load_query<KV, kVectors>(queries[q].from, scale, running[q].scaled);
+    running[q].query = queries + q;
+    running[q].highest = -FLT_MAX;
+    first = queries[q].first < first ? queries[q].first : first;
+    stop = queries[q].stop > stop ? queries[q].stop : stop;
+  }
+  int64_t begun = 0, ended = count;  // rows stand in order of what they see
+  for (int64_t begin = first / kSpan * kSpan; begin < stop; begin += kSpan) {
+    const int tiles = tiles_until(stop, begin);
+    spans[0].lay_out(kv, begin, tiles, first, stop);
+    while (queries[begun].stop <= begin) begun++;
+    ended = begun;
+    while (ended < count && queries[ended].first < begin + kSpan) ended++;
+    for (int64_t q = begun; q < ended;)
+      q += take_through<KV, kVectors>(spans[0], begin, tiles, ended - q, running.data() + q);
+  }
+  for (RunningQuery<kVectors>& r : running) {
+    v16 weighted[kVectors];
+    for (int i = 0; i < kVectors; i++) weighted[i] = load(r.weighted + 16 * i);
+    end<KV, kVectors>(weighted, r.total, r.query->to);
+  }
+}
+
+#endif
+
+// Attends for some of `count` queries and returns for how many.
 template <typename KV, int kVectors, int kQueries = most_queries(kVectors)>
 int64_t attend_some(int64_t count, const KVHead<KV>& kv, const Query* queries, float scale) {
+#ifdef __AVX512F__
+  if constexpr (kQueries == most_queries(kVectors)) {
+    if (count >= kManyQueries) {
+      attend_many<KV, kVectors>(kv, queries, count, scale);
+      return count;
+    }
+  }
+#endif
   if constexpr (kQueries > 1) {
     if (count < kQueries) return attend_some<KV, kVectors, kQueries - 1>(count, kv, queries, scale);
   }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
@@ -29,7 +30,8 @@ inline v16 load(const float* from) {
 
 inline void store(float* to, v16 value) { memcpy(to, &value, sizeof value); }
 
-inline v16 splat(float value) { return v16{} + value; }
+// One broadcast; adding to zeros would stay an addition, for the sake of -0.
+inline v16 splat(float x) { return v16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
 // a · b + c, rounded once.
 inline v16 fma(v16 a, v16 b, v16 c) {
@@ -91,6 +93,26 @@ inline v16 sum_each(v16* x) {
   }
   return __builtin_shufflevector(x[0], x[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
          __builtin_shufflevector(x[0], x[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+
+// Of lanes of a and b: those of a whose number lacks the bit `step`, followed by their counterparts
+// of b; or, if `others`, those that have it.
+template <int step, bool others, int... lane>
+inline v16 every_second(v16 a, v16 b, std::integer_sequence<int, lane...>) {
+  constexpr int shift = others ? step : 0;
+  return __builtin_shufflevector(a, b, (lane & step ? 16 + lane - step : lane) + shift...);
+}
+
+template <int step = 1>
+inline void transpose(v16* x) {
+  constexpr auto lanes = std::make_integer_sequence<int, 16>();
+  for (int i = 0; i < 16; i++) {
+    if (i & step) continue;
+    const v16 a = x[i], b = x[i + step];
+    x[i] = every_second<step, false>(a, b, lanes);
+    x[i + step] = every_second<step, true>(a, b, lanes);
+  }
+  if constexpr (step < 8) transpose<2 * step>(x);
 }
 
 // e^x for x <= 0, to about 1 unit in the last place; 0 below -87.
