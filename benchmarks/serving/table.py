@@ -55,13 +55,13 @@ class RowFailed(Exception):
 class Scale:
     """How much is measured."""
 
-    widths: tuple[int, ...] = (8, 12, 16, 20, 24, 28, 32, 40, 48)
+    widths: tuple[int, ...] = (8, 12, 14, 16, 18, 20, 24, 28, 32, 40, 48)
     rates_per_s: tuple[float, ...] = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
     output_len: int = 128
     least_requests: int = 32
     requests_per_stream: int = 4
     single_requests: int = 6
-    rounds: int = 3
+    rounds: int = 5
     rate_point_s: float = 20.0
     prefills: int = 9
 
@@ -241,7 +241,11 @@ def ratio(bench: Bench) -> Row:
         for flags, width in widths.items():
             runs[flags].append(bench.once(flags, bench.closed(width)))
     medians = [statistics.median(r["output_throughput"] for r in runs[flags]) for flags in runs]
-    at = f"c={widths[SHM]}: {medians[0]:.0f}; c={widths[COLOCATED_2]}: {medians[1]:.0f} tokens/s"
+    kept = [sum(map(bench.keeps_target, runs[flags])) for flags in runs]
+    at = "; ".join(
+        f"c={width}: {median:.0f} tokens/s, {num} rounds within the target"
+        for width, median, num in zip(widths.values(), medians, kept, strict=True)
+    )
     both = [run for of_one in runs.values() for run in of_one]
     figure = f"best 1A1F / best colocated, medians of {bench.scale.rounds} rounds in turns"
     return Row(5, figure, medians[0] / medians[1], "", at, both)
