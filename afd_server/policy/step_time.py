@@ -24,7 +24,6 @@ GUESS_STEPS = 0.02  # how many observations of a calibration the guess before it
 STALE_STEPS = 150  # alone, after which nothing is held against lanes beside each other
 NUM_RATIOS = 200  # of observed to predicted times; their quantiles are those of the next one
 LONG_S = 0.05  # what holds a shorter step up would hold up one of this time no longer
-OVERRUN_QUANTILE = 0.9  # of a step's time: what is longer overran its prediction
 OUTLIER = 2.0  # no step counts as slower than so many times its prediction
 
 # Seconds for each unit of `_features` before any was measured, and how much of what a step costs
@@ -139,7 +138,6 @@ class StepTimeModel:
         self._sorted_ratios = sorted(self._ratios)
         self._delays = self._ratios.copy()  # the same of what took at least `LONG_S`, or might have
         self._sorted_delays = sorted(self._delays)
-        self._overrun_share = 1 - OVERRUN_QUANTILE
         self._num_observed = 0
         self._num_alone = 0  # steps since the last one beside others
 
@@ -156,14 +154,6 @@ class StepTimeModel:
         expected_s = self._speed * self._nominal_s(load)
         delay = _quantile(self._sorted_delays, quantile) - 1
         return expected_s + delay * max(expected_s, LONG_S)
-
-    @property
-    def overrun_share(self) -> float:
-        """Return the share of the latest steps that took longer than nine in ten should.
-
-        Each is compared with what was predicted before it was taken; 0.1 if predictions hold.
-        """
-        return self._overrun_share
 
     def _nominal_s(self, load: StepLoad) -> float:
         return _times(self._costs, load) * self._strays.get(_num_beside(load), 1.0)
@@ -184,8 +174,6 @@ class StepTimeModel:
 
     def observe(self, load: StepLoad, seconds: float) -> None:
         """Take in what a step took."""
-        overran = seconds > self.predict(load, OVERRUN_QUANTILE)
-        self._overrun_share += (overran - self._overrun_share) / NUM_RATIOS
         expected_s = self._nominal_s(load)
         ratio = seconds / expected_s
         kept = min(ratio, OUTLIER * self._speed)

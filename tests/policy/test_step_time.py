@@ -77,18 +77,6 @@ def test_quantiles_hold_for_steps_to_come():
         assert held / 1000 == pytest.approx(quantile, abs=0.07)
 
 
-def test_the_share_of_steps_that_overrun_says_whether_predictions_hold():
-    rng, model = random.Random(10), StepTimeModel()
-    assert model.overrun_share == pytest.approx(0.1)
-    teach(model, rng, 2000, noise=0.2)
-    assert model.overrun_share == pytest.approx(0.1, abs=0.06)
-    before = model.overrun_share
-    teach(model, rng, 25, speed=2.0)
-    assert model.overrun_share > before + 0.04, "a slower machine shows"
-    teach(model, rng, 2000, noise=0.2, speed=2.0)
-    assert model.overrun_share == pytest.approx(0.1, abs=0.06), "until it is known"
-
-
 def test_a_steady_load_says_nothing_of_others_but_more_work_never_takes_less():
     model, load = StepTimeModel(), StepLoad(rows=8, keys=2000, other_rows=8)
     for _ in range(500):
