@@ -223,7 +223,13 @@ class Service:
         )
         if sender.role is Role.ATTENTION:
             self.generations.expect_step(sender.incarnation, report.step_us / 1e6)
-            self.metrics.expected_steps(sender.name, report.step_us / 1e6, report.alone_us / 1e6)
+            self.metrics.controller(
+                sender.name,
+                report.step_us / 1e6,
+                report.alone_us / 1e6,
+                report.decode_lanes,
+                report.slowness_permille / 1e3,
+            )
             self.metrics.prefix_cache(
                 sender.name,
                 report.queried_tokens - (last.queried_tokens if last else 0),

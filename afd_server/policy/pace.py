@@ -36,6 +36,7 @@ class Pace:
         self.model = StepTimeModel()
         self._lane_choices = range(num_lanes, num_lanes + 1)
         self._num_chosen = 0
+        self.num_lanes = num_lanes  # in which sequences decode, as last chosen
         self._last_prefill_s = -inf
 
     def open_lanes(self, most: int, fewest: int) -> None:
@@ -54,6 +55,10 @@ class Pace:
         more, and longer beside another step. How much longer is seen only while several run, so
         the second best number has a trial now and then.
         """
+        self.num_lanes = self._choose_lanes(sequences)
+        return self.num_lanes
+
+    def _choose_lanes(self, sequences: list[Sequence]) -> int:
         choices = self._lane_choices
         if len(choices) == 1:
             return choices[-1]

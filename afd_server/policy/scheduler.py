@@ -243,6 +243,11 @@ class Scheduler:
                 others = beside(other for n, (other, _) in self._begun.items() if n != lane)
                 self._begun[lane] = (beside_those_of(load, others), begun_s)
 
+    def expected_s(self, lane: int) -> float:
+        """Return the median time of what a lane computes, beside what others do."""
+        load, _ = self._begun[lane]
+        return self.pace.model.predict(load)
+
     def commit(self, result: StepResult, now_s: float) -> list[Emitted]:
         """Take in a finished step: advance, extend or end its sequences.
 

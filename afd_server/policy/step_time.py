@@ -141,6 +141,11 @@ class StepTimeModel:
         self._num_observed = 0
         self._num_alone = 0  # steps since the last one beside others
 
+    @property
+    def slowness(self) -> float:
+        """Return how long steps take lately, as a multiple of what their costs say."""
+        return self._speed
+
     def predict(self, load: StepLoad, quantile: float = 0.5) -> float:
         """Return the seconds that a step will take at most, with a probability of `quantile`."""
         return self._speed * self._nominal_s(load) * _quantile(self._sorted_ratios, quantile)

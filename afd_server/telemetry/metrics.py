@@ -186,6 +186,13 @@ class GatewayMetrics:
             "afd_expected_alone_step_seconds", "A step of a single sequence", ("worker",),
             registry=registry,
         )  # fmt: skip
+        self._decode_lanes = Gauge(
+            "afd_decode_lanes", "Lanes in which sequences decode", ("worker",), registry=registry
+        )
+        self._slowness = Gauge(
+            "afd_step_slowness_ratio", "What steps take lately, by what their load costs",
+            ("worker",), registry=registry,
+        )  # fmt: skip
         self._busy = Gauge(
             "afd_pool_busy_ratio",
             "Share of the last seconds in which the pool's workers computed",
@@ -243,10 +250,14 @@ class GatewayMetrics:
         self._queued.set(num_waiting)
         self._expected_wait.set(drain_s)
 
-    def expected_steps(self, worker: str, step_s: float, alone_s: float) -> None:
-        """Show what an attention worker expects of its steps."""
+    def controller(
+        self, worker: str, step_s: float, alone_s: float, decode_lanes: int, slowness: float
+    ) -> None:
+        """Show what an attention worker expects of its steps, and how it lays them out."""
         self._expected_step.labels(worker).set(step_s)
         self._expected_alone.labels(worker).set(alone_s)
+        self._decode_lanes.labels(worker).set(decode_lanes)
+        self._slowness.labels(worker).set(slowness)
 
     def resubmitted(self) -> None:
         """Count a new attempt of a request."""
@@ -327,6 +338,11 @@ class GatewayMetrics:
             EventKind.SAMPLE: declare("afd_sampling_seconds", "Sampling, without logits").series(),
             EventKind.STEP: declare(
                 "afd_lane_step_seconds", "A whole step of a lane", edges=TPOT_BUCKETS_S
+            ).series(),
+            EventKind.EXPECTED: declare(
+                "afd_expected_lane_step_seconds",
+                "What such a step was expected to take",
+                edges=TPOT_BUCKETS_S,
             ).series(),
             EventKind.A_TO_F: transfer.series("a_to_f"),
             EventKind.F_TO_A: transfer.series("f_to_a"),

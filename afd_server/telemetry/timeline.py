@@ -30,6 +30,7 @@ class EventKind(IntEnum):
     FFN = 6  # a group of calls computed; stage and peer are those of the oldest call
     GATHERED = 7  # each further call of the group before, over the same time
     WAIT = 8  # nothing to compute though there is live work; no stage
+    EXPECTED = 9  # as `STEP`, but what it was expected to take, given what was beside it
 
 
 class Event(NamedTuple):

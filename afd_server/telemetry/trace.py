@@ -19,6 +19,7 @@ _NAMES = {
     EventKind.FFN: "ffn",
     EventKind.GATHERED: "gathered",
     EventKind.WAIT: "bubble",
+    EventKind.EXPECTED: "expected",
 }
 
 
@@ -97,4 +98,6 @@ def _track(event: Event) -> str:
             return "ffn"
         case EventKind.WAIT:
             return "bubbles"
+        case EventKind.EXPECTED:
+            return f"{lane}, expected"
     return lane

@@ -39,7 +39,7 @@ from afd_server.transport.messages import (
     TopologyUpdate,
 )
 
-PROTOCOL_MAJOR, PROTOCOL_MINOR = 5, 0
+PROTOCOL_MAJOR, PROTOCOL_MINOR = 6, 0
 MAX_HEADER_BYTES = 2048
 MAX_PAYLOAD_BYTES = 64 * 2**20
 MAX_STRING_CHARS = 512

@@ -122,7 +122,8 @@ class LoadReport:
     `events` is uint8 [n, 40]: what the worker did since its last report
     (`telemetry.timeline`), on its own clock, which reads `clock_us` now. An attention worker
     expects `step_us` of a step in which all that run decode, and `alone_us` of one with a single
-    sequence; for an FFN worker both are 0.
+    sequence; what runs was last spread over `decode_lanes`, and steps take `slowness_permille` of
+    what their costs say. For an FFN worker these are 0.
     """
 
     steps: int
@@ -141,6 +142,8 @@ class LoadReport:
     clock_us: int
     step_us: int
     alone_us: int
+    decode_lanes: int
+    slowness_permille: int
     events: Payload
 
 

@@ -10,7 +10,7 @@ FFN = Member(Role.FFN, 0, "f0", "", "")
 
 
 def report(steps, running=1):
-    return LoadReport(steps, running, 0, 1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, EMPTY)
+    return LoadReport(steps, running, 0, 1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, EMPTY)
 
 
 def view_of(*members):

@@ -86,11 +86,24 @@ def metric(service, name, **labels):
 def test_a_target_out_of_reach_is_counted_among_the_refusals():
     with gateway() as service:
         zeros = [0] * 14
-        service.pools.take_report("w0", LoadReport(*zeros, 20_000, 10_000, EMPTY))
+        service.pools.take_report("w0", LoadReport(*zeros, 20_000, 10_000, 1, 1000, EMPTY))
         answer = post(service, *COMPLETION, **{"x-slo-tpot-ms": "1"})
         assert answer.status_code == 400
         reason = answer.headers["x-afd-reject-reason"]
         assert metric(service, "afd_refused_requests_total", reason=reason) == 1
+
+
+def test_what_an_attention_worker_reports_of_its_controller_is_shown():
+    with gateway() as service:
+        report = LoadReport(*[0] * 14, 20_000, 10_000, 2, 1_250, EMPTY)
+        service._show_load(Member(Role.ATTENTION, 0, "w0", "", ""), report, None)
+        for name, value in (
+            ("afd_expected_step_seconds", 0.02),
+            ("afd_expected_alone_step_seconds", 0.01),
+            ("afd_decode_lanes", 2),
+            ("afd_step_slowness_ratio", 1.25),
+        ):
+            assert metric(service, name, worker="attention/0") == value
 
 
 def test_the_expected_wait_is_that_for_the_whole_queue_whosever_it_is():

@@ -36,7 +36,7 @@ class Bench:
         payload = Payload(DType.UINT8, (len(events), EVENT_BYTES), memoryview(data))
         now_s = self.clock.now()
         clock_us = int((now_s - delay_s + ahead_s) * 1e6)
-        self.view.take(member, LoadReport(*[0] * 13, clock_us, 0, 0, payload), now_s)
+        self.view.take(member, LoadReport(*[0] * 13, clock_us, 0, 0, 0, 0, payload), now_s)
 
     def spans(self, seconds):
         rows = json.loads("".join(self.view.trace(seconds)))["traceEvents"]
@@ -54,6 +54,7 @@ def test_events_are_counted_by_kind_and_direction():
         (EventKind.ATTENTION, 999.2, 999.3),
         (EventKind.A_TO_F, 999.0, 999.25),
         (EventKind.STEP, 999.0, 999.5),
+        (EventKind.EXPECTED, 999.0, 999.25),
         (EventKind.GATHERED, 999.0, 999.5),
     )
     assert bench.value("afd_attention_seconds_count") == 2
@@ -61,6 +62,7 @@ def test_events_are_counted_by_kind_and_direction():
     assert bench.value("afd_transfer_seconds_sum", direction="a_to_f") == 0.25
     assert bench.value("afd_transfer_seconds_count", direction="f_to_a") == 0
     assert bench.value("afd_lane_step_seconds_count") == 1
+    assert bench.value("afd_expected_lane_step_seconds_sum") == 0.25
     assert bench.value("afd_ffn_seconds_count") == 0
 
 
@@ -138,4 +140,4 @@ def test_on_one_host_the_delay_of_a_report_shifts_nothing():
 def test_events_that_are_none_are_refused(payload):
     bench = Bench()
     with pytest.raises(ProtocolError):
-        bench.view.take(FFN, LoadReport(*[0] * 16, payload), 1000.0)
+        bench.view.take(FFN, LoadReport(*[0] * 18, payload), 1000.0)

@@ -127,6 +127,13 @@ def test_few_share_a_lane_and_many_are_spread_over_as_many_as_pay():
     assert pace.decode_step_s(many) == pytest.approx(0.031, rel=0.15)
 
 
+def test_the_number_of_lanes_in_use_is_known():
+    pace = Pace(num_lanes=2)
+    assert pace.num_lanes == 2
+    pace.open_lanes(1, 1)
+    assert pace.lanes_for([decoding(100.0, 2)]) == pace.num_lanes == 1
+
+
 def test_the_second_best_number_of_lanes_has_its_trials():
     pace = Pace(num_lanes=2)
     together = StepLoad(rows=2, keys=400, others=1, other_rows=2)

@@ -64,6 +64,17 @@ def test_a_long_prompt_is_prefilled_in_chunks_and_then_decoded_token_by_token():
     assert sizes == [(0, 16, False), (16, 16, False), (32, 8, True), (40, 1, True), (41, 1, True)]
 
 
+def test_what_a_step_is_expected_to_take_counts_what_began_beside_it():
+    scheduler = Scheduler(config())
+    for key in (1, 2):
+        scheduler.submit(request(key, first=100 * key), 0.0)
+    scheduler.plan(0, 0.0)
+    alone_s = scheduler.expected_s(0)
+    assert alone_s == scheduler.pace.model.predict(StepLoad(prefill=5, prefill_keys=12.5))
+    scheduler.plan(1, 0.0)
+    assert scheduler.expected_s(0) > alone_s
+
+
 def test_the_last_of_max_tokens_ends_a_request_with_length():
     scheduler = Scheduler(config())
     scheduler.submit(request(1, max_tokens=3), 0.0)

@@ -45,7 +45,7 @@ MESSAGES = (
     Submit(*range(1, 10), *[0.5] * 7, 1000, "", "", Payload(DType.INT32, (1,), bytes(4))),
     Cancel(1, 1),
     TokenChunk(Payload(DType.INT64, (1, 8), bytes(64))),
-    LoadReport(*range(16), Payload(DType.UINT8, (1, 40), bytes(40))),
+    LoadReport(*range(18), Payload(DType.UINT8, (1, 40), bytes(40))),
     Dispatch(7, 1, 2, 0, 9, ROWS),
     Combine(7, 1, 2, 0, 3, 0, 0, "", ROWS),
     Heartbeat(Role.FFN, 0, ProcessState.READY, 1, "", ""),

@@ -205,6 +205,8 @@ class AttentionWorker:
             clock_us=int(self._clock.now() * 1e6),
             step_us=int(scheduler.decode_step_s * 1e6),
             alone_us=int(scheduler.pace.alone_s * 1e6),
+            decode_lanes=scheduler.pace.num_lanes,
+            slowness_permille=int(scheduler.pace.model.slowness * 1e3),
             events=events,
         )
 
@@ -289,6 +291,8 @@ class AttentionWorker:
         if self._calibration is not None:
             self._calibration.commit(plan, end_s - lane.begun_s)
         else:
+            expected_end_s = lane.begun_s + self._scheduler.expected_s(lane.index)
+            record(EventKind.EXPECTED, lane.begun_s, expected_end_s, stage, plan.num_tokens)
             self._report(self._scheduler.commit(result, end_s))
         record(EventKind.STEP, lane.begun_s, end_s, stage, plan.num_tokens)
         self._has_ended_step = True

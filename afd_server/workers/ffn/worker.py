@@ -199,6 +199,8 @@ class FFNWorker:
             clock_us=int(self._clock.now() * 1e6),
             step_us=0,
             alone_us=0,
+            decode_lanes=0,
+            slowness_permille=0,
             events=events,
         )
 
