@@ -69,9 +69,12 @@ class ServeConfig:
         "tensor", "each FFN worker holds a column shard of every FFN, a full replica, some "
         "experts, or a column shard of some experts"
     )  # fmt: skip
-    dense_layers: Literal["attention", "ffn"] = _setting(
-        "ffn", "workers that hold the layers without experts, and the shared experts of the others"
-    )
+    dense_layers: Literal["auto", "attention", "ffn", "both"] = _setting(
+        "auto", "workers that hold the layers without experts, and the shared experts of the "
+        "others; both: the FFN workers, but attention workers compute half of each layer without "
+        "experts; auto: both over shared memory with int8 products, whole FFNs and no more "
+        "attention workers than FFN workers, else ffn"
+    )  # fmt: skip
     lm_head: Literal["auto", "attention", "ffn", "both"] = _setting(
         "auto", "workers that hold the head and compute logits; both: a part of the vocabulary "
         "each; auto: both over shared memory with no more attention workers than FFN workers, "

@@ -52,6 +52,7 @@ from afd_server.workers.config import (
     AttentionConfig,
     Numerics,
     WorkerSpec,
+    dense_place,
     ffn_config,
     head_place,
 )
@@ -162,15 +163,27 @@ class _Plan:
         self.num_lanes = None if config.lanes == "auto" else config.lanes
         if self.parallel is FFNParallel.COLOCATED and self.num_lanes is None:
             self.num_lanes = 1  # no lane is ever away, and each reads all weights again
+        checksums = {"on": True, "off": False, "auto": config.data_transport == "tcp"}
+        self.with_crc = checksums[config.frame_checksums]
+        ffn = ffn_config(self.parallel, sizes.num_ffn, config.expert_replicas, config.expert_shards)
+        is_native = self.numerics.kernels == "native" and self.numerics.weights == "int8"
+        dense_layers, shares_dense = dense_place(
+            config.dense_layers,
+            sizes.num_attention,
+            sizes.num_ffn,
+            ffn.num_parts,
+            is_native and self.transport == "shm" and not self.with_crc,
+        )
         lm_head, shares_head = head_place(
             config.lm_head,
             sizes.num_attention,
             sizes.num_ffn,
-            self.transport == "shm" and config.dense_layers == "ffn",
+            self.transport == "shm" and dense_layers is Role.FFN,
         )
         self.ffn = replace(
-            ffn_config(self.parallel, sizes.num_ffn, config.expert_replicas, config.expert_shards),
-            dense_layers=Role[config.dense_layers.upper()],
+            ffn,
+            dense_layers=dense_layers,
+            shares_dense=shares_dense,
             lm_head=lm_head,
             shares_head=shares_head,
             hot_experts=_hot_experts(config, model),
@@ -178,8 +191,6 @@ class _Plan:
         if config.lm_head == "auto" and self._logit_bytes(model) > MAX_PAYLOAD_BYTES:
             self.ffn = replace(self.ffn, lm_head=Role.ATTENTION, shares_head=False)
         self.num_spare_workers = self.ffn.num_replicas - 1 if config.hot_experts is None else 0
-        checksums = {"on": True, "off": False, "auto": config.data_transport == "tcp"}
-        self.with_crc = checksums[config.frame_checksums]
         self._check(model)
 
     def bind(self, runtime_dir: Path, incarnation: str, role: Role) -> str:

@@ -262,7 +262,7 @@ WRONG = [
     ("start_timeout_s", "soon", "valid number"),
     ("dtype", "float16", "'auto', 'float32' or 'bfloat16'"),
     ("ffn_parallel", "experts", "'expert' or 'hybrid'"),
-    ("dense_layers", "both", "'attention' or 'ffn'"),
+    ("dense_layers", "all", "'attention', 'ffn' or 'both'"),
     ("lm_head", "all", "'attention', 'ffn' or 'both'"),
     ("launcher", "slurm", "'ray' or 'local'"),
     ("transport", "rdma", "'auto', 'zmq' or 'shm'"),

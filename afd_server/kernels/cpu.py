@@ -7,7 +7,7 @@ kept as int8, float32 or bfloat16, keys and values as float32, bfloat16 or int8 
 
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from afd_server.kernels.table import (
 )
 
 LIBRARIES = Path(__file__).parent / "native"
-INTERFACE = 6  # as `afd_interface` of native/kernels.cpp
+INTERFACE = 7  # as `afd_interface` of native/kernels.cpp
 COLUMNS = 16  # output channels interleaved in a packed block, as kernels.cpp has it
 
 WeightFormat = Literal["int8", "float32", "bfloat16"]
@@ -497,10 +497,21 @@ class _SwiGLU(ctypes.Structure):
 
 
 class _SwiGLUInt8:
-    """One FFN in a single call of the library."""
+    """One FFN, or a half of it, in a single call of the library.
+
+    Args:
+        function: computes it.
+        of_halves: those that compute its two halves by themselves.
+        gate_up, down, limit: as `Kernels.swiglu` takes them.
+    """
 
     def __init__(
-        self, function: Callable[..., None], gate_up: object, down: object, limit: float | None
+        self,
+        function: Callable[..., None],
+        of_halves: Sequence[Callable[..., None]],
+        gate_up: object,
+        down: object,
+        limit: float | None,
     ) -> None:
         assert isinstance(gate_up, PackedInt8) and isinstance(down, PackedInt8), "not packed"
         self._function = function
@@ -523,6 +534,10 @@ class _SwiGLUInt8:
         self.native: NativeCall | None = NativeCall(
             address, self._context, self._bytes, self._width, owner
         )
+        self.halves: tuple[BoundSwiGLU, BoundSwiGLU] | None = None
+        if of_halves and ffn.inner % COLUMNS == 0 and ffn.inner > GROUP:
+            first, second = (_SwiGLUInt8(f, (), gate_up, down, limit) for f in of_halves)
+            self.halves = first, second
 
     def __call__(self, rows: Tensor) -> Tensor:
         assert rows.dtype is torch.uint8 and rows.shape[1] == self._bytes, (
@@ -536,10 +551,16 @@ class _SwiGLUInt8:
 def _swiglu_int8(
     library: ctypes.CDLL,
 ) -> Callable[[LinearWeight, LinearWeight, float | None], BoundSwiGLU]:
-    function = library.afd_swiglu_int8
-    function.argtypes = [_POINTER, _POINTER, _SIZE, _POINTER]
-    function.restype = None
-    return partial(_SwiGLUInt8, function)
+    functions = (
+        library.afd_swiglu_int8,
+        library.afd_swiglu_first_int8,
+        library.afd_swiglu_second_int8,
+    )
+    for function in functions:
+        function.argtypes = [_POINTER, _POINTER, _SIZE, _POINTER]
+        function.restype = None
+    whole, *of_halves = functions
+    return partial(_SwiGLUInt8, whole, of_halves)
 
 
 def _rope(library: ctypes.CDLL) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

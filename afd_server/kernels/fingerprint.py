@@ -34,13 +34,14 @@ def _test_outputs(kernels: Kernels, dtype: torch.dtype, kv_dtype: torch.dtype) -
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    rows, norm = draw(49, 192), draw(192)  # products of 40 rows or more take another path
+    rows, norm = draw(49, 192), draw(192)  # products of 13 rows or more take another path
     weight = kernels.pack(draw(96, 192))
     kv = KVLayer(*(store(draw(12, 2, 16, 32), kv_dtype) for _ in KVLayer._fields))
     runs = [PagedRun(stop - 1, 1, list(range(2, 12))) for stop in (1, 16, 65)]
     paged = plan_paged_rows([*runs, PagedRun(140, 9, list(range(2, 12)))])
     positions = torch.arange(12, dtype=torch.int64)
     table = rope_table(32, 1e4, 12)
+    ffn = kernels.swiglu(kernels.pack(draw(256, 192)), kernels.pack(draw(96, 128)), None)
     query = kernels.rope_write_kv(draw(12, 320), 6, table, positions, positions + 40, kv)
     return [
         kernels.linear(kernels.prepare(rows), weight),
@@ -49,6 +50,7 @@ def _test_outputs(kernels: Kernels, dtype: torch.dtype, kv_dtype: torch.dtype) -
         *kernels.add_norm(rows, rows, norm, 1e-5),
         kernels.silu_mul(rows),
         kernels.silu_mul(rows, 0.5),
+        ffn(kernels.prepare(rows)),
         query,
         kernels.paged_attention(query, kv, paged),
     ]

@@ -251,6 +251,7 @@ class PlainSwiGLU:
     """One FFN made of other kernels."""
 
     native = None
+    halves = None
 
     def __init__(
         self,

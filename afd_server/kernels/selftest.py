@@ -14,7 +14,7 @@ from afd_server.kernels.kv_format import store
 from afd_server.kernels.reference import PagedRun, plan_paged_rows
 from afd_server.kernels.table import Kernels, KVLayer
 
-FEW_ROWS = 48  # every number up to it: full tiles and parts of all kinds, pairs from 40 rows on
+FEW_ROWS = 48  # every number up to it: full tiles and parts of all kinds, pairs from 13 rows on
 MOST_ROWS = 256  # with which they are compared; of attention, one after the other in a sequence
 FEW_COLUMNS = 112  # of a product tried with all numbers of rows: three pairs of blocks and one more
 MOST_COLUMNS = 4096  # more are blocks like these

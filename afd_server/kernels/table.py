@@ -61,6 +61,14 @@ class BoundSwiGLU(Protocol):
         """Return the same for code outside of Python, if there is such."""
         ...
 
+    @property
+    def halves(self) -> "tuple[BoundSwiGLU, BoundSwiGLU] | None":
+        """Return what computes the summands of the output, one for each half of its columns.
+
+        Their sum in float32, in this order, is the output to the bit. None if it has no halves.
+        """
+        ...
+
     def __call__(self, rows: Tensor, /) -> Tensor: ...
 
 

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from afd_server.core.model_spec import ModelSpec
 from afd_server.core.topology import ColumnShard, column_shard
-from afd_server.kernels.table import Kernels, KVLayer, LinearWeight, NativeCall, PagedRows
+from afd_server.kernels.table import (
+    BoundSwiGLU,
+    Kernels,
+    KVLayer,
+    LinearWeight,
+    NativeCall,
+    PagedRows,
+)
 
 
 class FFNCall(NamedTuple):
@@ -211,6 +218,10 @@ class FFNHalf(Protocol):
 
     def native(self, layer: int) -> NativeCall | None:
         """Return what computes a dense layer's partial sum outside of Python, if there is such."""
+        ...
+
+    def halves(self, layer: int) -> tuple[BoundSwiGLU, BoundSwiGLU] | None:
+        """Return what computes the two summands of a dense layer's partial sum, if it has such."""
         ...
 
 

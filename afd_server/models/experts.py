@@ -7,7 +7,7 @@ from torch import Tensor
 from afd_server.core.expert_spec import ExpertSpec
 from afd_server.core.model_spec import ModelSpec
 from afd_server.kernels import reference
-from afd_server.kernels.table import Kernels, NativeCall
+from afd_server.kernels.table import BoundSwiGLU, Kernels, NativeCall
 from afd_server.models.base import FFNCall, FFNShare, MicroBatch, NativeLayers, WeightSource
 from afd_server.models.layers import (
     Decoder,
@@ -199,6 +199,10 @@ class RoutedFFN:
     def native(self, layer: int) -> NativeCall | None:
         ffn = None if self._spec.num_chosen(layer) else self._ffns.get((layer, 0))
         return None if ffn is None else ffn.compute.native
+
+    def halves(self, layer: int) -> tuple[BoundSwiGLU, BoundSwiGLU] | None:
+        ffn = None if self._spec.num_chosen(layer) else self._ffns.get((layer, 0))
+        return None if ffn is None else ffn.compute.halves
 
 
 def _load_expert(

@@ -33,16 +33,33 @@ class Held:
 
         Returns:
             Of a layer the partial sums, as `FFNHalf` tells; of the head, which comes behind the
-            last layer, the logits of its part of the vocabulary, [rows, part] float32.
+            last layer, the logits of its part of the vocabulary, [rows, part] float32. Behind the
+            head come the layers again, each for the second half of its FFN alone.
         """
         if layer < self._head_layer:
             return self._ffn.partial_sum(layer, rows)
+        if layer > self._head_layer:
+            halves = self._ffn.halves(layer - self.second_from)
+            assert halves is not None, f"layer {layer - self.second_from} has no halves"
+            return halves[1](rows)
         assert self._head is not None, "the head is held by others"
         return self._head.logits(rows)
 
+    @property
+    def second_from(self) -> int:
+        """Return by how much the number of a layer is higher for the second half of its FFN."""
+        return self._head_layer + 1
+
+    def has_halves(self, layer: int) -> bool:
+        """Tell whether the second half of a dense layer's FFN can be asked for."""
+        return self._ffn.halves(layer) is not None
+
     def native(self, layer: int) -> NativeCall | None:
         """Return what answers a dense layer's calls outside of Python, if there is such."""
-        return self._ffn.native(layer) if layer < self._head_layer else None
+        if layer < self._head_layer:
+            return self._ffn.native(layer)
+        halves = self._ffn.halves(layer - self.second_from)
+        return None if halves is None else halves[1].native
 
 
 class _Head:

@@ -15,6 +15,7 @@ from torch import Tensor
 from afd_server.core.attention_spec import GQASpec
 from afd_server.core.model_spec import FFNShape, ModelSpec
 from afd_server.kernels.table import (
+    BoundSwiGLU,
     Kernels,
     KVLayer,
     LinearWeight,
@@ -272,6 +273,10 @@ class DenseFFN:
     def native(self, layer: int) -> NativeCall | None:
         ffn = self._layers.get(layer)
         return None if ffn is None else ffn.compute.native
+
+    def halves(self, layer: int) -> tuple[BoundSwiGLU, BoundSwiGLU] | None:
+        ffn = self._layers.get(layer)
+        return None if ffn is None else ffn.compute.halves
 
 
 class FFNTensors(NamedTuple):

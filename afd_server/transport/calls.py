@@ -96,7 +96,8 @@ class _Layer(ctypes.Structure):
 class _Server(ctypes.Structure):
     _fields_ = (
         ("callers", _POINTER), ("layers", _POINTER), ("events", _POINTER), ("sequence", _POINTER),
-        ("num_callers", _INTEGER), ("num_layers", _INTEGER), ("slot", _INTEGER),
+        ("num_callers", _INTEGER), ("num_layers", _INTEGER), ("second_from", _INTEGER),
+        ("slot", _INTEGER),
         ("epoch", _INTEGER), ("most_rows", _INTEGER), ("most_events", _INTEGER),
         ("num_events", _INTEGER), ("num_calls", _INTEGER), ("num_rows", _INTEGER),
         ("idle_since_s", _DOUBLE), ("answered_s", _DOUBLE), ("bell", ctypes.c_uint64),
@@ -108,6 +109,7 @@ class _Out(ctypes.Structure):
         ("state", _INTEGER), ("peer", _INTEGER), ("epoch", _INTEGER), ("step", _INTEGER),
         ("lane", _INTEGER), ("layer", _INTEGER), ("part", _INTEGER), ("rows", _INTEGER),
         ("width", _INTEGER), ("answer", _POINTER), ("way", _POINTER), ("sent_s", _DOUBLE),
+        ("shift", _INTEGER), ("is_answered", _INTEGER), ("is_own_due", _INTEGER),
     )  # fmt: skip
 
 
@@ -122,12 +124,19 @@ class NativeWay(ctypes.Structure):
         row_bytes: of one row of a call.
         hidden, data: addresses of the residual and of the call's rows; both are replaced.
         live_since_s: since when there has been live work.
+        first_half, first_halves: function, and address of an array of contexts by layer, 0 where
+            there is none, that compute the first half of a layer's FFN here; 0 if nothing does.
+        own: address of memory for that.
+        second_from: by how much the number of a layer is higher of whose FFN the second half alone
+            is asked for.
     """
 
     _fields_ = (
         ("function", _POINTER), ("contexts", _POINTER), ("blocks", _POINTER), ("seen", _POINTER),
         ("peers", _POINTER), ("num_layers", _INTEGER), ("row_bytes", _INTEGER),
         ("hidden", _POINTER), ("data", _POINTER), ("live_since_s", _DOUBLE),
+        ("first_half", _POINTER), ("first_halves", _POINTER), ("own", _POINTER),
+        ("second_from", _INTEGER),
     )  # fmt: skip
 
 
@@ -186,7 +195,9 @@ class CallServer:
     """Answers the dispatches of some layers for one part.
 
     Args:
-        layers: of the model, in order; whoever made them keeps them valid.
+        layers: of the model and its head, in order, and then of each layer the second half of its
+            FFN; whoever made them keeps them valid.
+        second_from: of how many layers there is all.
         slot: the part.
         most_rows: computed together; a call with more is left to Python.
         sequence: counts the messages of this process.
@@ -196,6 +207,7 @@ class CallServer:
         self,
         library: RingLibrary,
         layers: Sequence[NativeLayer],
+        second_from: int,
         slot: int,
         most_rows: int,
         sequence: ctypes.c_int64,
@@ -209,6 +221,7 @@ class CallServer:
             events=ctypes.addressof(self._events),
             sequence=ctypes.addressof(sequence),
             num_layers=len(layers),
+            second_from=second_from,
             slot=slot,
             most_rows=most_rows,
             most_events=MOST_EVENTS,

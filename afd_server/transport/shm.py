@@ -180,6 +180,8 @@ class SharedMemoryLink:
                 busy_until_ns = self._native.answered_ns + LONGEST_WATCH_NS
                 stop_ns = max(stop_ns, min(busy_until_ns, until_ns))
         if self._watch.announce_sleep():
+            if self._native is not None:
+                self._watch_rings(0)
             return self._take()
         received = self._look(max(0, until_ns - now_ns) / 1e9)
         self._watch.end_sleep()

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from afd_server.core.attention_spec import KVFormat
+from afd_server.core.errors import ConfigError
 from afd_server.core.model_spec import LoadFormat, ModelSpec
 from afd_server.core.topology import FFNParallel, Placement, Role, spread_experts
 
@@ -40,9 +41,10 @@ class FFNConfig:
     of so many workers hold the experts, `num_replicas` groups each of them
     (`core.topology.Placement`). `max_gather_rows` limits the rows computed together.
     `dense_layers` is the pool that holds the layers without experts and the shared experts of the
-    others, `lm_head` that of the head; with `shares_head` the attention side has a part of it as
-    well. `hot_experts` are those, (layer, expert), that have the
-    replicas; None: all have them.
+    others; with `shares_dense` the attention side computes the first half of each layer without
+    experts wherever native code asks for the second. `lm_head` is the pool that holds the head;
+    with `shares_head` the attention side has a part of it as well. `hot_experts` are those, (layer,
+    expert), that have the replicas; None: all have them.
     """
 
     parallel: FFNParallel
@@ -51,6 +53,7 @@ class FFNConfig:
     num_replicas: int = 1
     max_gather_rows: int = 1024
     dense_layers: Role = Role.FFN
+    shares_dense: bool = False
     lm_head: Role = Role.ATTENTION
     shares_head: bool = False
     hot_experts: tuple[tuple[int, int], ...] | None = None
@@ -78,6 +81,38 @@ def ffn_config(
             return FFNConfig(parallel, 1, num_workers, num_replicas)
         case FFNParallel.HYBRID:
             return FFNConfig(parallel, num_shards, num_workers // num_shards, num_replicas)
+
+
+def dense_place(
+    setting: Literal["auto", "attention", "ffn", "both"],
+    num_attention: int,
+    num_ffn: int,
+    num_shards: int,
+    is_native: bool,
+) -> tuple[Role, bool]:
+    """Return the pool that holds dense layers, and whether the attention side computes halves.
+
+    `auto` has both compute where that can be, and attention workers have the time.
+
+    Args:
+        setting: what was asked for.
+        num_attention: workers of that pool.
+        num_ffn: workers of the other.
+        num_shards: that an FFN is cut into for FFN workers.
+        is_native: whether native code sends and answers calls, over shared memory.
+
+    Raises:
+        ConfigError: both are to compute, and cannot.
+    """
+    can_share = is_native and num_shards == 1 and num_ffn > 0
+    if setting == "both" and not can_share:
+        raise ConfigError(
+            "dense_layers is both, which needs workers that share memory without checksums, native "
+            "int8 kernels and whole FFNs (one FFN worker, or ffn_parallel replicate); set it to ffn"
+        )
+    if setting == "auto":
+        setting = "both" if can_share and num_attention <= num_ffn else "ffn"
+    return Role.ATTENTION if setting == "attention" else Role.FFN, setting == "both"
 
 
 def head_place(

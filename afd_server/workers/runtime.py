@@ -50,6 +50,7 @@ from afd_server.weights.packed import PackedWeights, pack_path
 from afd_server.workers.attention.calibration import Calibration
 from afd_server.workers.attention.expert_counts import ExpertCounts
 from afd_server.workers.attention.ffn_client import FFNClient
+from afd_server.workers.attention.first_halves import FirstHalves
 from afd_server.workers.attention.kv_store import KVStore
 from afd_server.workers.attention.sampler import Sampler
 from afd_server.workers.attention.worker import AttentionWorker
@@ -328,6 +329,7 @@ def build_attention_worker(
     if isinstance(endpoint.link, SharedMemoryLink) and not spec.with_crc:
         native = CallClient(RingLibrary(), endpoint.sequence)
         endpoint.link.assist(native)
+    shares_dense = spec.ffn.shares_dense and native is not None
     ffn = FFNClient(
         placement,
         spec.slot,
@@ -339,6 +341,7 @@ def build_attention_worker(
         timeline,
         config.resend_s,
         native,
+        FirstHalves(architecture, model_spec, weights, kernels) if shares_dense else None,
     )
     weights.keep()
     calibration = None
@@ -390,7 +393,9 @@ def build_ffn_worker(
     weights.keep()
     server = None
     if isinstance(endpoint.link, SharedMemoryLink) and not spec.with_crc:
-        calls = [held.native(layer) for layer in range(model_spec.num_layers)]
+        whole = range(model_spec.num_layers)
+        seconds = [layer + held.second_from for layer in whole]
+        calls = [*map(held.native, whole), None, *map(held.native, seconds)]
         layers = [
             NativeLayer(call.function, call.context, call.row_bytes, call.width)
             if call is not None
@@ -398,7 +403,12 @@ def build_ffn_worker(
             for call in calls
         ]
         server = CallServer(
-            RingLibrary(), layers, spec.slot, spec.ffn.max_gather_rows, endpoint.sequence
+            RingLibrary(),
+            layers,
+            held.second_from,
+            spec.slot,
+            spec.ffn.max_gather_rows,
+            endpoint.sequence,
         )
         endpoint.link.assist(server)
     return FFNWorker(
@@ -425,5 +435,7 @@ def _weights(spec: WorkerSpec, kernels: Kernels, share: FFNShare) -> PackedWeigh
         return PackedWeights(DummyWeights(dtype, DUMMY_SEED), kernels, None)
     path = None
     if spec.numerics.kernels == "native":  # the reference keeps tensors as the checkpoint does
-        path = pack_path(directory, spec.model_digest, kernels.name, spec.role.name, share)
+        first_halves = spec.role is Role.ATTENTION and spec.ffn.shares_dense
+        identity = (spec.model_digest, kernels.name, spec.role.name, share, first_halves)
+        path = pack_path(directory, *identity)
     return PackedWeights(Checkpoint(directory, dtype), kernels, path)

@@ -332,24 +332,42 @@ def test_a_library_of_another_format_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("build", BUILDS)
-@pytest.mark.parametrize(("hidden", "inner"), [(64, 64), (100, 33), (576, 1536)])
-def test_an_ffn_in_one_call_has_the_bits_of_its_parts(build, hidden, inner):
+@pytest.mark.parametrize(
+    ("hidden", "inner", "middle"),
+    [(64, 64, 64), (100, 33, 33), (64, 100, 100), (96, 80, 64), (100, 176, 128), (576, 1536, 768)],
+)
+def test_an_ffn_in_one_call_has_the_bits_of_its_parts(build, hidden, inner, middle):
+    """The parts of each half of its columns, if both are whole blocks, are added in order."""
     kernels = native(build)
-    gate_up = kernels.pack(draw(2 * inner, hidden, seed=1))
-    down = kernels.pack(draw(hidden, inner, seed=2))
-    for num_rows in (0, 1, 5, 24, 70):
+    gate, up = draw(inner, hidden, seed=1), draw(inner, hidden, seed=2)
+    down = draw(hidden, inner, seed=3)
+    packed = kernels.pack(torch.cat((gate, up))), kernels.pack(down)
+    ranges = [slice(0, middle), slice(middle, inner)][: 1 + (middle < inner)]
+    halves = [(kernels.pack(torch.cat((gate[r], up[r]))), kernels.pack(down[:, r])) for r in ranges]
+    for num_rows in (0, 1, 5, 13, 24, 70):
         rows = kernels.prepare(draw(num_rows, hidden, seed=num_rows, scale=3.0))
         for limit in (None, 0.3):
-            ffn = kernels.swiglu(gate_up, down, limit)
-            parts = kernels.linear(kernels.silu_mul(kernels.linear(rows, gate_up), limit), down)
-            assert torch.equal(ffn(rows), parts)
-            call, out = ffn.native, torch.empty(num_rows, hidden)
-            assert (call.row_bytes, call.width) == (rows.shape[1], hidden)
-            function = ctypes.CFUNCTYPE(
-                None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p
-            )(call.function)
-            function(call.context, rows.data_ptr(), num_rows, out.data_ptr())
-            assert torch.equal(out, parts)
+            ffn = kernels.swiglu(*packed, limit)
+            parts = [
+                kernels.linear(kernels.silu_mul(kernels.linear(rows, first), limit), second)
+                for first, second in halves
+            ]
+            assert torch.equal(ffn(rows), sum(parts[1:], parts[0]))
+            assert torch.equal(called(ffn.native, rows, hidden), ffn(rows))
+            assert (ffn.halves is None) == (len(parts) == 1)
+            for half, part in zip(ffn.halves or (), parts, strict=bool(ffn.halves)):
+                assert torch.equal(half(rows), part)
+                assert torch.equal(called(half.native, rows, hidden), part)
+
+
+def called(call, rows, width):
+    out = torch.empty(rows.shape[0], width)
+    assert (call.row_bytes, call.width) == (rows.shape[1], width)
+    function = ctypes.CFUNCTYPE(
+        None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p
+    )(call.function)
+    function(call.context, rows.data_ptr(), rows.shape[0], out.data_ptr())
+    return out
 
 
 @pytest.mark.parametrize("build", BUILDS)

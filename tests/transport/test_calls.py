@@ -67,7 +67,8 @@ class Worker:
         self.caller = Endpoint(self.a, Identity("a", "model", "numerics"), clock, (), False)
         self.answerer = Endpoint(self.b, Identity("b", "model", "numerics"), clock, (), False)
         self.caller.topology = self.answerer.topology = Topology(EPOCH, members)
-        self.server = CallServer(RingLibrary(), layers, SLOT, MOST_ROWS, self.answerer.sequence)
+        sequence = self.answerer.sequence
+        self.server = CallServer(RingLibrary(), layers, 3, SLOT, MOST_ROWS, sequence)
         self.b.assist(self.server)
         self.server.follow(EPOCH, self.answerer.pool(Role.ATTENTION))
 
@@ -474,6 +475,7 @@ class Walk:
         self.peers = both.client.places_of(peers)
         self.hidden = (ctypes.c_float * (MOST_ROWS * WIDTH))()
         self.begun = []
+        self.halves = 0, 0, 0, 0
 
         def attend(context, hidden, delta, count, blocks, seen, total, data):
             layer = context or 0
@@ -502,9 +504,26 @@ class Walk:
             ctypes.addressof(self.hidden),
             ctypes.addressof(rows),
             time.monotonic(),
+            *self.halves,
         )
         self.rows = rows
         return self.way
+
+    def compute_first_halves(self, layers):
+        """Have the first halves of these layers computed here: a thousand and the layer each."""
+        self.own = (ctypes.c_float * (MOST_ROWS * WIDTH))()
+        self.firsts = []
+
+        def first_half(context, rows, count, out):
+            assert ctypes.addressof(rows.contents) == ctypes.addressof(self.rows)
+            self.firsts.append(context - 1)
+            for i in range(count * WIDTH):
+                out[i] = 1000.0 + context - 1
+
+        self.first_half = FUNCTION(first_half)
+        self.contexts = (ctypes.c_void_p * 3)(*(n + 1 if n in layers else 0 for n in range(3)))
+        function = ctypes.cast(self.first_half, ctypes.c_void_p).value
+        self.halves = function, ctypes.addressof(self.contexts), ctypes.addressof(self.own), 3
 
     def expected(self, count):
         """Return what the answers add up to behind layer 0, and the answer to layer 1."""
@@ -517,15 +536,16 @@ class Walk:
 
 @pytest.fixture
 def all_layers(tmp_path):
-    """Both ends, and a server that computes all three layers."""
+    """Both ends, and a server that computes all three layers, and the second halves of these."""
     for net in opened(SharedMemoryNet, tmp_path):
         both = Pair(net)
+        both.functions += [FUNCTION(both.compute(layer)) for layer in range(3, 6)]
         layers = [
             NativeLayer(ctypes.cast(f, ctypes.c_void_p).value, 0, ROW_BYTES, WIDTH)
             for f in both.functions
         ]
         sequence = both.answerer.sequence
-        both.server = CallServer(RingLibrary(), layers, SLOT, MOST_ROWS, sequence)
+        both.server = CallServer(RingLibrary(), layers, 3, SLOT, MOST_ROWS, sequence)
         both.b.assist(both.server)
         both.server.follow(EPOCH, both.answerer.pool(Role.ATTENTION))
         yield both
@@ -567,6 +587,44 @@ def test_python_goes_on_where_the_way_ends(all_layers, settings, begun, reached)
     assert both.await_ready(1) == [0]
     assert walk.begun == begun and both.client.layer(0) == reached and both.client.is_sent(0)
     assert list(answer) == expected_values(reached, bytes(walk.rows))
+
+
+def test_the_first_half_of_a_layer_is_computed_while_the_second_is_out(all_layers):
+    both, walk = all_layers, Walk(all_layers)
+    walk.compute_first_halves({0, 2})
+    answer = both.call(4, 2, StageId(11, 0, 0), way=walk)
+    assert both.await_ready(1) == [4]
+    assert [layer for layer, _ in both.batches] == [3, 1, 5] and walk.firsts == [0, 2]
+    assert both.client.layer(4) == 2
+    second = expected_values(5, bytes(walk.rows))
+    assert list(answer) == [1002.0 + value for value in second]
+    for taken in (both.client.take_events(), both.server.take_events()):
+        events = [e for e in read_events(taken) if e.kind in (EventKind.FFN, EventKind.F_TO_A)]
+        assert {e.layer for e in events} <= {0, 1, 2}
+        assert sum(e.kind == EventKind.FFN for e in events) in (2, 3)
+
+
+def test_who_has_another_call_out_asks_for_all_of_a_layer(all_layers):
+    both, walks = all_layers, [Walk(all_layers) for _ in range(2)]
+    for walk in walks:
+        walk.compute_first_halves({0, 1, 2})
+    for lane, walk in enumerate(walks):
+        both.call(lane, 1, StageId(11, lane, 0), first=lane, way=walk)
+    both.b.receive(0)
+    assert [layer for layer, _ in both.batches] == [3, 0]
+    assert sorted(both.await_ready(2)) == [0, 1]
+    assert walks[0].firsts[:1] == [0] and 0 not in walks[1].firsts
+
+
+def test_a_half_may_be_answered_before_the_other_is_computed(all_layers):
+    both, walk = all_layers, Walk(all_layers, peers=("b", None, None))
+    walk.compute_first_halves({0})
+    answer = both.call(4, 1, StageId(11, 0, 0), way=walk)
+    both.b.receive(0)  # the answer is in its ring
+    assert walk.firsts == []
+    assert both.await_ready(1) == [4]
+    assert walk.firsts == [0]
+    assert list(answer) == [1000.0 + value for value in expected_values(3, rows_of(1))]
 
 
 def test_lanes_go_on_beside_each_other(all_layers):

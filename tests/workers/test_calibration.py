@@ -80,6 +80,12 @@ def test_what_is_neither_slept_nor_held_is_the_attention_workers():
     assert times == LayerTimes(240 - 2 * 55, [40, 40], [(55 - 40) / 2] * 2)
 
 
+def test_an_answer_that_nobody_had_to_wait_for_was_not_under_way():
+    events = [e for e in step_events() if e.kind != EventKind.WAIT or e.begin_s > 100]
+    times = layer_times(events, 2)
+    assert times == LayerTimes(240 - 55, [40, 40], [0.0, (55 - 40) / 2])
+
+
 def test_a_step_with_a_call_that_was_sent_again_tells_nothing():
     events = [e for e in step_events() if not (e.layer == 1 and e.kind != EventKind.ATTENTION)]
     assert layer_times(events, 2) is None

@@ -51,6 +51,7 @@ class Company:
     kv: str = "bfloat16"
     head: tuple[Role, bool] = (Role.ATTENTION, False)
     shares_memory: bool = False  # so that native code takes calls from layer to layer
+    shares_dense: bool = False  # and each side computes a half of an FFN
 
     @property
     def num_parts(self) -> int:
@@ -86,6 +87,7 @@ class Company:
             prefix_caching=self.prefix_caching,
             lm_head=self.head[0],
             shares_head=self.head[1],
+            shares_dense=self.shares_dense,
             link=shm_links(directory_of_links) if self.shares_memory else None,
             with_crc=not self.shares_memory,
         )
@@ -116,6 +118,7 @@ def any_company(rng: random.Random) -> Company:
         kv=rng.choice(["bfloat16", "int8"]),
         head=rng.choice([(Role.ATTENTION, False), (Role.FFN, False), (Role.FFN, True)]),
         shares_memory=rng.random() < 0.5,
+        shares_dense=rng.random() < 0.5,
     )
 
 

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from afd_server.core.errors import ConfigError
 from afd_server.core.model_spec import read_model_spec
 from afd_server.core.topology import FFNParallel, Role
-from afd_server.workers.config import ffn_config, head_place, placement_of
+from afd_server.workers.config import dense_place, ffn_config, head_place, placement_of
 from support.checkpoints import tiny_llama
 from support.experts import tiny_routed
 from support.families import family
@@ -27,6 +28,32 @@ def test_workers_make_groups_of_shards(parallel, num_workers, shards_groups_repl
     assert (config.num_parts, config.num_groups, config.num_replicas) == shards_groups_replicas
     if num_workers:
         assert config.num_parts * config.num_groups == num_workers
+
+
+@pytest.mark.parametrize(
+    ("setting", "num_attention", "num_ffn", "num_shards", "is_native", "place"),
+    [
+        ("auto", 1, 1, 1, True, (Role.FFN, True)),
+        ("auto", 2, 3, 1, True, (Role.FFN, True)),
+        ("auto", 2, 1, 1, True, (Role.FFN, False)),  # FFN workers have less time to wait
+        ("auto", 1, 2, 2, True, (Role.FFN, False)),
+        ("auto", 1, 1, 1, False, (Role.FFN, False)),
+        ("auto", 2, 0, 1, True, (Role.FFN, False)),
+        ("both", 2, 1, 1, True, (Role.FFN, True)),
+        ("ffn", 1, 1, 1, True, (Role.FFN, False)),
+        ("attention", 1, 1, 1, True, (Role.ATTENTION, False)),
+    ],
+)
+def test_both_sides_compute_dense_layers_where_it_pays(
+    setting, num_attention, num_ffn, num_shards, is_native, place
+):
+    assert dense_place(setting, num_attention, num_ffn, num_shards, is_native) == place
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, False), (1, 2, 2, True), (1, 0, 1, True)])
+def test_both_sides_cannot_compute_what_is_cut_or_left_to_python(shape):
+    with pytest.raises(ConfigError, match="needs workers that share memory"):
+        dense_place("both", *shape)
 
 
 @pytest.fixture(scope="module")

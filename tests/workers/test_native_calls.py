@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from afd_server.core.errors import ProtocolError
 from afd_server.core.request import Request, SamplingParams
 from afd_server.core.topology import FFNParallel, Role
 from afd_server.models.base import Reached
 from afd_server.telemetry.timeline import EventKind, read_events
+from afd_server.transport.messages import Dispatch, DType, Payload
 from afd_server.workers.config import Numerics
 from support.checkpoints import tiny_llama
 from support.experts import tiny_routed
@@ -77,10 +79,11 @@ def run_until_between_layers(pools):
 
 
 @pytest.mark.parametrize("num_attention", [1, 2])
-def test_native_calls_give_the_tokens_of_python_calls(open_pools, num_attention):
+@pytest.mark.parametrize("shares_dense", [False, True])
+def test_native_calls_give_the_tokens_of_python_calls(open_pools, num_attention, shares_dense):
     model, wanted = tiny_llama()[0], requests()
     expected = expected_tokens(open_pools, model, wanted)
-    pools = open_pools(model, num_attention=num_attention)
+    pools = open_pools(model, num_attention=num_attention, shares_dense=shares_dense)
     slots = [request.key % num_attention for request in wanted]
     assert pools.run(requests(2, 101), [0, num_attention - 1])  # the memory is agreed on
     clients = [w._ffn for name, w in pools.workers.items() if name.startswith("attention")]
@@ -93,10 +96,76 @@ def test_native_calls_give_the_tokens_of_python_calls(open_pools, num_attention)
     assert not any(client._calls for client in clients)
 
 
-def test_a_lost_worker_costs_no_token(open_pools):
+def halves_computed(pools):
+    """Return how many halves of FFNs the attention worker has computed since the last time."""
+    events = read_events(bytes(pools.workers[pools.attention()].load(0).events.data))
+    num_layers = pools._model_spec.num_layers
+    return sum(e.kind == EventKind.FFN and e.layer < num_layers for e in events)
+
+
+@pytest.mark.parametrize("num_lanes", [1, 3])
+def test_both_sides_compute_the_ffns_of_a_lane_that_is_alone(open_pools, num_lanes):
+    model, wanted = tiny_llama()[0], [r for r in requests(12) if len(r.prompt_ids) < 48]
+    expected = expected_tokens(open_pools, model, wanted)
+    pools = open_pools(model, num_ffn=1, num_lanes=num_lanes, shares_dense=True)
+    assert pools.run(requests(2, 101))
+    halves_computed(pools)
+    before = answered(pools)[0]
+    assert pools.run(wanted) == expected
+    num_halves, num_calls = halves_computed(pools), answered(pools)[0] - before
+    if num_lanes == 1:
+        assert num_calls >= num_halves > num_calls / 2  # steps in two parts are no lane alone
+    else:
+        assert num_halves < num_calls / 2
+
+
+def test_python_answers_calls_for_halves_as_well(open_pools):
     model, wanted = tiny_llama()[0], requests()
     expected = expected_tokens(open_pools, model, wanted)
-    pools = open_pools(model)
+    pools = open_pools(model, num_ffn=1, num_lanes=1, shares_dense=True)
+    assert pools.run(requests(2, 101))
+    halves_computed(pools)
+    (server,) = (w._server for name, w in pools.workers.items() if name.startswith("ffn"))
+    server.follow(pools.epoch, {})  # nobody whom native code knows
+    before = answered(pools)
+    assert pools.run(wanted) == expected
+    assert answered(pools) == before and halves_computed(pools) > 10
+
+
+@pytest.mark.parametrize("layer", [3 + 1 + 3, 3 + 1 + 1])
+def test_a_half_that_there_is_not_is_refused(open_pools, layer):
+    model = tiny_routed("qwen3_moe", dense_layers=(0, 2))[0]
+    pools = open_pools(model, num_ffn=1)
+    assert pools._model_spec.num_layers == 3
+    (worker,) = (w for name, w in pools.workers.items() if name.startswith("ffn"))
+    width = worker._row_format.size(pools._model_spec.hidden_size)
+    rows = Payload(DType.UINT8, (1, width), bytes(width))
+    assert worker._checked(Dispatch(1, 0, 3 + 1 + 2, 0, 0, rows)).shape == (1, width)
+    with pytest.raises(ProtocolError, match=f"layer {layer} of 3"):
+        worker._checked(Dispatch(1, 0, layer, 0, 0, rows))
+
+
+def test_the_answer_to_a_half_is_good_when_native_code_has_given_it_up(open_pools):
+    model, wanted = tiny_llama()[0], requests()
+    expected = expected_tokens(open_pools, model, wanted)
+    pools = open_pools(model, num_ffn=1, num_lanes=1, shares_dense=True, resend_s=3600.0)
+    assert pools.run(requests(2, 101))
+    for request in wanted:
+        pools.submit(request)
+    for _ in range(5):
+        client = run_until_between_layers(pools)
+        for pending in list(client._calls.values()):
+            client._give_up(pending)
+    before = client.counters["stale"], client.num_resends
+    assert pools.run(wanted) == expected
+    assert (client.counters["stale"], client.num_resends) == before
+
+
+@pytest.mark.parametrize("shares_dense", [False, True])
+def test_a_lost_worker_costs_no_token(open_pools, shares_dense):
+    model, wanted = tiny_llama()[0], requests()
+    expected = expected_tokens(open_pools, model, wanted)
+    pools = open_pools(model, shares_dense=shares_dense)
     assert pools.run(requests(2, 101))
     for request in wanted:
         pools.submit(request)
@@ -113,10 +182,11 @@ def test_a_lost_worker_costs_no_token(open_pools):
     assert pools.run(wanted) == expected
 
 
-def test_a_new_topology_in_the_middle_costs_no_token(open_pools):
+@pytest.mark.parametrize("shares_dense", [False, True])
+def test_a_new_topology_in_the_middle_costs_no_token(open_pools, shares_dense):
     model, wanted = tiny_llama()[0], requests()
     expected = expected_tokens(open_pools, model, wanted)
-    pools = open_pools(model, num_attention=1)
+    pools = open_pools(model, num_attention=1, shares_dense=shares_dense)
     assert pools.run(requests(2, 101))
     for request in wanted:
         pools.submit(request)
@@ -128,10 +198,11 @@ def test_a_new_topology_in_the_middle_costs_no_token(open_pools):
 
 
 @pytest.mark.parametrize("numerics", [INT8, Numerics("native", "int8", "int8")])
-def test_a_call_that_went_on_is_sent_again_from_its_layer(open_pools, numerics):
+@pytest.mark.parametrize("shares_dense", [False, True])
+def test_a_call_that_went_on_is_sent_again_from_its_layer(open_pools, numerics, shares_dense):
     model, wanted = tiny_llama()[0], requests()
     expected = open_pools(model, native=False, numerics=numerics).run(wanted)
-    pools = open_pools(model, num_ffn=1, numerics=numerics)
+    pools = open_pools(model, num_ffn=1, numerics=numerics, shares_dense=shares_dense)
     assert pools.run(requests(2, 101))
     for request in wanted:
         pools.submit(request)
@@ -182,9 +253,10 @@ def test_an_answer_that_has_come_survives_a_new_topology(open_pools):
     assert client._pending[lane].is_complete and not client._calls
 
 
-def test_the_timeline_is_that_of_python_calls(open_pools):
+@pytest.mark.parametrize("shares_dense", [False, True])
+def test_the_timeline_is_that_of_python_calls(open_pools, shares_dense):
     model = tiny_llama()[0]
-    pools = open_pools(model, num_ffn=1, num_lanes=1)
+    pools = open_pools(model, num_ffn=1, num_lanes=1, shares_dense=shares_dense)
     assert pools.run(requests(1, 101))
     workers = dict(pools.workers)
     for worker in workers.values():

@@ -24,7 +24,7 @@ auto with_format(int32_t format, Call call) {
 extern "C" {
 
 // Raised with every change of what a function below takes or gives: another library is refused.
-int32_t afd_interface() { return 6; }
+int32_t afd_interface() { return 7; }
 
 // Quantises rows [rows, width] to [rows, row_bytes(width)].
 void afd_quantise(const float* x, int64_t rows, int64_t width, uint8_t* out) {
@@ -33,35 +33,11 @@ void afd_quantise(const float* x, int64_t rows, int64_t width, uint8_t* out) {
 }
 
 // y[rows, columns] = x · weightᵀ with quantised rows and int8 weights, packed by `kernels/cpu.py`.
-// Exact sums in a group of 64 columns, groups in order.
 void afd_linear_int8(const uint8_t* x, int64_t rows, int64_t groups, const uint8_t* weight,
                      const float* scales, int64_t columns, float* y) {
   thread_local Panels panels;
-  const bool in_pairs = rows >= kManyRows;
-  const Tiles tiles(rows, in_pairs ? kPairTile : kMaxTile);
-  lay_out(x, tiles, groups, panels);
-  for (int64_t column = 0; column < columns;) {
-    const int64_t left = columns - column;
-    const bool is_pair = in_pairs && left >= 2 * kColumns;
-    for (int64_t tile = 0; tile < tiles.count; tile++) {
-      const int64_t first = tiles.start(tile);
-      const Panel panel{panels.values.data() + first * groups * 16,
-                        panels.scales.data() + first * groups,
-                        panels.shifts.data() + first * groups};
-      const Block block{groups,
-                        weight + column * groups * kGroup,
-                        scales + column * groups,
-                        y + first * columns + column,
-                        columns,
-                        static_cast<int>(left < kColumns ? left : kColumns)};
-      const int64_t height = tiles.start(tile + 1) - first;
-      if (is_pair)
-        multiply_pair_any<kPairTile>(height, panel, block);
-      else
-        multiply_any<kMaxTile>(height, panel, block);
-    }
-    column += is_pair ? 2 * kColumns : kColumns;
-  }
+  lay_out(x, rows, groups, panels);
+  multiply(panels, {weight, scales, groups}, columns, y, columns);
 }
 
 // y[rows, columns] = x[rows, width] · weightᵀ with weights packed as [columns / 16, width, 16],
@@ -130,25 +106,65 @@ void afd_silu_mul_quantise(const float* gate_up, int64_t rows, int64_t width, fl
 }
 
 // A column shard of one FFN: out[rows, hidden] = down · (silu(gate · x) · (up · x)), of quantised
-// rows. `kernels/cpu.py` mirrors the struct.
+// rows. It is made of two halves of its columns, as even as whole groups can be, each with a sum of
+// its own: whoever computes them, out is the first plus the second. `kernels/cpu.py` mirrors the
+// struct.
 struct SwiGLU {
   int64_t groups, inner, hidden;
   const uint8_t *gate_up, *down;
   const float *gate_up_scales, *down_scales;
   double limit;
+
+  // Where the second half begins; an FFN whose halves would begin within a block has no second.
+  int64_t middle() const {
+    return inner % kColumns == 0 ? (num_groups(inner) + 1) / 2 * kGroup : inner;
+  }
+  bool has_second() const { return middle() < inner; }
 };
 
-void afd_swiglu_int8(const SwiGLU* ffn, const uint8_t* x, int64_t rows, float* out) {
+static void compute_half(const SwiGLU& ffn, const Panels& x, bool is_second, float* out) {
   thread_local std::vector<float> both;
   thread_local std::vector<uint8_t> product;
-  both.resize(rows * 2 * ffn->inner);
-  product.resize(rows * row_bytes(ffn->inner));
-  afd_linear_int8(x, rows, ffn->groups, ffn->gate_up, ffn->gate_up_scales, 2 * ffn->inner,
-                  both.data());
-  afd_silu_mul_quantise(both.data(), rows, ffn->inner, static_cast<float>(ffn->limit),
-                        product.data());
-  afd_linear_int8(product.data(), rows, num_groups(ffn->inner), ffn->down, ffn->down_scales,
-                  ffn->hidden, out);
+  thread_local Panels panels;
+  const int64_t rows = x.tiles.rows, first = is_second ? ffn.middle() : 0;
+  const int64_t columns = is_second ? ffn.inner - first : std::min(ffn.middle(), ffn.inner);
+  const Weight gate_up{ffn.gate_up, ffn.gate_up_scales, ffn.groups};
+  const Weight down{ffn.down, ffn.down_scales, num_groups(ffn.inner)};
+  both.resize(rows * 2 * columns);
+  product.resize(rows * row_bytes(columns));
+  if (columns == ffn.inner) {
+    multiply(x, gate_up, 2 * columns, both.data(), 2 * columns);
+  } else {
+    multiply(x, gate_up.from(first, 0), columns, both.data(), 2 * columns);
+    multiply(x, gate_up.from(ffn.inner + first, 0), columns, both.data() + columns, 2 * columns);
+  }
+  afd_silu_mul_quantise(both.data(), rows, columns, static_cast<float>(ffn.limit), product.data());
+  lay_out(product.data(), rows, num_groups(columns), panels);
+  multiply(panels, down.from(0, first / kGroup), ffn.hidden, out, ffn.hidden);
+}
+
+void afd_swiglu_int8(const SwiGLU* ffn, const uint8_t* x, int64_t rows, float* out) {
+  thread_local std::vector<float> second;
+  thread_local Panels panels;
+  lay_out(x, rows, ffn->groups, panels);
+  compute_half(*ffn, panels, false, out);
+  if (!ffn->has_second()) return;
+  second.resize(rows * ffn->hidden);
+  compute_half(*ffn, panels, true, second.data());
+  for (int64_t i = 0; i < rows * ffn->hidden; i++) out[i] += second[i];
+}
+
+// One half by itself.
+void afd_swiglu_first_int8(const SwiGLU* ffn, const uint8_t* x, int64_t rows, float* out) {
+  thread_local Panels panels;
+  lay_out(x, rows, ffn->groups, panels);
+  compute_half(*ffn, panels, false, out);
+}
+
+void afd_swiglu_second_int8(const SwiGLU* ffn, const uint8_t* x, int64_t rows, float* out) {
+  thread_local Panels panels;
+  lay_out(x, rows, ffn->groups, panels);
+  compute_half(*ffn, panels, true, out);
 }
 
 // Rotates heads by their position. x [rows, heads, head_dim] with `stride` elements between rows;

@@ -9,13 +9,13 @@ namespace afd {
 
 constexpr int kGroup = 64;    // columns of a row that share a scale
 constexpr int kColumns = 16;  // output columns interleaved in a packed block of weights
-// From so many rows on arithmetic is the limit, not memory: then 6 rows by 32 columns are faster.
-constexpr int64_t kManyRows = 40;
+// From so many rows on, more than a tile of 16 columns, 6 rows by 32 columns are faster.
+constexpr int64_t kManyRows = 13;
 constexpr int kPairTile = 6;
 constexpr int kMaxTile = 12;  // rows multiplied together: 12 integer and 12 float accumulators
 // Weights are read once, in order, faster than the hardware prefetcher follows: reading 8 KiB
 // ahead made 8 and 16 rows 1.6 times as fast (576 x 3072, one Zen 5 core).
-constexpr int kPrefetchBytes = 8192;
+constexpr int kGroupsAhead = 8;
 
 // Quantised rows: for each row the scales of its groups, then its values, in whole groups
 
@@ -93,18 +93,29 @@ struct Panel {
 
 struct Block {  // one block of 16 output columns
   int64_t groups;
+  int64_t next;           // from its weights to those of the next block, in groups
   const uint8_t* weight;  // [groups · 16, 16, 4], each value + 128
   const float* scales;    // [groups, 16]
   float* y;               // first column of the block in the tile's first row
   int64_t stride;         // of y
   int columns;            // 16, or fewer in the last block
+  int first_ahead;        // of the 32 lines that the next pair of blocks has in each group, which
+  int lines_ahead;        // to read ahead, at most 16
 };
 
 #ifdef __AVX512VNNI__
-// Two blocks at once: each value of a row is then loaded once for 32 columns.
+// sum += 4 products of each lane. GCC 12 copies every sum twice around the intrinsic, which is half
+// of all instructions of the loops below.
+inline void add_products(__m512i& sum, __m512i weights, __m512i value) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(value));
+}
+
+// Two blocks at once: each value of a row is then loaded once for 32 columns. Meanwhile the next two
+// come from memory, a share with each tile.
 template <int kRows>
 void multiply_pair(const Panel& x, const Block& b) {
-  const int64_t block_bytes = b.groups * kGroup * kColumns, block_scales = b.groups * kColumns;
+  const int64_t block_bytes = b.next * kGroup * kColumns, block_scales = b.next * kColumns;
+  const auto ahead = reinterpret_cast<const char*>(b.weight) + 2 * block_bytes;
   __m512 total[2][kRows];
 #pragma GCC unroll 2
   for (int c = 0; c < 2; c++)
@@ -120,11 +131,15 @@ void multiply_pair(const Panel& x, const Block& b) {
     for (int k = 0; k < 16; k++) {
       const __m512i first = _mm512_loadu_si512(weight + k * 64);
       const __m512i second = _mm512_loadu_si512(weight + block_bytes + k * 64);
+      if (k < b.lines_ahead) {
+        const int line = b.first_ahead + k;
+        _mm_prefetch(ahead + (line / 16) * block_bytes + (group * 16 + line % 16) * 64, _MM_HINT_T1);
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; r++) {
         const __m512i value = _mm512_set1_epi32(values[k * kRows + r]);
-        exact[0][r] = _mm512_dpbusd_epi32(exact[0][r], first, value);
-        exact[1][r] = _mm512_dpbusd_epi32(exact[1][r], second, value);
+        add_products(exact[0][r], first, value);
+        add_products(exact[1][r], second, value);
       }
     }
 #pragma GCC unroll 2
@@ -155,12 +170,14 @@ void multiply_tile(const Panel& x, const Block& b) {
     for (int r = 0; r < kRows; r++) exact[r] = _mm512_set1_epi32(x.shifts[group * kRows + r]);
     const uint8_t* weight = b.weight + group * kGroup * kColumns;
     const int32_t* values = x.values + group * 16 * kRows;
+    const int64_t later = group + kGroupsAhead, next = later < b.groups ? later : later - b.groups + b.next;
+    const auto ahead = reinterpret_cast<const char*>(b.weight) + next * kGroup * kColumns;
     for (int k = 0; k < 16; k++) {
       const __m512i w = _mm512_loadu_si512(weight + k * 64);
-      _mm_prefetch(reinterpret_cast<const char*>(weight) + k * 64 + kPrefetchBytes, _MM_HINT_T0);
+      _mm_prefetch(ahead + k * 64, _MM_HINT_T0);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; r++)
-        exact[r] = _mm512_dpbusd_epi32(exact[r], w, _mm512_set1_epi32(values[k * kRows + r]));
+        add_products(exact[r], w, _mm512_set1_epi32(values[k * kRows + r]));
     }
     const __m512 scales = _mm512_loadu_ps(b.scales + group * kColumns);
 #pragma GCC unroll 16
@@ -181,8 +198,8 @@ template <int kRows>
 void multiply_pair(const Panel& x, const Block& b) {
   multiply_tile<kRows>(x, b);
   Block second = b;
-  second.weight += b.groups * kGroup * kColumns;
-  second.scales += b.groups * kColumns;
+  second.weight += b.next * kGroup * kColumns;
+  second.scales += b.next * kColumns;
   second.y += kColumns;
   multiply_tile<kRows>(x, second);
 }
@@ -235,12 +252,20 @@ struct Tiles {
   int64_t start(int64_t tile) const { return rows * tile / count; }
 };
 
-struct Panels {  // all tiles of one call
+// All tiles of some quantised rows, for any number of products with them.
+struct Panels {
+  Tiles tiles{0, 1};
+  int64_t groups = 0;
   std::vector<int32_t> values, shifts;
   std::vector<float> scales;
+
+  bool in_pairs() const { return tiles.rows >= kManyRows; }
 };
 
-void lay_out(const uint8_t* x, const Tiles& tiles, int64_t groups, Panels& out) {
+void lay_out(const uint8_t* x, int64_t rows, int64_t groups, Panels& out) {
+  const Tiles tiles(rows, rows >= kManyRows ? kPairTile : kMaxTile);
+  out.tiles = tiles;
+  out.groups = groups;
   const int64_t bytes = groups * (kGroup + sizeof(float));
   out.values.resize(tiles.rows * groups * 16);
   out.shifts.resize(tiles.rows * groups);
@@ -260,6 +285,52 @@ void lay_out(const uint8_t* x, const Tiles& tiles, int64_t groups, Panels& out) 
         for (int k = 0; k < 16; k++) memcpy(values + (group * 16 + k) * rows, from + 4 * k, 4);
       }
     }
+  }
+}
+
+// A packed weight, or some of its output columns, from a multiple of 16 on, and of its groups.
+struct Weight {
+  const uint8_t* blocks;
+  const float* scales;
+  int64_t block_groups;  // of the whole weight
+
+  Weight from(int64_t column, int64_t group) const {
+    const int64_t place = column / kColumns * block_groups + group;
+    return {blocks + place * kGroup * kColumns, scales + place * kColumns, block_groups};
+  }
+};
+
+// y[rows, columns] = x · weightᵀ, with `stride` elements between rows of y. Exact sums in a group,
+// groups in order.
+void multiply(const Panels& x, const Weight& weight, int64_t columns, float* y, int64_t stride) {
+  const Tiles& tiles = x.tiles;
+  const int64_t groups = x.groups;
+  for (int64_t column = 0; column < columns;) {
+    const int64_t left = columns - column;
+    const bool is_pair = x.in_pairs() && left >= 2 * kColumns;
+    const Weight at = weight.from(column, 0);
+    for (int64_t tile = 0; tile < tiles.count; tile++) {
+      const int64_t first = tiles.start(tile);
+      const Panel panel{x.values.data() + first * groups * 16, x.scales.data() + first * groups,
+                        x.shifts.data() + first * groups};
+      const int64_t ahead = tile * 2 * kColumns / tiles.count;
+      const int64_t next_ahead = (tile + 1) * 2 * kColumns / tiles.count;
+      const Block block{groups,
+                        at.block_groups,
+                        at.blocks,
+                        at.scales,
+                        y + first * stride + column,
+                        stride,
+                        static_cast<int>(left < kColumns ? left : kColumns),
+                        static_cast<int>(ahead),
+                        static_cast<int>(next_ahead - ahead)};
+      const int64_t height = tiles.start(tile + 1) - first;
+      if (is_pair)
+        multiply_pair_any<kPairTile>(height, panel, block);
+      else
+        multiply_any<kMaxTile>(height, panel, block);
+    }
+    column += is_pair ? 2 * kColumns : kColumns;
   }
 }
 

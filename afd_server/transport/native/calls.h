@@ -20,6 +20,7 @@ constexpr int64_t kNumber = 9;                   // a marker and 8 bytes, the hi
 constexpr uint8_t kMarker = 0xcf, kNoText = 0xa0;
 constexpr int64_t kUint8 = 1, kFloat32 = 4;     // DType
 constexpr int64_t kCallNumbers = 15, kAnswerNumbers = 17, kTextPlace = 10;
+constexpr double kShortestWait = 1e-6;  // that is noted, in seconds
 constexpr int64_t kMostHeader = 2048, kMostRecord = 4 << 20;
 
 struct Peer {  // `expected_size` is 0 for a ring that is only watched
@@ -55,7 +56,7 @@ struct Server {  // transport/calls.py
   Layer* layers;
   Event* events;
   int64_t* sequence;
-  int64_t num_callers, num_layers, slot, epoch, most_rows, most_events;
+  int64_t num_callers, num_layers, second_from, slot, epoch, most_rows, most_events;
   int64_t num_events, num_calls, num_rows;
   double idle_since_s, answered_s;
   uint64_t bell;  // bit i: the reader of ring i has gone to sleep and must be woken
@@ -172,7 +173,7 @@ bool take_calls(const Server& server, std::vector<Call>& calls) {
 void record(Server& server, uint32_t kind, double begin_s, double end_s, const Call& call,
             int64_t count) {
   const auto lane = static_cast<uint32_t>(call.lane);
-  const auto layer = static_cast<uint16_t>(call.layer);
+  const auto layer = static_cast<uint16_t>(call.layer % server.second_from);
   const auto peer = static_cast<uint16_t>(server.callers[call.caller].slot);
   const auto step = static_cast<uint64_t>(call.step);
   const auto rows = static_cast<uint32_t>(count);
@@ -226,11 +227,13 @@ void compute(Server& server, std::vector<Call>& calls) {
   calls.swap(others);
 }
 
-// Free; out; answered, and about to go on; the call of a later layer, not sent for want of room.
+// Free; out; complete, and about to go on; the call of a later layer, not sent for want of room.
 enum : int64_t { kFree = 0, kOut = 1, kGoesOn = 2, kUnsent = 3 };
 
 // How a micro-batch goes on from an answer (models/base.py, kernels/table.py). The attention of a
-// layer makes the next residual in `hidden`, and the rows of the next call in `data`.
+// layer makes the next residual in `hidden`, and the rows of the next call in `data`. Where the
+// first half of a layer's FFN is held here it may be computed to `own`, while the call asks for the
+// second one alone: its layer's number is then `second_from` higher.
 struct Way {
   int32_t (*function)(const void* context, const float* hidden, const float* delta, int64_t rows,
                       const void* blocks, const void* seen, float* total, uint8_t* data);
@@ -240,6 +243,14 @@ struct Way {
   float* hidden;
   uint8_t* data;
   double live_since_s;
+  void (*first_half)(const void* context, const uint8_t* rows, int64_t count, float* out);
+  const void* const* first_halves;  // contexts by layer, null where it is not held
+  float* own;
+  int64_t second_from;
+
+  bool holds_half(int64_t layer) const {
+    return first_half != nullptr && first_halves[layer] != nullptr;
+  }
 };
 
 struct Out {  // a call that is out, and where its answer goes
@@ -247,6 +258,9 @@ struct Out {  // a call that is out, and where its answer goes
   float* answer;
   const Way* way;  // null if it does not go on
   double sent_s;
+  int64_t shift;        // of the layer's number; 0 if all of it was asked for
+  int64_t is_answered;  // though it may not be complete
+  int64_t is_own_due;   // the half that is held here has not been computed
 };
 
 struct Client {  // transport/calls.py
@@ -280,13 +294,54 @@ int64_t send(Client& client, Out& out, int64_t live_us, const uint8_t* data, int
   const int64_t bytes = out.rows * row_bytes;
   if (bytes > kMostRecord - kHead - kMostHeader) return kFull;
   const int64_t numbers[kCallNumbers] = {
-      out.epoch, ++*client.sequence, 0, out.step, out.lane, out.layer, out.part,
+      out.epoch, ++*client.sequence, 0, out.step, out.lane, out.layer + out.shift, out.part,
       live_us, kUint8, 2, out.rows, row_bytes, 0, bytes, 0};
   out.sent_s = seconds();
   const int64_t done =
       write_record(client.peers[out.peer], numbers, kCallNumbers, kCallNumbers, data, bytes);
   out.state = done < 0 ? kUnsent : kOut;
   return done;
+}
+
+// Says of a call that is about to be sent what is asked for: all if this side has other work while
+// it is out.
+void divide(const Client& client, Out& out) {
+  bool is_half = out.way != nullptr && out.way->holds_half(out.layer);
+  for (int64_t i = 0; i < client.num_outs && is_half; i++)
+    is_half = &client.outs[i] == &out || client.outs[i].state == kFree;
+  out.shift = is_half ? out.way->second_from : 0;
+  out.is_own_due = is_half;
+  out.is_answered = 0;
+}
+
+// Takes note that an answer has come, or the half that is held here was computed.
+void complete(Client& client, int64_t place) {
+  Out& out = client.outs[place];
+  if (!out.is_answered || out.is_own_due) return;
+  if (out.shift != 0)
+    for (int64_t i = 0; i < out.rows * out.width; i++) out.answer[i] = out.way->own[i] + out.answer[i];
+  out.state = goes_on(out) ? kGoesOn : kFree;
+  if (out.state == kFree) client.ready[client.num_ready++] = place;
+}
+
+// Computes one half that is due here; returns whether there was one.
+bool compute_own(Client& client) {
+  for (int64_t place = 0; place < client.num_outs; place++) {
+    Out& out = client.outs[place];
+    if (out.state != kOut || !out.is_own_due) continue;
+    const Way& way = *out.way;
+    const double begin_s = seconds(), since_s = client.idle_since_s;
+    if (since_s > 0 && begin_s - since_s > kShortestWait)
+      note(client, {since_s, begin_s, 0, 0, 0, kWait, 0, 0});
+    way.first_half(way.first_halves[out.layer], way.data, out.rows, way.own);
+    const double end_s = seconds();
+    note(client, event_of(out, kFFN, begin_s, end_s, 0));
+    out.is_own_due = 0;
+    client.idle_since_s = end_s;
+    complete(client, place);
+    return true;
+  }
+  return false;
 }
 
 // Takes an answered micro-batch to its next call; Python goes on if that does not work.
@@ -306,6 +361,7 @@ void go_on(Client& client, int64_t place) {
   out.layer = layer;
   out.peer = way.peers[layer];
   out.part = client.peers[out.peer].slot;
+  divide(client, out);
   const double end_s = seconds();
   note(client, event_of(out, kAttention, begin_s, end_s, 0));
   const auto live_us = static_cast<int64_t>((end_s - way.live_since_s) * 1e6);
@@ -323,15 +379,14 @@ bool take_answer(Client& client, int64_t peer, const uint8_t* at, int64_t length
   const int64_t *own = numbers + 3, *facts = numbers + 10, bytes = at + length - data;
   for (int64_t i = 0; i < client.num_outs; i++) {
     Out& out = client.outs[i];
-    if (out.state != kOut || out.peer != peer || out.step != own[0] || out.lane != own[1] ||
-        out.layer != own[2] || out.part != own[3] || out.epoch != own[4])
+    if (out.state != kOut || out.is_answered || out.peer != peer || out.step != own[0] ||
+        out.lane != own[1] || out.layer + out.shift != own[2] || out.part != own[3] || out.epoch != own[4])
       continue;
     if (facts[0] != kFloat32 || facts[1] != 2 || facts[2] != out.rows || facts[3] != out.width ||
         facts[4] != 0 || facts[5] != bytes || bytes != out.rows * out.width * 4 || facts[6] != 0)
       return false;
     memcpy(out.answer, data, bytes);
-    out.state = goes_on(out) ? kGoesOn : kFree;
-    if (out.state == kFree) client.ready[client.num_ready++] = i;
+    out.is_answered = 1;
     client.answered_s = seconds();
     // who shares memory shares the clock; that of the answer is in whole microseconds
     const double taken_s = own[5] * 1e-6, computed_s = own[6] * 1e-6 + taken_s;
@@ -339,6 +394,7 @@ bool take_answer(Client& client, int64_t peer, const uint8_t* at, int64_t length
     note(client, event_of(out, kAToF, out.sent_s, taken_s, slot));
     note(client, event_of(out, kFToA, computed_s < client.answered_s ? computed_s : client.answered_s,
                           client.answered_s, slot));
+    complete(client, i);
     return true;
   }
   return false;
@@ -394,7 +450,8 @@ int64_t afd_call(Client* client, int64_t place, int64_t peer, int64_t epoch, int
                  int64_t lane, int64_t layer, int64_t part, int64_t live_us, const uint8_t* data,
                  int64_t rows, int64_t row_bytes, float* answer, int64_t width, const Way* way) {
   Out& out = client->outs[place];
-  out = {kFree, peer, epoch, step, lane, layer, part, rows, width, answer, way, 0.0};
+  out = {kFree, peer, epoch, step, lane, layer, part, rows, width, answer, way, 0.0, 0, 0, 0};
+  divide(*client, out);
   const int64_t done = send(*client, out, live_us, data, row_bytes);
   if (done < 0) out.state = kFree;
   return done;
@@ -419,6 +476,10 @@ int64_t afd_await(Client* client, int64_t longest_ns) {
       if (others || client->num_ready > 0 || client->bell != 0 ||
           client->num_events > client->most_events / 2)
         return 1;
+      if (compute_own(*client)) {
+        i = -1;  // its answer may have come before, and nothing else would tell of it
+        continue;
+      }
       is_late = went_on && now_ns() >= until;
       pause_briefly();
     }

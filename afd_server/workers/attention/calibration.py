@@ -235,9 +235,13 @@ def layer_times(events: Iterable[Event], num_layers: int) -> LayerTimes | None:
         return None
     begin_s = min(stage.begin_s for stage in of_kind[EventKind.ATTENTION])
     end_s = of_kind[EventKind.SAMPLE][-1].end_s
-    waits_s = sorted(wait.begin_s for wait in of_kind[EventKind.WAIT])  # one in each layer
     layers = sorted(answered_s)
-    asleep_s = [answered_s[n] - wait_s for n, wait_s in zip(layers, waits_s, strict=True)]
+    asleep_s = [0.0] * len(layers)  # in each, until its answer came
+    for wait in of_kind[EventKind.WAIT]:
+        for index, layer in enumerate(layers):
+            if wait.begin_s < answered_s[layer]:
+                asleep_s[index] += min(wait.end_s, answered_s[layer]) - wait.begin_s
+                break
     ffn_s = [held_s[layer] for layer in layers]
     transfer_s = [max(0.0, a - f) / 2 for a, f in zip(asleep_s, ffn_s, strict=True)]
     return LayerTimes(end_s - begin_s - sum(asleep_s), ffn_s, transfer_s)

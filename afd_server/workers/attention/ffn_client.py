@@ -23,6 +23,7 @@ from afd_server.telemetry.timeline import EventKind, Timeline
 from afd_server.transport.calls import CallClient, NativeWay, Rows
 from afd_server.transport.endpoint import Endpoint, Received
 from afd_server.transport.messages import Combine, Dispatch, Payload
+from afd_server.workers.attention.first_halves import FirstHalves
 from afd_server.workers.attention.peer_clock import PeerClock
 from afd_server.workers.attention.shares import Share, cut, put_together
 from afd_server.workers.tensors import to_payload, to_tensor
@@ -51,7 +52,8 @@ class _PendingCall:
     has its experts. `own` answers the share of the attention side. A call that native code has
     sent has its sum in `answer`, once it is `answered`, and is known there by a `place`. If it has
     a `way`, native code goes on with the answer, so that `stage` and `call` are those that were
-    asked for until it comes back (`FFNClient._catch_up`); `first_layer` is what was asked for.
+    asked for until it comes back (`FFNClient._catch_up`); `first_layer` is what was asked for. It
+    computes first halves to `half`.
     """
 
     stage: StageId
@@ -65,6 +67,7 @@ class _PendingCall:
     resend_at: float = 0.0
     place: int | None = None
     answer: Tensor | None = None
+    half: Tensor | None = None
     is_answered: bool = False
     way: NativeWay | None = None
     first_layer: int = field(init=False)
@@ -94,7 +97,8 @@ class FFNClient:
     number of times: the first valid answer to each part counts (invariant I5). A part is what the
     worker of one slot is asked for; a worker that holds nothing of a call is not asked. Partial
     sums are [answers, hidden_size] of `dtype`, logits [rows, part of the vocabulary] float32. `own`
-    is what the attention side holds itself.
+    is what the attention side holds itself. With `first_halves` native code asks for the second
+    half of an FFN alone and computes the first meanwhile; whatever Python sends asks for all.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class FFNClient:
         timeline: Timeline,
         resend_s: float,
         native: CallClient | None = None,
+        first_halves: FirstHalves | None = None,
     ) -> None:
         self._native = native
         self._quarantined: frozenset[str] = frozenset()
@@ -118,6 +123,8 @@ class FFNClient:
         self._idle_since_s: float | None = None
         self._placement = placement
         self._own = own
+        self._first_halves = first_halves
+        self._second_from = spec.num_layers + 1
         self._spec = spec
         self._dtype = dtype
         self._slot = slot
@@ -194,10 +201,12 @@ class FFNClient:
         if pending is not None and pending.place is not None and not pending.is_answered:
             self._give_up(pending)
         part = None if pending is None else pending.parts.get(combine.part)
+        is_second, layer = divmod(combine.layer, self._second_from)
         if (
             pending is None
             or part is None
-            or pending.stage != StageId(combine.step, combine.lane, combine.layer)
+            or (is_second and self._first_halves is None)
+            or pending.stage != StageId(combine.step, combine.lane, layer)
             or combine.call_epoch < pending.epoch
             or part.incarnation != received.envelope.source
             or part.partial is not None
@@ -221,6 +230,8 @@ class FFNClient:
         if partial is None or partial.shape != part.answer_shape:
             self.counters["bad_partial"] += 1  # the resend timer asks again
             return None
+        if is_second and self._first_halves is not None:  # native code asked, and has given it up
+            partial = self._first_halves.compute(layer, pending.call.rows) + partial
         part.partial = partial
         self._record_transfers(pending, part, received.sender, combine)
         return pending.stage.lane if pending.is_complete else None
@@ -337,7 +348,7 @@ class FFNClient:
         now, rows = self._clock.now(), call.rows.contiguous()
         answer = torch.empty(rows.shape[0], self._spec.hidden_size)
         pending.call = call._replace(rows=rows)
-        pending.way = None if call.way is None else self._way(native, pending)
+        pending.way = None if call.way is None else self._way(native, pending, answer)
         place = 2 * (stage.lane % AHEAD) + (stage.lane >= AHEAD)
         if not native.call(
             place,
@@ -361,10 +372,10 @@ class FFNClient:
         self._native.give_up(pending.place)
         self._catch_up(self._native, pending)
         del self._calls[pending.place]
-        pending.place = pending.answer = pending.way = None
+        pending.place = pending.answer = pending.half = pending.way = None
         self._cut(pending)
 
-    def _way(self, native: CallClient, pending: _PendingCall) -> NativeWay:
+    def _way(self, native: CallClient, pending: _PendingCall, answer: Tensor) -> NativeWay:
         """Return how native code is to go on from a call."""
         stage, call = pending.stage, pending.call
         assert call.way is not None, "the call does not say how"
@@ -386,7 +397,16 @@ class FFNClient:
             hidden.data_ptr(),
             call.rows.data_ptr(),
             pending.live_since_s,
+            *self._halves(pending, answer),
         )
+
+    def _halves(self, pending: _PendingCall, answer: Tensor) -> tuple[int, int, int, int]:
+        """Return the end of a way: who computes the first halves of FFNs, and to where."""
+        if self._first_halves is None:
+            return 0, 0, 0, 0
+        pending.half = torch.empty_like(answer)
+        function, contexts = self._first_halves.function, self._first_halves.contexts
+        return function, contexts, pending.half.data_ptr(), self._second_from
 
     def _callee(self, layer: int, lane: int) -> str | None:
         """Return the incarnation that has all of a dense layer; None if there is none."""

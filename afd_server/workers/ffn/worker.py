@@ -39,7 +39,8 @@ class _WaitingCall:
 
     @property
     def layer(self) -> int:
-        return self.stage.layer
+        """Return what is asked for; in the `stage` is the layer that it belongs to."""
+        return self.key[4]
 
     @property
     def rows(self) -> int:
@@ -53,7 +54,8 @@ class FFNWorker:
         held: the part's weights.
         spec: of the model, to check calls against.
         slot: which part this is; calls for another are refused.
-        experts: which of each layer this part has; the last are those of the head.
+        experts: which of each layer this part has; the last are those of the head. Layers behind it
+            are those before it again, of whose FFN the second half alone is asked for (`Held`).
         row_format: of the rows that calls carry.
         endpoint: towards the attention pool.
         max_gather_rows: most rows computed together.
@@ -121,8 +123,10 @@ class FFNWorker:
             call_key = (message.step, message.lane, message.layer, message.part, envelope.epoch)
             self._endpoint.try_send(envelope.source, Combine(*call_key, 0, 0, error.reason, EMPTY))
             return
-        stage = StageId(message.step, message.lane, message.layer)
-        key = (envelope.source, envelope.epoch, *stage, message.part)
+        layer = message.layer % self._held.second_from
+        stage = StageId(message.step, message.lane, layer)
+        key = (envelope.source, envelope.epoch, message.step, message.lane, message.layer,
+               message.part)  # fmt: skip
         taken_s = self._endpoint.received_s
         live_since_s = taken_s - message.live_us / 1e6
         slot = received.sender.slot
@@ -236,11 +240,13 @@ class FFNWorker:
     def _checked(self, dispatch: Dispatch) -> Tensor:
         if dispatch.part != self._slot:
             raise ProtocolError(f"part {dispatch.part}, this is {self._slot}", "part")
-        if dispatch.layer >= len(self._experts):
-            raise ProtocolError(f"layer {dispatch.layer} of {self._spec.num_layers}", "range")
+        layer, num_layers = dispatch.layer, self._spec.num_layers
+        second = layer - self._held.second_from
+        if second >= num_layers or (second >= 0 and not self._held.has_halves(second)):
+            raise ProtocolError(f"layer {layer} of {num_layers}", "range")
         shape = dispatch.activations.shape
         width, dtype = self._row_format.size(self._spec.hidden_size), self._row_format.dtype
-        num_chosen = self._num_chosen[dispatch.layer]
+        num_chosen = self._num_chosen[layer] if second < 0 else 0
         if num_chosen:
             width, dtype = width * dtype.itemsize + num_chosen * CHOICE_BYTES, torch.uint8
         if len(shape) != 2 or shape[0] == 0 or shape[1] != width:
@@ -249,6 +255,7 @@ class FFNWorker:
 
     def _num_answers(self, layer: int, activations: Tensor) -> int:
         """Return how many rows a checked call will be answered with."""
+        layer %= self._held.second_from
         num_chosen, held = self._num_chosen[layer], self._experts[layer]
         if not num_chosen:
             if len(held) == 1:
