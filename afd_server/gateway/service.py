@@ -107,7 +107,7 @@ class Service:
         return Asker(salt, tenant, priority, SLO() if self.admission.slo_mode == "off" else slo)
 
     def check_reachable(self, slo: SLO) -> None:
-        """Refuse a TPOT target of the client's own that no attention worker would meet.
+        """Refuse targets of the client's own that no attention worker would meet.
 
         Raises:
             InvalidRequest: so it is.
@@ -117,8 +117,8 @@ class Service:
             for member in self.pools.topology.pool(Role.ATTENTION)
             if (report := self.pools.report(member.incarnation)) is not None
         ]
-        if alone_us and slo.tpot_s is not None and slo.tpot_s != self.admission.slo.tpot_s:
-            check_reachable(slo.tpot_s, min(alone_us) / 1e6)
+        if alone_us:
+            check_reachable(slo, self.admission.slo, min(alone_us) / 1e6)
 
     async def run(self) -> None:
         """Listen and report until cancelled; then let go of the wire."""

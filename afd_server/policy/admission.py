@@ -160,17 +160,29 @@ def check_capacity(
         )
 
 
-def check_reachable(tpot_s: float, alone_s: float) -> None:
-    """Refuse a target that not even a request alone would keep.
+def check_reachable(slo: SLO, usual: SLO, alone_s: float) -> None:
+    """Refuse targets that not even a request alone would keep.
+
+    Args:
+        slo: what is asked for.
+        usual: targets of those that name none; these are nobody's own.
+        alone_s: what a step takes in which one sequence alone gets one token. Reading a prompt
+            takes longer, so nobody has a first token sooner.
 
     Raises:
         TargetOutOfReach: so it is.
     """
-    if tpot_s < alone_s:
+    if slo.tpot_s is not None and slo.tpot_s != usual.tpot_s and slo.tpot_s < alone_s:
         raise TargetOutOfReach(
-            f"a TPOT of {tpot_s * 1e3:g} ms is out of reach: a request that is alone gets a token "
-            f"every {alone_s * 1e3:.1f} ms here; ask for more than that",
+            f"a TPOT of {slo.tpot_s * 1e3:g} ms is out of reach: a request that is alone gets a "
+            f"token every {alone_s * 1e3:.1f} ms here; ask for more than that",
             "x-slo-tpot-ms",
+        )
+    if slo.ttft_s is not None and slo.ttft_s != usual.ttft_s and slo.ttft_s < alone_s:
+        raise TargetOutOfReach(
+            f"a TTFT of {slo.ttft_s * 1e3:g} ms is out of reach: a step for a single token takes "
+            f"{alone_s * 1e3:.1f} ms here, and reading a prompt more; ask for more than that",
+            "x-slo-ttft-ms",
         )
 
 

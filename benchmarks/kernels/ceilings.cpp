@@ -35,16 +35,18 @@ double read_rate(const uint8_t* data, int64_t bytes) {
 double int8_rate() {
 #ifdef __AVX512VNNI__
   __m512i sums[16];
-  for (auto& sum : sums) sum = _mm512_set1_epi32(1);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) sums[i] = _mm512_set1_epi32(1);
   const __m512i x = _mm512_set1_epi32(static_cast<int>(now()));
   const int64_t rounds = 4000000;
   const double begin = now();
   for (int64_t n = 0; n < rounds; n++)
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) sums[i] = _mm512_dpbusd_epi32(sums[i], x, x);
+    for (int i = 0; i < 16; i++) asm volatile("vpdpbusd %1, %1, %0" : "+v"(sums[i]) : "v"(x));
   const double seconds = now() - begin;
   __m512i all = sums[0];
-  for (auto& sum : sums) all = _mm512_add_epi32(all, sum);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) all = _mm512_add_epi32(all, sums[i]);
   volatile int sink = _mm512_reduce_add_epi32(all);
   (void)sink;
   return rounds * 16 * 64 / seconds;

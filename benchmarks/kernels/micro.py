@@ -20,7 +20,7 @@ from afd_server.kernels.cpu import available_builds, native_kernels
 from afd_server.kernels.kv_format import store, stored_size
 from afd_server.kernels.reference import PagedRun, plan_paged_rows, rope_table
 from afd_server.kernels.sampling import noise_key
-from afd_server.kernels.table import Kernels, KVLayer
+from afd_server.kernels.table import GQAWeights, Kernels, KVLayer, Norms
 from afd_server.loadgen.environment import environment
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 576, 1536, 9, 3, 64, 49152
@@ -96,8 +96,80 @@ def attention(
             "mac_s": macs / seconds}  # fmt: skip
 
 
-def row_kernels(kernels: Kernels, rows: int) -> dict[str, float]:
-    """Microseconds of what is done to each row by itself."""
+def swiglu(kernels: Kernels, rows: int) -> dict[str, float]:
+    """A whole FFN in one call."""
+    copies = max(1, int(COLD_BYTES // (3 * HIDDEN * INNER)))
+    ffns = [
+        kernels.swiglu(
+            kernels.pack(torch.randn(2 * INNER, HIDDEN)),
+            kernels.pack(torch.randn(HIDDEN, INNER)),
+            None,
+        )
+        for _ in range(copies)
+    ]
+    x = kernels.prepare(torch.randn(rows, HIDDEN))
+    seconds = median_s(lambda n: ffns[n % copies](x), 49)
+    macs = 3 * HIDDEN * INNER
+    return {"us": seconds * 1e6, "bytes_s": macs / seconds, "mac_s": rows * macs / seconds}
+
+
+def gqa(kernels: Kernels, sequences: int, length: int) -> dict[str, float]:
+    """A layer from the residual to the rows of its FFN in one call, for sequences that decode."""
+    qkv, width = (HEADS + 2 * KV_HEADS) * HEAD_DIM, HEADS * HEAD_DIM
+    blocks, norm = -(-length // 16), torch.ones(HIDDEN)
+    shape = (sequences * blocks, KV_HEADS, 16, HEAD_DIM)
+    token_bytes = 2 * KV_HEADS * HEAD_DIM * 2
+    weight_bytes = HIDDEN * qkv + width * HIDDEN
+    copies = max(1, int(COLD_BYTES // (weight_bytes + sequences * length * token_bytes)))
+    rope = rope_table(HEAD_DIM, 1e4, length)
+    layers = [
+        (
+            kernels.gqa(
+                GQAWeights(
+                    kernels.pack(torch.randn(qkv, HIDDEN)),
+                    kernels.pack(torch.randn(HIDDEN, width)),
+                    rope,
+                    Norms(norm, norm, 1e-5),
+                    HEADS,
+                    None,
+                )
+            ),
+            KVLayer(*(torch.randn(shape).bfloat16() for _ in "kv")),
+        )
+        for _ in range(copies)
+    ]
+    runs = [PagedRun(length - 1, 1, range(s * blocks, (s + 1) * blocks)) for s in range(sequences)]
+    plan, x = plan_paged_rows(runs), torch.randn(sequences, HIDDEN)
+    positions = torch.full((sequences,), length - 1)
+    slots = torch.tensor([s * blocks * 16 + length - 1 for s in range(sequences)])
+
+    def call(number: int) -> object:
+        layer, kv = layers[number % copies]
+        return layer(x, x, positions, slots, plan, kv)
+
+    seconds = median_s(call, 49)
+    macs = sequences * (weight_bytes + length * HEADS * HEAD_DIM * 2)
+    num_bytes = weight_bytes + sequences * length * token_bytes
+    return {"us": seconds * 1e6, "bytes_s": num_bytes / seconds, "mac_s": macs / seconds}
+
+
+# Of one row: bytes read and written, and operations on floats, as the sources have them: rotating
+# and rounding a group takes 12 an element, a norm 4, silu · up 20, a rotation by position 3.
+QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+ROW_BYTES, INNER_BYTES = HIDDEN // 64 * 68, INNER // 64 * 68
+COSTS = {
+    "add_norm_quantise": (12 * HIDDEN + ROW_BYTES, 17 * HIDDEN),
+    "quantise": (4 * HIDDEN + ROW_BYTES, 12 * HIDDEN),
+    "rope_write_kv": (4 * QKV + 4 * HEADS * HEAD_DIM + 4 * KV_HEADS * HEAD_DIM, 3 * QKV),
+    "silu_mul_quantise": (8 * INNER + INNER_BYTES, 32 * INNER),
+    "argmax": (4 * VOCAB, VOCAB),
+    "gumbel_argmax": (8 * VOCAB, 20 * VOCAB),
+    "select top_k 40": (4 * VOCAB, VOCAB),
+}
+
+
+def row_kernels(kernels: Kernels, rows: int) -> dict[str, dict[str, float]]:
+    """What is done to each row by itself."""
     x, norm = torch.randn(rows, HIDDEN), torch.ones(HIDDEN)
     gate_up, logits = torch.randn(rows, 2 * INNER), torch.randn(VOCAB) * 3
     qkv = torch.randn(rows, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
@@ -117,7 +189,15 @@ def row_kernels(kernels: Kernels, rows: int) -> dict[str, float]:
             "gumbel_argmax": lambda n: kernels.gumbel_argmax(logits, None, 1.0, noise_key(n, 0, 0)),
             "select top_k 40": lambda n: kernels.select(logits, 1.0, 40, 1.0, 0.0),
         }
-    return {name: median_s(call, 200) * 1e6 for name, call in calls.items()}
+    got = {}
+    for name, call in calls.items():
+        seconds, (num_bytes, operations) = median_s(call, 200), COSTS[name]
+        got[name] = {
+            "us": seconds * 1e6,
+            "bytes_s": rows * num_bytes / seconds,
+            "mac_s": rows * operations / 2 / seconds,  # two operations are a multiply-add
+        }
+    return got
 
 
 def show(name: str, got: dict[str, float], read_bytes_s: float, mac_s: float) -> None:
@@ -139,7 +219,7 @@ def main() -> None:
     results: dict[str, object] = {"ceilings": top}
     int8 = native_kernels("int8", options.build)
     rows_of = (1, 4, 8, 16, 32, 128, 512)
-    for weights in ("int8", "bfloat16"):
+    for weights in ("int8", "bfloat16", "float32"):
         kernels = native_kernels(weights, options.build)
         peak = top["int8_mac_s" if weights == "int8" else "float32_mac_s"]
         for name, (width, columns) in PRODUCTS.items():
@@ -153,9 +233,18 @@ def main() -> None:
             name = f"attention {str(dtype)[6:]} {sequences} x {length}, {rows} rows"
             results[name] = got
             show(name, got, top["read_bytes_s"], top["float32_mac_s"])
+    for rows in (1, 8, 16, 64, 128):
+        name = f"swiglu, {rows} rows"
+        results[name] = swiglu(int8, rows)
+        show(name, results[name], top["read_bytes_s"], top["int8_mac_s"])
+    for sequences, length in ((1, 256), (8, 256), (16, 256), (8, 1024)):
+        name = f"gqa bfloat16 {sequences} x {length}"
+        results[name] = gqa(int8, sequences, length)
+        show(name, results[name], top["read_bytes_s"], top["int8_mac_s"])
     for rows in (1, 16, 128):
-        results[f"rows {rows}"] = row_kernels(int8, rows)
-        print(rows, "rows:", {k: round(v, 1) for k, v in row_kernels(int8, rows).items()}, "us")
+        for name, got in row_kernels(int8, rows).items():
+            results[f"{name} {rows}"] = got
+            show(f"{name}, {rows} rows", got, top["read_bytes_s"], top["float32_mac_s"])
     if options.output:
         result = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),

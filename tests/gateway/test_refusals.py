@@ -87,10 +87,11 @@ def test_a_target_out_of_reach_is_counted_among_the_refusals():
     with gateway() as service:
         zeros = [0] * 14
         service.pools.take_report("w0", LoadReport(*zeros, 20_000, 10_000, 1, 1000, EMPTY))
-        answer = post(service, *COMPLETION, **{"x-slo-tpot-ms": "1"})
-        assert answer.status_code == 400
-        reason = answer.headers["x-afd-reject-reason"]
-        assert metric(service, "afd_refused_requests_total", reason=reason) == 1
+        for number, header in enumerate(("x-slo-tpot-ms", "x-slo-ttft-ms")):
+            answer = post(service, *COMPLETION, **{header: "1"})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, header)
+            reason = answer.headers["x-afd-reject-reason"]
+            assert metric(service, "afd_refused_requests_total", reason=reason) == number + 1
 
 
 def test_what_an_attention_worker_reports_of_its_controller_is_shown():

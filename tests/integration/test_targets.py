@@ -43,6 +43,7 @@ def test_a_choice_says_how_it_was_served_if_asked(server):
         ({"x-slo-tpot-ms": "0"}, "expected milliseconds"),
         ({"x-slo-ttft-ms": "-1"}, "expected milliseconds"),
         ({"x-slo-tpot-ms": "0.0001"}, "out of reach: a request that is alone gets a token every"),
+        ({"x-slo-ttft-ms": "0.0001"}, "out of reach: a step for a single token takes"),
     ],
 )
 def test_a_target_that_means_nothing_is_refused_by_its_name(server, headers, text):

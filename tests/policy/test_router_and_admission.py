@@ -3,6 +3,7 @@ import contextlib
 import pytest
 
 from afd_server.core.errors import InvalidRequest, Overloaded
+from afd_server.core.request import SLO
 from afd_server.core.topology import Member, Role
 from afd_server.policy.admission import (
     WAIT_SHARE,
@@ -192,8 +193,20 @@ def test_those_who_leave_without_a_token_do_not_count_as_served():
     assert queue.expected_wait_s(0, "c") == pytest.approx(before / 2)
 
 
-def test_a_target_below_what_a_request_alone_gets_is_refused_by_name():
-    check_reachable(tpot_s=0.01, alone_s=0.01)
-    with pytest.raises(InvalidRequest, match=r"1 ms is out of reach.*every 10\.0 ms") as refusal:
-        check_reachable(tpot_s=0.001, alone_s=0.01)
-    assert refusal.value.param == "x-slo-tpot-ms"
+@pytest.mark.parametrize(
+    ("slo", "complaint", "param"),
+    [
+        (SLO(4.0, 0.001), r"TPOT of 1 ms is out of reach.*every 10\.0 ms", "x-slo-tpot-ms"),
+        (SLO(0.002, 0.05), r"TTFT of 2 ms is out of reach.*takes 10\.0 ms", "x-slo-ttft-ms"),
+    ],
+)
+def test_a_target_below_what_a_request_alone_gets_is_refused_by_name(slo, complaint, param):
+    with pytest.raises(InvalidRequest, match=complaint) as refusal:
+        check_reachable(slo, SLO(4.0, 0.05), alone_s=0.01)
+    assert refusal.value.param == param
+
+
+@pytest.mark.parametrize("slo", [SLO(0.01, 0.01), SLO(None, None), SLO(1.0, 0.05)])
+def test_a_target_that_one_alone_keeps_is_in_reach_and_nobodys_own_ones_are_not_judged(slo):
+    check_reachable(slo, SLO(4.0, 0.05), alone_s=0.01)
+    check_reachable(SLO(4.0, 0.05), SLO(4.0, 0.05), alone_s=10.0)
