@@ -106,7 +106,7 @@ def test_a_tensor_missing_on_a_worker_is_named_and_everything_ends(short_dir):
     tensors = load_file(model / "model.safetensors")
     del tensors["model.layers.2.mlp.down_proj.weight"]
     save_file(tensors, model / "model.safetensors")
-    text = refused(short_dir, model, *LOCAL)
+    text = refused(short_dir, model, *LOCAL, "--dense-layers", "ffn")  # else both sides miss it
     assert "afd-server: ffn/0" in text.splitlines()[-1]
     assert "model.layers.2.mlp.down_proj.weight" in text.splitlines()[-1]
 
