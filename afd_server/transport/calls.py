@@ -393,9 +393,15 @@ class CallClient:
         """Tell whether the latest call at a place was sent: its answer is out, or has come."""
         return bool(self._outs[place].state != _UNSENT)
 
-    def give_up(self, place: int) -> None:
-        """Forget a call that is out; its answer is left to Python."""
-        self._outs[place].state = 0
+    def give_up(self, place: int) -> bool:
+        """Forget a call that is out; its answer is left to Python.
+
+        Returns:
+            False if that has come already, for a half whose other one was still to be computed.
+        """
+        out = self._outs[place]
+        out.state = 0
+        return not out.is_answered
 
     def watch(self, longest_ns: int) -> bool:
         """Take answers for a while; see `NativeEnd`."""

@@ -627,6 +627,18 @@ def test_a_half_may_be_answered_before_the_other_is_computed(all_layers):
     assert list(answer) == [1000.0 + value for value in expected_values(3, rows_of(1))]
 
 
+def test_a_half_that_was_answered_is_not_under_way_when_it_is_given_up(all_layers):
+    both, walk = all_layers, Walk(all_layers, peers=("b", None, None))
+    walk.compute_first_halves({0})
+    both.call(4, 1, StageId(11, 0, 0), way=walk)
+    both.b.receive(0)
+    both.client._state.bell = 1  # somebody is to be woken before anything is computed here
+    assert both.client.watch(0)
+    assert walk.firsts == [] and not both.client.give_up(4)
+    both.call(5, 1)
+    assert both.client.give_up(5)
+
+
 def test_lanes_go_on_beside_each_other(all_layers):
     walks = [Walk(all_layers) for _ in range(3)]
     answers = [

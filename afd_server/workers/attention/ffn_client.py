@@ -369,8 +369,10 @@ class FFNClient:
     def _give_up(self, pending: _PendingCall) -> None:
         """Go on with a call of native code in Python; an answer under way is still good."""
         assert self._native is not None and pending.place is not None
-        self._native.give_up(pending.place)
+        is_under_way = self._native.give_up(pending.place)
         self._catch_up(self._native, pending)
+        if not is_under_way:
+            pending.resend_at = self._clock.now()
         del self._calls[pending.place]
         pending.place = pending.answer = pending.half = pending.way = None
         self._cut(pending)
