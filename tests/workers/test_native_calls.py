@@ -8,7 +8,9 @@ from afd_server.core.request import Request, SamplingParams
 from afd_server.core.topology import FFNParallel, Role
 from afd_server.models.base import Reached
 from afd_server.telemetry.timeline import EventKind, read_events
-from afd_server.transport.messages import Dispatch, DType, Payload
+from afd_server.transport.codec import Envelope
+from afd_server.transport.endpoint import Received
+from afd_server.transport.messages import Combine, Dispatch, DType, Payload
 from afd_server.workers.config import Numerics
 from support.checkpoints import tiny_llama
 from support.experts import tiny_routed
@@ -143,6 +145,25 @@ def test_a_half_that_there_is_not_is_refused(open_pools, layer):
     assert worker._checked(Dispatch(1, 0, 3 + 1 + 2, 0, 0, rows)).shape == (1, width)
     with pytest.raises(ProtocolError, match=f"layer {layer} of 3"):
         worker._checked(Dispatch(1, 0, layer, 0, 0, rows))
+
+
+@pytest.mark.parametrize(("layer", "is_taken"), [(4, True), (8, False)])
+def test_an_answer_to_what_was_never_asked_for_is_stale(open_pools, layer, is_taken):
+    pools = open_pools(tiny_llama()[0], num_ffn=1, num_lanes=1, shares_dense=True)
+    assert pools.run(requests(1, 101)) and pools._model_spec.num_layers == 3
+    pools.submit(requests(1)[0])
+    client = run_until_between_layers(pools)
+    (pending,) = client._calls.values()
+    client._give_up(pending)
+    step, lane, at = pending.stage
+    shape = pending.call.rows.shape[0], pools._model_spec.hidden_size
+    partial = Payload(DType.FLOAT32, shape, bytes(4 * shape[0] * shape[1]))
+    combine = Combine(step, lane, layer + at, 0, pools.epoch, 0, 0, "", partial)
+    (ffn,) = (member for member in pools.members.values() if member.role is Role.FFN)
+    stale = client.counters["stale"]
+    received = Received(Envelope(ffn.incarnation, pools.epoch, 1, "", "", 0), ffn, combine)
+    assert (client.accept(received, combine) == lane) == is_taken
+    assert client.counters["stale"] == stale + (not is_taken)
 
 
 def test_the_answer_to_a_half_is_good_when_native_code_has_given_it_up(open_pools):

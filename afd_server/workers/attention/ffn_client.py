@@ -201,11 +201,11 @@ class FFNClient:
         if pending is not None and pending.place is not None and not pending.is_answered:
             self._give_up(pending)
         part = None if pending is None else pending.parts.get(combine.part)
-        is_second, layer = divmod(combine.layer, self._second_from)
+        half, layer = divmod(combine.layer, self._second_from)
         if (
             pending is None
             or part is None
-            or (is_second and self._first_halves is None)
+            or (half and not (half == 1 and self._holds_half(layer)))
             or pending.stage != StageId(combine.step, combine.lane, layer)
             or combine.call_epoch < pending.epoch
             or part.incarnation != received.envelope.source
@@ -230,7 +230,7 @@ class FFNClient:
         if partial is None or partial.shape != part.answer_shape:
             self.counters["bad_partial"] += 1  # the resend timer asks again
             return None
-        if is_second and self._first_halves is not None:  # native code asked, and has given it up
+        if half and self._first_halves is not None:  # native code asked, and has given it up
             partial = self._first_halves.compute(layer, pending.call.rows) + partial
         part.partial = partial
         self._record_transfers(pending, part, received.sender, combine)
@@ -401,6 +401,9 @@ class FFNClient:
             pending.live_since_s,
             *self._halves(pending, answer),
         )
+
+    def _holds_half(self, layer: int) -> bool:
+        return self._first_halves is not None and self._first_halves.holds(layer)
 
     def _halves(self, pending: _PendingCall, answer: Tensor) -> tuple[int, int, int, int]:
         """Return the end of a way: who computes the first halves of FFNs, and to where."""

@@ -33,6 +33,10 @@ class FirstHalves:
         self.function = next((call.function for call in calls if call is not None), 0)
         self.contexts = ctypes.addressof(self._contexts)
 
+    def holds(self, layer: int) -> bool:
+        """Tell whether there is one of a layer, or of the head, which has none."""
+        return layer < len(self._firsts) and self._firsts[layer] is not None
+
     def compute(self, layer: int, rows: Tensor) -> Tensor:
         """Return the first half of a layer's output, [rows, hidden], of a call's rows."""
         first = self._firsts[layer]
