@@ -33,6 +33,7 @@ from afd_server.config import (
     parse_resources,
     prepare_ray_environment,
 )
+from afd_server.core.attention_spec import GQASpec, KVFormat
 from afd_server.core.clock import MonotonicClock
 from afd_server.core.errors import AddressInUse, ConfigError, WorkerFailed
 from afd_server.core.model_spec import ModelSpec, read_model_spec
@@ -153,7 +154,7 @@ class _Plan:
         self.digest = model_digest(directory, config.load_format)
         self.model_name = config.served_model_name or self._directory.name
         self.max_model_len = config.max_model_len or model.max_position
-        self.numerics = _resolve_numerics(config)
+        self.numerics = _resolve_numerics(config, model)
         self.transport = _resolve_transport(config)
         self.parallel = FFNParallel[config.ffn_parallel.upper()]
         if config.ffn_workers == 0:
@@ -505,7 +506,7 @@ def _pool_sizes(
     return sizes
 
 
-def _resolve_numerics(config: ServeConfig) -> Numerics:
+def _resolve_numerics(config: ServeConfig, model: ModelSpec) -> Numerics:
     """Choose the formats: int8 where it can be, that is with native kernels that were built."""
     native = any(NATIVE_LIBRARIES.glob("*.so"))
     dtype = config.dtype if config.dtype == "bfloat16" else "float32"
@@ -529,11 +530,15 @@ def _resolve_numerics(config: ServeConfig) -> Numerics:
             config.compute_threads,
         )
     quantised = config.quantization != "none" and native and dtype == "float32"
-    kv = config.kv_cache_dtype
+    # a latent vector has one scale for parts of different size, and is attended to by torch
+    is_plain = all(isinstance(attention, GQASpec) for attention in model.attention)
+    kv_dtype: KVFormat = dtype
+    if quantised:
+        kv_dtype = "int8" if is_plain else "bfloat16"
     return Numerics(
         kernels="native" if native else "reference",
         weights="int8" if quantised else dtype,
-        kv=("bfloat16" if quantised else dtype) if kv == "auto" else kv,
+        kv=kv_dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
     )
 
 

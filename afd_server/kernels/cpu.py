@@ -35,7 +35,7 @@ from afd_server.kernels.table import (
 )
 
 LIBRARIES = Path(__file__).parent / "native"
-INTERFACE = 7  # as `afd_interface` of native/kernels.cpp
+INTERFACE = 8  # as `afd_interface` of native/kernels.cpp
 COLUMNS = 16  # output channels interleaved in a packed block, as kernels.cpp has it
 
 WeightFormat = Literal["int8", "float32", "bfloat16"]
@@ -114,6 +114,7 @@ def native_kernels(weights: WeightFormat, build: str | None = None) -> Kernels:
         unpack=_unpack,
         prepare=_quantise(library) if quantised else lambda x: x,
         linear=linear,
+        bind=partial(_product_int8, library) if quantised else (lambda weight: None),
         rms_norm=_rms_norm(library),
         add_norm=_add_norm_quantise(library) if quantised else _add_norm(library),
         rope=_rope(library),
@@ -234,6 +235,34 @@ def _linear_int8(library: ctypes.CDLL) -> Callable[[Tensor, object], Tensor]:
         return out
 
     return linear
+
+
+class _Product(ctypes.Structure):
+    """A weight as kernels.cpp has it."""
+
+    _fields_ = (
+        ("groups", _SIZE), ("columns", _SIZE), ("weight", _POINTER), ("scales", _POINTER),
+    )  # fmt: skip
+
+
+def _product_int8(library: ctypes.CDLL, weight: object) -> NativeCall:
+    assert isinstance(weight, PackedInt8), "the weight was not packed for these kernels"
+    groups, parts = weight.scales.shape[1], (weight.blocks, weight.scales)
+    product = _Product(groups, weight.num_rows, *(part.data_ptr() for part in parts))
+    address = _address(library.afd_product_int8)
+    return NativeCall(
+        address,
+        ctypes.addressof(product),
+        groups * (4 + GROUP),
+        weight.num_rows,
+        (product, weight, library),
+    )
+
+
+def _address(function: object) -> int:
+    address = ctypes.cast(function, ctypes.c_void_p).value  # type: ignore[arg-type]
+    assert address is not None, "a function of a loaded library"
+    return address
 
 
 def _linear_float(library: ctypes.CDLL) -> Callable[[Tensor, object], Tensor]:
@@ -453,11 +482,9 @@ class _GQAInt8:
             weights.norms.eps,
         )
         self._address = ctypes.addressof(self._layer)
-        address = ctypes.cast(self._function, ctypes.c_void_p).value
-        assert address is not None, "a function of a loaded library"
         owner = (self._layer, qkv, output, rope, norms, self._function)
         self.native: NativeAttention | None = NativeAttention(
-            address, self._address, _blocks_of, _seen_of, owner
+            _address(self._function), self._address, _blocks_of, _seen_of, owner
         )
 
     def __call__(
@@ -528,11 +555,9 @@ class _SwiGLUInt8:
             math.inf if limit is None else limit,
         )
         self._context = ctypes.addressof(ffn)
-        address = ctypes.cast(function, ctypes.c_void_p).value  # type: ignore[arg-type]
-        assert address is not None, "a function of a loaded library"
         owner = (ffn, gate_up, down, function)
         self.native: NativeCall | None = NativeCall(
-            address, self._context, self._bytes, self._width, owner
+            _address(function), self._context, self._bytes, self._width, owner
         )
         self.halves: tuple[BoundSwiGLU, BoundSwiGLU] | None = None
         if of_halves and ffn.inner % COLUMNS == 0 and ffn.inner > GROUP:

@@ -166,7 +166,8 @@ def paged_attention(
 
     A row is computed alone, by products of fixed shape [group, head_dim] · [head_dim, 64], so
     decoding, prefill and chunked prefill agree bit for bit (FlashAttention's recurrence,
-    arXiv 2205.14135 algorithm 1, with a tile size that never changes).
+    arXiv 2205.14135 algorithm 1, with a tile size that never changes). By int8 keys queries are
+    multiplied as int8, quantised as these are.
 
     Args:
         query: [tokens, heads, head_dim]; heads are grouped over the key/value heads.
@@ -198,6 +199,8 @@ def _attend_chunk(
     num_tiles = -(-int(num_keys.max()) // KEY_TILE)
     tables = F.pad(tables, (0, max(0, num_tiles * blocks_per_tile - tables.shape[1])))
     group = num_heads // num_kv_heads
+    if layer.keys.dtype is torch.int8:  # so that a product with a key is a sum of integers
+        query = restore(store(query, torch.int8))
     grouped = query.float().view(num_rows * num_kv_heads, group, head_dim) * head_dim**-0.5
     highest = torch.full((num_rows * num_kv_heads, group, 1), torch.finfo(torch.float32).min)
     total = torch.zeros_like(highest)
@@ -320,6 +323,7 @@ def reference(dtype: torch.dtype) -> Kernels:
         unpack=lambda parts: parts["weight"],
         prepare=lambda x: x,
         linear=linear,
+        bind=lambda weight: None,
         rms_norm=rms_norm,
         add_norm=add_norm,
         rope=rope,

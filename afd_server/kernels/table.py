@@ -180,7 +180,8 @@ class Kernels:
     result is only ever multiplied next it is made as *prepared rows* at once, in `row_format`.
     `dump` takes a packed weight apart into the tensors named by `pack_parts`; `unpack` undoes it.
     `swiglu` binds one FFN's weights and the limit of its `silu_mul`; `gqa` the weights of one
-    layer up to its FFN.
+    layer up to its FFN; `bind` one weight, for code outside of Python that multiplies rows by it as
+    `linear` does, None if there is no such.
     """
 
     name: str
@@ -191,6 +192,7 @@ class Kernels:
     unpack: Callable[[dict[str, Tensor]], LinearWeight]
     prepare: Callable[[Tensor], Tensor]
     linear: Callable[[Tensor, LinearWeight], Tensor]
+    bind: Callable[[LinearWeight], NativeCall | None]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]

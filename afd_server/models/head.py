@@ -55,9 +55,11 @@ class Held:
         return self._ffn.halves(layer) is not None
 
     def native(self, layer: int) -> NativeCall | None:
-        """Return what answers a dense layer's calls outside of Python, if there is such."""
+        """Return what answers calls of a dense layer, or the head, outside of Python, if anything."""
         if layer < self._head_layer:
             return self._ffn.native(layer)
+        if layer == self._head_layer:
+            return None if self._head is None else self._head.native
         halves = self._ffn.halves(layer - self.second_from)
         return None if halves is None else halves[1].native
 
@@ -76,6 +78,7 @@ class _Head:
         vocabulary, part = (spec.vocab_size, spec.hidden_size), share.vocabulary(spec.vocab_size)
         self._weight = weights.pack("lm_head", lambda: weights.read_rows(name, vocabulary, *part))
         self._kernels = kernels
+        self.native = kernels.bind(self._weight)
 
     def logits(self, rows: Tensor) -> Tensor:
         """Return [rows, part] float32 for prepared rows."""

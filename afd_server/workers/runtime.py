@@ -393,9 +393,7 @@ def build_ffn_worker(
     weights.keep()
     server = None
     if isinstance(endpoint.link, SharedMemoryLink) and not spec.with_crc:
-        whole = range(model_spec.num_layers)
-        seconds = [layer + held.second_from for layer in whole]
-        calls = [*map(held.native, whole), None, *map(held.native, seconds)]
+        calls = map(held.native, range(held.second_from + model_spec.num_layers))
         layers = [
             NativeLayer(call.function, call.context, call.row_bytes, call.width)
             if call is not None

@@ -72,6 +72,20 @@ def test_quantised_rows_and_int8_products_have_the_bits_of_the_specification(bui
 
 
 @pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize(("width", "columns"), [(576, 960), (65, 17)])
+def test_a_bound_weight_multiplies_rows_as_any_does(build, width, columns):
+    kernels = native(build)
+    weight, rows = kernels.pack(draw(columns, width)), kernels.prepare(draw(5, width, seed=1))
+    bound, out = kernels.bind(weight), torch.empty(5, columns)
+    assert (bound.row_bytes, bound.width) == (rows.shape[1], columns)
+    arguments = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p
+    call = ctypes.CFUNCTYPE(None, *arguments)(bound.function)
+    call(bound.context, rows.data_ptr(), 5, out.data_ptr())
+    assert torch.equal(out, kernels.linear(rows, weight))
+    assert native(build, "float32").bind(weight) is None and REFERENCE.bind(weight) is None
+
+
+@pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("weights", ["int8", "float32", "bfloat16"])
 def test_512_rows_are_512_single_rows(build, weights):
     kernels = native(build, weights)

@@ -121,6 +121,42 @@ def test_both_sides_compute_the_ffns_of_a_lane_that_is_alone(open_pools, num_lan
         assert num_halves < num_calls / 2
 
 
+@pytest.mark.parametrize("shares_head", [False, True])
+def test_the_head_is_answered_without_python(open_pools, shares_head):
+    model, wanted = tiny_llama()[0], requests()
+    expected = expected_tokens(open_pools, model, wanted)
+    pools = open_pools(model, num_ffn=1, lm_head=Role.FFN, shares_head=shares_head)
+    assert pools.run(requests(2, 101))
+    (worker,) = (w for name, w in pools.workers.items() if name.startswith("ffn"))
+    answer, in_python = worker._held.answer, []
+    worker._held.answer = lambda layer, rows: in_python.append(layer) or answer(layer, rows)
+    before = worker._server.num_calls
+    assert pools.run(wanted) == expected
+    assert worker._server.num_calls > before + 30
+    assert pools._model_spec.num_layers not in in_python
+
+
+def test_logits_that_native_code_does_not_expect_are_taken_by_python(open_pools):
+    model, wanted = tiny_llama()[0], requests()
+    expected = expected_tokens(open_pools, model, wanted)
+    head = {"lm_head": Role.FFN, "shares_head": True}
+    pools = open_pools(model, num_ffn=1, **head)
+    assert pools.run(requests(2, 101))
+    client, head_layer = pools.workers[pools.attention()]._ffn, pools._model_spec.num_layers
+    call, changed = client._native.call, []
+
+    def change_some(place, peer, stage, *rest):
+        sent = call(place, peer, stage, *rest)
+        if sent and stage.layer == head_layer and stage.step % 5 == 0:
+            client._native._outs[place].step += 1  # so that its answer is nobody's there
+            changed.append(stage)
+        return sent
+
+    client._native.call = change_some
+    assert pools.run(wanted) == expected
+    assert len(changed) > 2
+
+
 def test_python_answers_calls_for_halves_as_well(open_pools):
     model, wanted = tiny_llama()[0], requests()
     expected = expected_tokens(open_pools, model, wanted)

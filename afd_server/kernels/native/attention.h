@@ -94,14 +94,46 @@ ALWAYS_INLINE v16 hide(v16 score, const Query& query, int64_t begin) {
   return position < 0.0f ? splat(-INFINITY) : score;
 }
 
-// Loads a query as `load_apart` has keys.
+// A query as it is multiplied by keys: times the softmax's scale, in the order of `load_apart`.
 template <typename KV, int kVectors>
-ALWAYS_INLINE void load_query(const float* from, float scale, float* to) {
-  v16 part[kVectors];
-  for (int i = 0; i < kVectors; i++) part[i] = load(from + 16 * i) * scale;
-  take_apart<KV, kVectors>(part);
-  for (int i = 0; i < kVectors; i++) store(to + 16 * i, part[i]);
+struct alignas(64) Prepared {
+  float values[16 * kVectors];
+
+  ALWAYS_INLINE void take(const float* from, float scale) {
+    v16 part[kVectors];
+    for (int i = 0; i < kVectors; i++) part[i] = load(from + 16 * i) * scale;
+    take_apart<KV, kVectors>(part);
+    for (int i = 0; i < kVectors; i++) store(values + 16 * i, part[i]);
+  }
+};
+
+// By int8 keys it is multiplied as int8, quantised as these are: sums of integers are exact in any order.
+template <int kVectors>
+struct alignas(64) Prepared<int8_t, kVectors> {
+  int8_t values[(16 * kVectors + 63) / 64 * 64];  // zeros behind the last
+  int32_t shift;                                  // -128 times their sum
+  float factor;                                   // their scale times the softmax's
+
+  ALWAYS_INLINE void take(const float* from, float scale) {
+    int8_t stored[kScaleElements<int8_t> + 16 * kVectors];
+    store_rounded(stored, from, 16 * kVectors);
+    memset(values, 0, sizeof values);
+    memcpy(values, stored + kScaleElements<int8_t>, 16 * kVectors);
+    factor = scale_of(stored + kScaleElements<int8_t>) * scale;
+    int32_t sum = 0;
+    for (int i = 0; i < 16 * kVectors; i++) sum += values[i];
+    shift = -128 * sum;
+  }
+};
+
+#ifdef __AVX512VNNI__
+// Loads 64 bytes of a key, each plus 128, of which all from `left` on are multiplied by zeros.
+ALWAYS_INLINE __m512i load_shifted(const int8_t* from, int left) {
+  const __m512i bytes =
+      left >= 64 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8((uint64_t{1} << left) - 1, from);
+  return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
 }
+#endif
 
 // Attends with an online softmax over spans of 64 keys, in order, each of four tiles. Spans start at
 // multiples of 64 and hidden keys weigh exactly nothing, so a query's bits do not depend on the
@@ -110,15 +142,12 @@ ALWAYS_INLINE void load_query(const float* from, float scale, float* to) {
 template <typename KV, int kVectors, int kQueries>
 void attend(const KVHead<KV>& kv, const Query* queries, float scale) {
   constexpr int kHeadDim = 16 * kVectors;
-  alignas(64) float query[kQueries][kHeadDim];
+  Prepared<KV, kVectors> query[kQueries];
   v16 weighted[kQueries][kVectors] = {};
   float highest[kQueries], total[kQueries] = {};
   int64_t first = queries[0].first, stop = queries[0].stop;
   for (int q = 0; q < kQueries; q++) {
-    v16 part[kVectors];
-    for (int i = 0; i < kVectors; i++) part[i] = load(queries[q].from + 16 * i) * scale;
-    take_apart<KV, kVectors>(part);
-    for (int i = 0; i < kVectors; i++) store(query[q] + 16 * i, part[i]);
+    query[q].take(queries[q].from, scale);
     highest[q] = -FLT_MAX;
     first = queries[q].first < first ? queries[q].first : first;
     stop = queries[q].stop > stop ? queries[q].stop : stop;
@@ -141,34 +170,42 @@ void attend(const KVHead<KV>& kv, const Query* queries, float scale) {
     const int tiles = seen < kTiles ? static_cast<int>(seen) : kTiles;
     v16 scores[kQueries][kTiles];
     for (int tile = 0; tile < tiles; tile++) {
-      v16 product[kQueries][kKeyTile];
-      for (int j = 0; j < kKeyTile; j++) {
-        const int64_t place = at[kKeyTile * tile + j];
-        v16 key[kVectors], sum[kQueries];
-        load_apart<KV, kVectors>(kv.keys + place, key);
-#pragma GCC unroll 16
-        for (int i = 0; i < kVectors; i++) {
-#pragma GCC unroll 6
-          for (int q = 0; q < kQueries; q++) {
-            const v16 part = load(query[q] + 16 * i);
-            sum[q] = i == 0 ? part * key[i] : fma(part, key[i], sum[q]);
+      v16 score[kQueries];
+      if constexpr (kScaleElements<KV> > 0) {
+        for (int q = 0; q < kQueries; q++)
+          for (int j = 0; j < kKeyTile; j++) {
+            const int8_t* key = kv.keys + at[kKeyTile * tile + j];
+            int32_t sum = 0;
+            for (int i = 0; i < kHeadDim; i++) sum += key[i] * query[q].values[i];
+            score[q][j] = static_cast<float>(sum) * query[q].factor * scale_of(key);
           }
-        }
-        prefetch(kv.values + place, kHeadDim);  // a few at a time: the core waits for few lines at once
+      } else {
+        v16 product[kQueries][kKeyTile];
+        for (int j = 0; j < kKeyTile; j++) {
+          const int64_t place = at[kKeyTile * tile + j];
+          v16 key[kVectors], sum[kQueries];
+          load_apart<KV, kVectors>(kv.keys + place, key);
+#pragma GCC unroll 16
+          for (int i = 0; i < kVectors; i++) {
 #pragma GCC unroll 6
-        for (int q = 0; q < kQueries; q++) product[q][j] = sum[q];
+            for (int q = 0; q < kQueries; q++) {
+              const v16 part = load(query[q].values + 16 * i);
+              sum[q] = i == 0 ? part * key[i] : fma(part, key[i], sum[q]);
+            }
+          }
+          prefetch(kv.values + place, kHeadDim);  // a few at a time: the core waits for few lines at once
+#pragma GCC unroll 6
+          for (int q = 0; q < kQueries; q++) product[q][j] = sum[q];
+        }
+#pragma GCC unroll 6
+        for (int q = 0; q < kQueries; q++) score[q] = sum_each(product[q]);
       }
-      v16 key_scales;
-      if constexpr (kScaleElements<KV> > 0)
-        for (int j = 0; j < kKeyTile; j++) key_scales[j] = scale_of(kv.keys + at[kKeyTile * tile + j]);
 #pragma GCC unroll 6
       for (int q = 0; q < kQueries; q++) {
         const v16 position = lanes + static_cast<float>(begin + kKeyTile * tile - queries[q].first);
         const float visible = static_cast<float>(queries[q].stop - queries[q].first);
-        v16 score = sum_each(product[q]);
-        if constexpr (kScaleElements<KV> > 0) score *= key_scales;
-        score = position < visible ? score : splat(-INFINITY);
-        scores[q][tile] = position < 0.0f ? splat(-INFINITY) : score;
+        score[q] = position < visible ? score[q] : splat(-INFINITY);
+        scores[q][tile] = position < 0.0f ? splat(-INFINITY) : score[q];
       }
     }
     alignas(64) float weights[kQueries][kSpan];
@@ -196,55 +233,199 @@ void attend(const KVHead<KV>& kv, const Query* queries, float scale) {
   }
 }
 
-#ifdef __AVX512F__  // elsewhere 16 registers of half the size are too few for what follows
-// A span as many queries read it, in float32: dimension v of lane i of all keys is row i · kVectors + v.
-template <int kVectors>
-struct alignas(64) SpanOfMany {
-  float keys[16 * kVectors][kSpan];
-  float values[kSpan][16 * kVectors];
-  float key_scales[kSpan], value_scales[kSpan];
+#ifdef __AVX512VNNI__  // elsewhere 16 registers of half the size are too few for what follows
+// Finds the keys of a tile; those outside of what is seen are seen ones instead, and hidden later.
+ALWAYS_INLINE void locate_tile(const KVHead<int8_t>& kv, int64_t begin, int64_t first, int64_t stop,
+                               int64_t* at) {
+  if (kv.block_bits >= 4 && begin >= first && begin + kKeyTile <= stop) {
+    const int64_t place = kv.at(begin);
+    for (int j = 0; j < kKeyTile; j++) at[j] = place + j * kv.stored;
+  } else {
+    for (int j = 0; j < kKeyTile; j++) at[j] = kv.seen_at(begin + j, first, stop);
+  }
+}
 
-  template <typename KV>
-  void lay_out(const KVHead<KV>& kv, int64_t begin, int tiles, int64_t first, int64_t stop) {
+// Collects the scales of a span's keys or values. (A gather would be slower where it is mitigated.)
+ALWAYS_INLINE void collect_scales(const int8_t* from, const int64_t* at, int count, float* scales) {
+  for (int j = 0; j < count; j++) scales[j] = scale_of(from + at[j]);
+}
+
+// Integer products of queries with eight keys, summed by `sum_eight`.
+template <int kVectors, int kQueries>
+ALWAYS_INLINE void multiply_eight(const int8_t* keys, const int64_t* at,
+                                  const Prepared<int8_t, kVectors>* queries, i16* sums) {
+  __m512i sum[kQueries][8];
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; j++) {
+#pragma GCC unroll 3
+    for (int q = 0; q < kQueries; q++) sum[q][j] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int i = 0; i < 16 * kVectors; i += 64) {
+      const __m512i key = load_shifted(keys + at[j] + i, 16 * kVectors - i);
+#pragma GCC unroll 3
+      for (int q = 0; q < kQueries; q++)
+        add_products(sum[q][j], key, _mm512_load_si512(queries[q].values + i));
+    }
+  }
+#pragma GCC unroll 3
+  for (int q = 0; q < kQueries; q++) {
+    i16 each[8];
+    for (int j = 0; j < 8; j++) each[j] = (i16)sum[q][j];
+    sums[q] = sum_eight(each);
+  }
+}
+
+// `attend` for int8 keys and values: the same bits, since sums of integers are exact.
+template <int kVectors, int kQueries>
+void attend_int8(const KVHead<int8_t>& kv, const Query* queries, float scale) {
+  constexpr int kAtOnce = kQueries < 3 ? kQueries : 3;
+  Prepared<int8_t, kVectors> query[kQueries];
+  v16 weighted[kQueries][kVectors] = {};
+  float highest[kQueries], total[kQueries] = {};
+  int64_t first = queries[0].first, stop = queries[0].stop;
+  for (int q = 0; q < kQueries; q++) {
+    query[q].take(queries[q].from, scale);
+    highest[q] = -FLT_MAX;
+    first = queries[q].first < first ? queries[q].first : first;
+    stop = queries[q].stop > stop ? queries[q].stop : stop;
+  }
+  int64_t begin = first / kSpan * kSpan;
+  alignas(64) int64_t places[2][kSpan];
+  for (int tile = 0; tile < tiles_until(stop, begin); tile++)
+    locate_tile(kv, begin + kKeyTile * tile, first, stop, places[0] + kKeyTile * tile);
+  for (int span = 0; begin < stop; begin += kSpan, span ^= 1) {
+    const int64_t *at = places[span], *next = places[span ^ 1];
+    const int tiles = tiles_until(stop, begin), next_tiles = tiles_until(stop, begin + kSpan);
+    for (int tile = 0; tile < next_tiles; tile++)
+      locate_tile(kv, begin + kSpan + kKeyTile * tile, first, stop, places[span ^ 1] + kKeyTile * tile);
+    v16 scores[kQueries][kTiles];
+    alignas(64) float scales[2][kSpan];
+    collect_scales(kv.keys, at, kKeyTile * tiles, scales[0]);
     for (int tile = 0; tile < tiles; tile++) {
-      v16 key[kVectors][kKeyTile];
-      for (int j = 0; j < kKeyTile; j++) {
-        const int64_t place = kv.seen_at(begin + kKeyTile * tile + j, first, stop);
-        v16 part[kVectors];
-        load_apart<KV, kVectors>(kv.keys + place, part);
-        for (int v = 0; v < kVectors; v++) key[v][j] = part[v];
-        load_apart<KV, kVectors>(kv.values + place, part);
-        for (int v = 0; v < kVectors; v++) store(values[kKeyTile * tile + j] + 16 * v, part[v]);
-        if constexpr (kScaleElements<KV> > 0) {
-          key_scales[kKeyTile * tile + j] = scale_of(kv.keys + place);
-          value_scales[kKeyTile * tile + j] = scale_of(kv.values + place);
+      const int64_t* keys = at + kKeyTile * tile;
+#pragma GCC unroll 2
+      for (int from = 0; from < kQueries; from += kAtOnce) {
+        constexpr int kLeft = kQueries % kAtOnce == 0 ? kAtOnce : kQueries % kAtOnce;
+        i16 sums[2][kAtOnce];
+        for (int half = 0; half < 2; half++) {
+          if (from + kAtOnce <= kQueries)
+            multiply_eight<kVectors, kAtOnce>(kv.keys, keys + 8 * half, query + from, sums[half]);
+          else
+            multiply_eight<kVectors, kLeft>(kv.keys, keys + 8 * half, query + from, sums[half]);
+          if (from == 0)
+            for (int j = 8 * half; j < 8 * half + 8; j++) prefetch(kv.values + keys[j], 16 * kVectors);
+        }
+        for (int q = from; q < kQueries && q < from + kAtOnce; q++) {
+          const i16 sum = sum_both(sums[0][q - from], sums[1][q - from]) + query[q].shift;
+          const v16 key_scales = load(scales[0] + kKeyTile * tile);
+          const v16 score = __builtin_convertvector(sum, v16) * query[q].factor * key_scales;
+          scores[q][tile] = hide(score, queries[q], begin + kKeyTile * tile);
         }
       }
-      for (int v = 0; v < kVectors; v++) {
-        transpose(key[v]);
-        for (int i = 0; i < 16; i++) store(keys[i * kVectors + v] + kKeyTile * tile, key[v][i]);
+    }
+    alignas(64) float weights[kQueries][kSpan];
+    collect_scales(kv.values, at, kKeyTile * tiles, scales[1]);
+    for (int q = 0; q < kQueries; q++) {
+      weigh<kVectors>(scores[q], tiles, highest[q], total[q], weighted[q], weights[q]);
+      for (int tile = 0; tile < tiles; tile++)
+        store(weights[q] + kKeyTile * tile,
+              load(weights[q] + kKeyTile * tile) * load(scales[1] + kKeyTile * tile));
+    }
+    for (int j = 0; j < kKeyTile * tiles; j++) {
+      v16 value[kVectors];
+      load_apart<int8_t, kVectors>(kv.values + at[j], value);
+#pragma GCC unroll 16
+      for (int i = 0; i < kVectors; i++) {
+#pragma GCC unroll 6
+        for (int q = 0; q < kQueries; q++)
+          weighted[q][i] = fma(splat(weights[q][j]), value[i], weighted[q][i]);
       }
+      if (j < kKeyTile * next_tiles) prefetch(kv.keys + next[j], 16 * kVectors);
+    }
+  }
+  for (int q = 0; q < kQueries; q++) end<int8_t, kVectors>(weighted[q], total[q], queries[q].to);
+}
+
+// A span as many queries read it: keys turned, so that a row has a lane for each of them; values in
+// float32. Row i · kVectors + v has dimension v of lane i, in float32.
+template <typename KV, int kVectors>
+struct alignas(64) TurnedKeys {
+  float rows[16 * kVectors][kSpan];
+
+  ALWAYS_INLINE void take(const KVHead<KV>& kv, const int64_t* at, int tile) {
+    v16 key[kVectors][kKeyTile];
+    for (int j = 0; j < kKeyTile; j++) {
+      v16 part[kVectors];
+      load_apart<KV, kVectors>(kv.keys + at[j], part);
+      for (int v = 0; v < kVectors; v++) key[v][j] = part[v];
+    }
+    for (int v = 0; v < kVectors; v++) {
+      transpose(key[v]);
+      for (int i = 0; i < 16; i++) store(rows[i * kVectors + v] + kKeyTile * tile, key[v][i]);
     }
   }
 };
 
+// In int8, each plus 128, a row has four dimensions.
 template <int kVectors>
+struct alignas(64) TurnedKeys<int8_t, kVectors> {
+  int32_t rows[4 * kVectors][kSpan];
+
+  ALWAYS_INLINE void take(const KVHead<int8_t>& kv, const int64_t* at, int tile) {
+    for (int i = 0; i < 4 * kVectors; i += 16) {
+      v16 key[kKeyTile];
+      for (int j = 0; j < kKeyTile; j++)
+        key[j] = (v16)load_shifted(kv.keys + at[j] + 4 * i, 16 * kVectors - 4 * i);
+      transpose(key);
+      for (int row = i; row < 4 * kVectors && row < i + 16; row++)
+        memcpy(rows[row] + kKeyTile * tile, &key[row - i], sizeof(v16));
+    }
+  }
+};
+
+template <typename KV, int kVectors>
+struct alignas(64) SpanOfMany {
+  TurnedKeys<KV, kVectors> keys;
+  float values[kSpan][16 * kVectors];
+  float key_scales[kSpan], value_scales[kSpan];
+
+  void lay_out(const KVHead<KV>& kv, int64_t begin, int tiles, int64_t first, int64_t stop) {
+    for (int tile = 0; tile < tiles; tile++) {
+      int64_t at[kKeyTile];
+      for (int j = 0; j < kKeyTile; j++) {
+        const int key = kKeyTile * tile + j;
+        at[j] = kv.seen_at(begin + key, first, stop);
+        v16 part[kVectors];
+        load_apart<KV, kVectors>(kv.values + at[j], part);
+        for (int v = 0; v < kVectors; v++) store(values[key] + 16 * v, part[v]);
+        if constexpr (kScaleElements<KV> > 0) {
+          key_scales[key] = scale_of(kv.keys + at[j]);
+          value_scales[key] = scale_of(kv.values + at[j]);
+        }
+      }
+      keys.take(kv, at, tile);
+    }
+  }
+};
+
+template <typename KV, int kVectors>
 struct alignas(64) RunningQuery {  // an online softmax between two spans
-  float scaled[16 * kVectors], weighted[16 * kVectors];
+  Prepared<KV, kVectors> prepared;
+  float weighted[16 * kVectors];
   const Query* query;
   float highest, total;
 };
 
 // Products of queries with 32 keys from `column` on, summed over the dimensions of `count` lanes from
 // `lane` on: the sums of `attend`, in its order, with a lane for each key.
-template <int kVectors, int kQueries, int lane, int count>
+template <typename KV, int kVectors, int kQueries, int lane, int count>
 ALWAYS_INLINE void multiply_keys(const float (*keys)[kSpan], int column,
-                                 const RunningQuery<kVectors>* queries,
+                                 const RunningQuery<KV, kVectors>* queries,
                                  v16 (&sum)[kQueries][2]) {
   if constexpr (count > 1) {
     v16 others[kQueries][2];
-    multiply_keys<kVectors, kQueries, lane, count / 2>(keys, column, queries, sum);
-    multiply_keys<kVectors, kQueries, lane + count / 2, count / 2>(keys, column, queries, others);
+    multiply_keys<KV, kVectors, kQueries, lane, count / 2>(keys, column, queries, sum);
+    multiply_keys<KV, kVectors, kQueries, lane + count / 2, count / 2>(keys, column, queries, others);
     for (int q = 0; q < kQueries; q++)
       for (int t = 0; t < 2; t++) sum[q][t] += others[q][t];
   } else {
@@ -257,7 +438,7 @@ ALWAYS_INLINE void multiply_keys(const float (*keys)[kSpan], int column,
       for (v16& part : key) __asm__("" : "+v"(part));  // loaded once
 #pragma GCC unroll 2
       for (int q = 0; q < kQueries; q++) {
-        const v16 part = splat(queries[q].scaled[16 * v + lane]);
+        const v16 part = splat(queries[q].prepared.values[16 * v + lane]);
         for (int t = 0; t < 2; t++)
           sum[q][t] = v == 0 ? part * key[t] : fma(part, key[t], sum[q][t]);
       }
@@ -266,25 +447,44 @@ ALWAYS_INLINE void multiply_keys(const float (*keys)[kSpan], int column,
 }
 
 template <typename KV, int kVectors, int kQueries>
-ALWAYS_INLINE void score_keys(const SpanOfMany<kVectors>& span,
-                              const RunningQuery<kVectors>* queries, int64_t begin, int tiles,
+ALWAYS_INLINE void score_keys(const SpanOfMany<KV, kVectors>& span,
+                              const RunningQuery<KV, kVectors>* queries, int64_t begin, int tiles,
                               v16 (*scores)[kTiles]) {
-  for (int tile = 0; tile < tiles; tile += 2) {
-    v16 sum[kQueries][2];
-    multiply_keys<kVectors, kQueries, 0, 16>(span.keys, kKeyTile * tile, queries, sum);
+  if constexpr (kScaleElements<KV> > 0) {
+    __m512i sum[kQueries][kTiles];
     for (int q = 0; q < kQueries; q++)
-      for (int t = 0; t < 2; t++) {
-        const int column = kKeyTile * (tile + t);
-        if constexpr (kScaleElements<KV> > 0) sum[q][t] *= load(span.key_scales + column);
-        scores[q][tile + t] = hide(sum[q][t], *queries[q].query, begin + column);
+      for (int t = 0; t < kTiles; t++) sum[q][t] = _mm512_set1_epi32(queries[q].prepared.shift);
+    for (int row = 0; row < 4 * kVectors; row++)
+#pragma GCC unroll 2
+      for (int q = 0; q < kQueries; q++) {
+        int32_t four;
+        memcpy(&four, queries[q].prepared.values + 4 * row, sizeof four);
+        const __m512i value = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTiles; t++)
+          add_products(sum[q][t], _mm512_load_si512(span.keys.rows[row] + kKeyTile * t), value);
       }
+    for (int q = 0; q < kQueries; q++)
+      for (int t = 0; t < tiles; t++) {
+        const v16 score = __builtin_convertvector((i16)sum[q][t], v16) * queries[q].prepared.factor;
+        const int column = kKeyTile * t;
+        scores[q][t] = hide(score * load(span.key_scales + column), *queries[q].query, begin + column);
+      }
+  } else {
+    for (int tile = 0; tile < tiles; tile += 2) {
+      v16 sum[kQueries][2];
+      multiply_keys<KV, kVectors, kQueries, 0, 16>(span.keys.rows, kKeyTile * tile, queries, sum);
+      for (int q = 0; q < kQueries; q++)
+        for (int t = 0; t < 2; t++)
+          scores[q][tile + t] = hide(sum[q][t], *queries[q].query, begin + kKeyTile * (tile + t));
+    }
   }
 }
 
 // Takes up to kQueries queries through a span; returns how many.
 template <typename KV, int kVectors, int kQueries = most_queries(kVectors)>
-int64_t take_through(const SpanOfMany<kVectors>& span, int64_t begin, int tiles, int64_t count,
-                     RunningQuery<kVectors>* queries) {
+int64_t take_through(const SpanOfMany<KV, kVectors>& span, int64_t begin, int tiles, int64_t count,
+                     RunningQuery<KV, kVectors>* queries) {
   if constexpr (kQueries > 1) {
     if (count < kQueries)
       return take_through<KV, kVectors, kQueries - 1>(span, begin, tiles, count, queries);
@@ -319,12 +519,12 @@ int64_t take_through(const SpanOfMany<kVectors>& span, int64_t begin, int tiles,
 // once for all of them. The bits are those of `attend`; a span that a query does not see changes none.
 template <typename KV, int kVectors>
 void attend_many(const KVHead<KV>& kv, const Query* queries, int64_t count, float scale) {
-  thread_local std::vector<SpanOfMany<kVectors>> spans(1);
-  thread_local std::vector<RunningQuery<kVectors>> running;
+  thread_local std::vector<SpanOfMany<KV, kVectors>> spans(1);
+  thread_local std::vector<RunningQuery<KV, kVectors>> running;
   running.assign(count, {});
   int64_t first = queries[0].first, stop = queries[0].stop;
   for (int64_t q = 0; q < count; q++) {
-    load_query<KV, kVectors>(queries[q].from, scale, running[q].scaled);
+    running[q].prepared.take(queries[q].from, scale);
     running[q].query = queries + q;
     running[q].highest = -FLT_MAX;
     first = queries[q].first < first ? queries[q].first : first;
@@ -340,7 +540,7 @@ void attend_many(const KVHead<KV>& kv, const Query* queries, int64_t count, floa
     for (int64_t q = begun; q < ended;)
       q += take_through<KV, kVectors>(spans[0], begin, tiles, ended - q, running.data() + q);
   }
-  for (RunningQuery<kVectors>& r : running) {
+  for (RunningQuery<KV, kVectors>& r : running) {
     v16 weighted[kVectors];
     for (int i = 0; i < kVectors; i++) weighted[i] = load(r.weighted + 16 * i);
     end<KV, kVectors>(weighted, r.total, r.query->to);
@@ -352,7 +552,7 @@ void attend_many(const KVHead<KV>& kv, const Query* queries, int64_t count, floa
 // Attends for some of `count` queries and returns for how many.
 template <typename KV, int kVectors, int kQueries = most_queries(kVectors)>
 int64_t attend_some(int64_t count, const KVHead<KV>& kv, const Query* queries, float scale) {
-#ifdef __AVX512F__
+#ifdef __AVX512VNNI__
   if constexpr (kQueries == most_queries(kVectors)) {
     if (count >= kManyQueries) {
       attend_many<KV, kVectors>(kv, queries, count, scale);
@@ -363,6 +563,12 @@ int64_t attend_some(int64_t count, const KVHead<KV>& kv, const Query* queries, f
   if constexpr (kQueries > 1) {
     if (count < kQueries) return attend_some<KV, kVectors, kQueries - 1>(count, kv, queries, scale);
   }
+#ifdef __AVX512VNNI__
+  if constexpr (std::is_same_v<KV, int8_t>) {
+    attend_int8<kVectors, kQueries>(kv, queries, scale);
+    return kQueries;
+  }
+#endif
   attend<KV, kVectors, kQueries>(kv, queries, scale);
   return kQueries;
 }

@@ -24,7 +24,7 @@ auto with_format(int32_t format, Call call) {
 extern "C" {
 
 // Raised with every change of what a function below takes or gives: another library is refused.
-int32_t afd_interface() { return 7; }
+int32_t afd_interface() { return 8; }
 
 // Quantises rows [rows, width] to [rows, row_bytes(width)].
 void afd_quantise(const float* x, int64_t rows, int64_t width, uint8_t* out) {
@@ -38,6 +38,17 @@ void afd_linear_int8(const uint8_t* x, int64_t rows, int64_t groups, const uint8
   thread_local Panels panels;
   lay_out(x, rows, groups, panels);
   multiply(panels, {weight, scales, groups}, columns, y, columns);
+}
+
+// The same for a weight that is known before its rows come. `kernels/cpu.py` mirrors the struct.
+struct Product {
+  int64_t groups, columns;
+  const uint8_t* weight;
+  const float* scales;
+};
+
+void afd_product_int8(const Product* p, const uint8_t* x, int64_t rows, float* y) {
+  afd_linear_int8(x, rows, p->groups, p->weight, p->scales, p->columns, y);
 }
 
 // y[rows, columns] = x[rows, width] · weightᵀ with weights packed as [columns / 16, width, 16],

@@ -104,12 +104,6 @@ struct Block {  // one block of 16 output columns
 };
 
 #ifdef __AVX512VNNI__
-// sum += 4 products of each lane. GCC 12 copies every sum twice around the intrinsic, which is half
-// of all instructions of the loops below.
-inline void add_products(__m512i& sum, __m512i weights, __m512i value) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(value));
-}
-
 // Two blocks at once: each value of a row is then loaded once for 32 columns. Meanwhile the next two
 // come from memory, a share with each tile.
 template <int kRows>

@@ -45,9 +45,16 @@ inline float highest_logit(const float* logits, int64_t vocab) {
   return peak;
 }
 
+// The first of the largest logits; it is looked for in the stretch alone that has it.
 inline int64_t argmax(const float* logits, int64_t vocab) {
-  const float peak = highest_logit(logits, vocab);
-  for (int64_t i = 0; i < vocab; i++)
+  constexpr int64_t kStretch = 1024;
+  float peak = -INFINITY;
+  int64_t begin = 0;
+  for (int64_t i = 0; i < vocab; i += kStretch) {
+    const float highest = highest_logit(logits + i, std::min(kStretch, vocab - i));
+    if (highest > peak) peak = highest, begin = i;
+  }
+  for (int64_t i = begin; i < std::min(begin + kStretch, vocab); i++)
     if (logits[i] == peak) return i;
   return 0;  // nothing but NaN
 }

@@ -18,6 +18,7 @@ from afd_server.core.model_spec import ModelSpec
 from afd_server.core.stage import AHEAD, StageId
 from afd_server.core.topology import Member, Placement, Role, column_shard
 from afd_server.models.base import FFNCall, Reached
+from afd_server.models.forward import join_parts
 from afd_server.models.head import Held
 from afd_server.telemetry.timeline import EventKind, Timeline
 from afd_server.transport.calls import CallClient, NativeWay, Rows
@@ -244,7 +245,8 @@ class FFNClient:
         pending = self._pending.pop(lane)
         if pending.is_answered:
             assert pending.answer is not None, f"lane {lane} was answered nowhere"
-            total = pending.answer
+            there = [part for part in (pending.own, pending.answer) if part is not None]
+            total = join_parts(pending.call, there)
         else:
             assert pending.shares is not None, f"lane {lane} has not been assigned"
             answers = [self._answers(pending, share.group) for share in pending.shares]
@@ -339,14 +341,14 @@ class FFNClient:
     def _call(self, native: CallClient, pending: _PendingCall) -> bool:
         """Have a call sent by native code, if it goes to one worker as it is."""
         stage, call = pending.stage, pending.call
-        if call.num_chosen or call.is_head or call.rows.dtype is not torch.uint8:
+        if call.num_chosen or call.rows.dtype is not torch.uint8:
             return False
         peer = self._callee(call.layer, stage.lane)
         if peer is None:
             return False
         assert self._dtype is torch.float32, "native rows, native sums"
         now, rows = self._clock.now(), call.rows.contiguous()
-        answer = torch.empty(rows.shape[0], self._spec.hidden_size)
+        answer = torch.empty(rows.shape[0], self._answer_width(call, shard=0))
         pending.call = call._replace(rows=rows)
         pending.way = None if call.way is None else self._way(native, pending, answer)
         place = 2 * (stage.lane % AHEAD) + (stage.lane >= AHEAD)
@@ -364,6 +366,8 @@ class FFNClient:
         pending.sent_s, pending.resend_at = now, now + self._resend_s
         pending.place, pending.answer = place, answer
         self._calls[place] = pending
+        if self._shares(call):
+            pending.own = self._compute(stage, rows)
         return True
 
     def _give_up(self, pending: _PendingCall) -> None:
