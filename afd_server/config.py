@@ -72,13 +72,13 @@ class ServeConfig:
     dense_layers: Literal["auto", "attention", "ffn", "both"] = _setting(
         "auto", "workers that hold the layers without experts, and the shared experts of the "
         "others; both: the FFN workers, but attention workers compute half of each layer without "
-        "experts; auto: both over shared memory with int8 products, whole FFNs and no more "
-        "attention workers than FFN workers, else ffn"
+        "experts; auto: both on one host without checksums with int8 products, whole FFNs and no "
+        "more attention workers than FFN workers, else ffn"
     )  # fmt: skip
     lm_head: Literal["auto", "attention", "ffn", "both"] = _setting(
         "auto", "workers that hold the head and compute logits; both: a part of the vocabulary "
-        "each; auto: both over shared memory with no more attention workers than FFN workers, "
-        "else attention"
+        "each; auto: both on one host without checksums with no more attention workers than FFN "
+        "workers, else attention"
     )  # fmt: skip
     expert_replicas: int = _setting(
         1, "FFN workers that hold each expert, with expert; groups of workers, with hybrid"

@@ -46,6 +46,7 @@ from afd_server.policy.blocks import longest_fitting, num_kv_blocks
 from afd_server.transport.codec import MAX_PAYLOAD_BYTES
 from afd_server.transport.endpoint import Endpoint, Identity
 from afd_server.transport.ring import why_unavailable
+from afd_server.transport.sockets import why_not_native
 from afd_server.transport.zeromq import ZeroMQLink
 from afd_server.weights.manifest import model_digest
 from afd_server.weights.pull import resolve
@@ -168,18 +169,19 @@ class _Plan:
         self.with_crc = checksums[config.frame_checksums]
         ffn = ffn_config(self.parallel, sizes.num_ffn, config.expert_replicas, config.expert_shards)
         is_native = self.numerics.kernels == "native" and self.numerics.weights == "int8"
+        has_native_calls = not self.with_crc and _can_call_natively(config, self.transport)
         dense_layers, shares_dense = dense_place(
             config.dense_layers,
             sizes.num_attention,
             sizes.num_ffn,
             ffn.num_parts,
-            is_native and self.transport == "shm" and not self.with_crc,
+            is_native and has_native_calls,
         )
         lm_head, shares_head = head_place(
             config.lm_head,
             sizes.num_attention,
             sizes.num_ffn,
-            self.transport == "shm" and dense_layers is Role.FFN,
+            (self.transport == "shm" or has_native_calls) and dense_layers is Role.FFN,
         )
         self.ffn = replace(
             ffn,
@@ -552,6 +554,11 @@ def _resolve_transport(config: ServeConfig) -> str:
     if config.transport == "shm" and obstacle is not None:
         raise ConfigError(f"transport is shm, but {obstacle}; use --transport zmq")
     return "shm" if obstacle is None else "zmq"
+
+
+def _can_call_natively(config: ServeConfig, transport: str) -> bool:
+    """Tell whether native code could send and answer calls without checksums."""
+    return config.data_transport == "ipc" and (transport == "shm" or why_not_native() is None)
 
 
 def _launcher(

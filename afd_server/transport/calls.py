@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 from afd_server.core.stage import StageId
 from afd_server.transport.ring import Ring, RingLibrary
+from afd_server.transport.sockets import NativeSockets
 
 MOST_RINGS = 64  # bits of `bell`
 MOST_EVENTS = 2048
@@ -62,8 +63,14 @@ class NativeEnd(Protocol):
         """Look at these peers' rings from now on."""
         ...
 
+    def use_sockets(self, sockets: NativeSockets | None) -> None:
+        """Look at these sockets, as they are now, instead of rings; None: at rings again."""
+        ...
+
     def watch(self, longest_ns: int) -> bool:
-        """Watch the rings for a while, without the interpreter's lock, and do what can be done.
+        """Wait for a while, without the interpreter's lock, and do what can be done.
+
+        Rings are watched; sockets are slept on.
 
         Returns:
             Whether there is something to do that is left to Python.
@@ -80,9 +87,16 @@ _POINTER, _INTEGER, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 class _Peer(ctypes.Structure):
     _fields_ = (
-        ("ring", _POINTER), ("memory", _POINTER),
-        ("expected", ctypes.c_char_p), ("own", ctypes.c_char_p),
-        ("expected_size", _INTEGER), ("own_size", _INTEGER), ("slot", _INTEGER),
+        ("ring", _POINTER), ("memory", _POINTER), ("socket", _POINTER),
+        ("route", ctypes.c_char_p), ("expected", ctypes.c_char_p), ("own", ctypes.c_char_p),
+        ("route_size", _INTEGER), ("expected_size", _INTEGER), ("own_size", _INTEGER),
+        ("slot", _INTEGER),
+    )  # fmt: skip
+
+
+class _Table(ctypes.Structure):
+    _fields_ = (
+        ("peers", _POINTER), ("count", _INTEGER), ("sockets", _POINTER), ("bell", ctypes.c_uint64),
     )  # fmt: skip
 
 
@@ -96,11 +110,10 @@ class _Layer(ctypes.Structure):
 class _Server(ctypes.Structure):
     _fields_ = (
         ("callers", _POINTER), ("layers", _POINTER), ("events", _POINTER), ("sequence", _POINTER),
-        ("num_callers", _INTEGER), ("num_layers", _INTEGER), ("second_from", _INTEGER),
-        ("slot", _INTEGER),
+        ("num_layers", _INTEGER), ("second_from", _INTEGER), ("slot", _INTEGER),
         ("epoch", _INTEGER), ("most_rows", _INTEGER), ("most_events", _INTEGER),
         ("num_events", _INTEGER), ("num_calls", _INTEGER), ("num_rows", _INTEGER),
-        ("idle_since_s", _DOUBLE), ("answered_s", _DOUBLE), ("bell", ctypes.c_uint64),
+        ("idle_since_s", _DOUBLE), ("answered_s", _DOUBLE),
     )  # fmt: skip
 
 
@@ -143,20 +156,22 @@ class NativeWay(ctypes.Structure):
 class _Client(ctypes.Structure):
     _fields_ = (
         ("peers", _POINTER), ("outs", _POINTER), ("ready", _POINTER),
-        ("sequence", _POINTER), ("events", _POINTER), ("num_peers", _INTEGER),
+        ("sequence", _POINTER), ("events", _POINTER),
         ("num_outs", _INTEGER), ("num_ready", _INTEGER), ("most_events", _INTEGER),
         ("num_events", _INTEGER),
-        ("idle_since_s", _DOUBLE), ("answered_s", _DOUBLE), ("bell", ctypes.c_uint64),
+        ("idle_since_s", _DOUBLE), ("answered_s", _DOUBLE),
     )  # fmt: skip
 
 
 class _Peers:
-    """The peers of an end, as far as there are rings to them, in a table for native code."""
+    """The peers of an end, as far as it can reach them, in a table for native code."""
 
     def __init__(self) -> None:
         self._rings: Mapping[str, Ring] = {}
+        self._sockets: NativeSockets | None = None
         self._known: Mapping[str, Peer] = {}
-        self._table = (_Peer * 0)()
+        self._entries = (_Peer * 0)()
+        self._table = _Table()
         self.places: dict[str, int] = {}  # in the table, of the known ones
 
     def follow(self, known: Mapping[str, Peer]) -> None:
@@ -167,28 +182,53 @@ class _Peers:
         self._rings = rings
         self._set_up()
 
+    def use_sockets(self, sockets: NativeSockets | None) -> None:
+        self._sockets = sockets
+        self._set_up()
+
     @property
     def address(self) -> int:
         return ctypes.addressof(self._table)
 
-    def __len__(self) -> int:
-        return len(self._rings)
-
     def slot(self, peer: str) -> int:
         return self._known[peer].slot
 
-    def named(self, bits: int) -> list[str]:
-        return [peer for bit, peer in enumerate(self._rings) if bits >> bit & 1] if bits else []
+    def take_sleepers(self) -> list[str]:
+        bell, self._table.bell = int(self._table.bell), 0
+        return [peer for bit, peer in enumerate(self._rings) if bell >> bit & 1] if bell else []
 
     def _set_up(self) -> None:
+        entries = self._ring_entries() if self._sockets is None else self._entries_of(self._sockets)
+        self._entries = (_Peer * len(entries))(*entries.values())
+        self._table.peers, self._table.count = ctypes.addressof(self._entries), len(entries)
+        self._table.sockets = None if self._sockets is None else self._sockets.address
+        self.places = {name: i for i, name in enumerate(entries) if name in self._known}
+
+    def _ring_entries(self) -> dict[str, _Peer]:
         assert len(self._rings) <= MOST_RINGS, f"{len(self._rings)} rings"
-        entries = []
-        for name, ring in self._rings.items():
-            slot, expected, own = self._known.get(name, NOBODY)
-            sizes = len(expected), len(own)
-            entries.append(_Peer(ring.handle, ring.address, expected, own, *sizes, slot))
-        self._table = (_Peer * len(entries))(*entries)
-        self.places = {name: i for i, name in enumerate(self._rings) if name in self._known}
+        return {
+            name: _entry(self._known.get(name, NOBODY), ring.handle, ring.address)
+            for name, ring in self._rings.items()
+        }
+
+    def _entries_of(self, sockets: NativeSockets) -> dict[str, _Peer]:
+        return {
+            name: _entry(peer, socket=way.handle, route=way.route)
+            for name, peer in self._known.items()
+            if (way := sockets.way_to(name)) is not None
+        }
+
+
+def _entry(
+    peer: Peer,
+    ring: int | None = None,
+    memory: int | None = None,
+    socket: int | None = None,
+    route: bytes | None = None,
+) -> _Peer:
+    slot, expected, own = peer
+    sizes = len(route or b""), len(expected), len(own)
+    return _Peer(ring, memory, socket, route, expected, own, *sizes, slot)
 
 
 class CallServer:
@@ -216,7 +256,9 @@ class CallServer:
         self._layers = (_Layer * len(layers))(*(_Layer(*layer) for layer in layers))
         self._events = ctypes.create_string_buffer(MOST_EVENTS * EVENT_BYTES)
         self._sequence = sequence
+        self._peers = _Peers()
         self._state = _Server(
+            callers=self._peers.address,
             layers=ctypes.addressof(self._layers),
             events=ctypes.addressof(self._events),
             sequence=ctypes.addressof(sequence),
@@ -227,7 +269,6 @@ class CallServer:
             most_events=MOST_EVENTS,
         )
         self._address = ctypes.addressof(self._state)
-        self._peers = _Peers()
 
     @property
     def num_calls(self) -> int:
@@ -257,12 +298,14 @@ class CallServer:
         """Answer these peers from now on, under this epoch, and nobody else."""
         self._state.epoch = epoch
         self._peers.follow(callers)
-        self._set_up()
 
     def use_rings(self, rings: Mapping[str, Ring]) -> None:
         """Look at these peers' rings from now on."""
         self._peers.use_rings(rings)
-        self._set_up()
+
+    def use_sockets(self, sockets: NativeSockets | None) -> None:
+        """Look at these sockets, as they are now, instead of rings; None: at rings again."""
+        self._peers.use_sockets(sockets)
 
     def watch(self, longest_ns: int) -> bool:
         """Answer calls for a while; see `NativeEnd`."""
@@ -270,16 +313,12 @@ class CallServer:
 
     def take_sleepers(self) -> list[str]:
         """Return the peers that must be woken: they were answered just when they went to sleep."""
-        bell, self._state.bell = int(self._state.bell), 0
-        return self._peers.named(bell)
+        return self._peers.take_sleepers()
 
     def take_events(self) -> bytes:
         """Return the new events, as a timeline keeps them."""
         size, self._state.num_events = self._state.num_events * EVENT_BYTES, 0
         return self._events.raw[:size] if size else b""
-
-    def _set_up(self) -> None:
-        self._state.callers, self._state.num_callers = self._peers.address, len(self._peers)
 
 
 class CallClient:
@@ -302,7 +341,9 @@ class CallClient:
         self._ready = (_INTEGER * MOST_CALLS)()
         self._events = ctypes.create_string_buffer(MOST_EVENTS * EVENT_BYTES)
         self._sequence = sequence
+        self._peers = _Peers()
         self._state = _Client(
+            peers=self._peers.address,
             outs=ctypes.addressof(self._outs),
             events=ctypes.addressof(self._events),
             most_events=MOST_EVENTS,
@@ -311,7 +352,6 @@ class CallClient:
             num_outs=MOST_CALLS,
         )
         self._address = ctypes.addressof(self._state)
-        self._peers = _Peers()
         self._epoch = 0
         self._sleepers: list[str] = []  # of an earlier generation
         self.generation = 0
@@ -333,17 +373,22 @@ class CallClient:
     def follow(self, epoch: int, answerers: Mapping[str, Peer]) -> None:
         """Call these peers from now on, under this epoch, and nobody else.
 
-        Calls that are out are given up, as they are with every change of rings.
+        Calls that are out are given up, as they are with every change of rings and sockets.
         """
         self._epoch = epoch
         self._peers.follow(answerers)
-        self._set_up()
+        self._forget()
 
     def use_rings(self, rings: Mapping[str, Ring]) -> None:
         """Look at these peers' rings from now on."""
         self._sleepers = self.take_sleepers()
         self._peers.use_rings(rings)
-        self._set_up()
+        self._forget()
+
+    def use_sockets(self, sockets: NativeSockets | None) -> None:
+        """Look at these sockets, as they are now, instead of rings; None: at rings again."""
+        self._peers.use_sockets(sockets)
+        self._forget()
 
     def places_of(self, peers: Sequence[str | None]) -> "ctypes.Array[ctypes.c_int64]":
         """Return where native code finds peers in this generation; -1 for nobody it may call."""
@@ -373,13 +418,10 @@ class CallClient:
         to = self._peers.places.get(peer)
         if to is None or place >= MOST_CALLS:
             return False
-        done = self._library.call(
+        return bool(self._library.call(
             self._address, place, to, self._epoch, *stage, self._peers.slot(peer), live_us,
             *rows, answer.address, answer.width, None if way is None else ctypes.addressof(way),
-        )  # fmt: skip
-        if done > 0:
-            self._state.bell |= 1 << to
-        return bool(done >= 0)
+        ))  # fmt: skip
 
     def layer(self, place: int) -> int:
         """Return the layer of the latest call at a place."""
@@ -409,8 +451,7 @@ class CallClient:
 
     def take_sleepers(self) -> list[str]:
         """Return the peers that must be woken: they were called just when they went to sleep."""
-        sleepers, self._sleepers = self._sleepers + self._peers.named(int(self._state.bell)), []
-        self._state.bell = 0
+        sleepers, self._sleepers = self._sleepers + self._peers.take_sleepers(), []
         return sleepers
 
     def take_ready(self) -> list[int]:
@@ -431,11 +472,10 @@ class CallClient:
         size, self._state.num_events = self._state.num_events * EVENT_BYTES, 0
         return self._events.raw[:size] if size else b""
 
-    def _set_up(self) -> None:
+    def _forget(self) -> None:
         self.generation += 1
         for out in self._outs:  # they name a peer by its place; Python takes what they still get
             out.state = 0
-        self._state.peers, self._state.num_peers = self._peers.address, len(self._peers)
 
 
 class Rows(NamedTuple):

@@ -151,6 +151,11 @@ class RingLibrary:
             number,
             handle,
         )
+        self.open_sockets = _typed(short.afd_sockets_open, handle, handle, number)
+        self.close_sockets = _typed(short.afd_sockets_close, None, handle)
+        self.use_sockets = _typed(short.afd_sockets_use, None, handle, handle, number)
+        self.peek_frame = _typed(short.afd_sockets_peek, number, handle, handle)
+        self.pop_frame = _typed(short.afd_sockets_pop, None, handle)
         self.doze = _typed(short.afd_ring_doze, number, handle, number)
         self.wake = _typed(short.afd_ring_wake, None, handle, number)
 

@@ -2,18 +2,22 @@
 
 A process binds one ROUTER and opens one DEALER for each peer it connects to; answers travel
 back on the way the question came. Waits block and never spin: a spinning wait takes the core
-that ZeroMQ's own I/O thread needs.
+that ZeroMQ's own I/O thread needs. Native code may wait instead, and deal with calls meanwhile.
 """
 
 import errno
 import socket as os_socket
 from math import ceil
+from typing import NamedTuple
 
 import zmq
 
 from afd_server.core.errors import AddressInUse, ConfigError, TransportError
+from afd_server.transport.calls import NativeEnd
 from afd_server.transport.codec import MAX_PAYLOAD_BYTES
 from afd_server.transport.messages import Buffer
+from afd_server.transport.ring import RingLibrary
+from afd_server.transport.sockets import NativeSockets
 
 CREDITS = 64  # frames queued for one peer before it counts as not keeping up
 MAX_PER_RECEIVE = 256  # so that a busy link cannot keep its owner from its work
@@ -33,6 +37,13 @@ _OPTIONS = {
     zmq.IMMEDIATE: 1,
     zmq.BACKLOG: 100,
 }
+
+
+class _Assistance(NamedTuple):
+    """Native code that waits for this link, and the sockets as it knows them."""
+
+    native: NativeEnd
+    sockets: NativeSockets
 
 
 class ZeroMQLink:
@@ -55,6 +66,7 @@ class ZeroMQLink:
         self._dealers: dict[str, zmq.Socket[bytes]] = {}
         self._addresses: dict[str, str] = {}
         self._router: zmq.Socket[bytes] | None = None
+        self._assistance: _Assistance | None = None
         if bind is not None:
             self._router = self._bind(bind)
 
@@ -67,6 +79,17 @@ class ZeroMQLink:
     def filenos(self) -> list[int]:
         """Return descriptors that become readable when something may have arrived (edges only)."""
         return [int(socket.getsockopt(zmq.FD)) for socket in self._sockets()]
+
+    def assist(self, native: NativeEnd) -> None:
+        """Let native code deal with calls while this link waits, and read the sockets for it.
+
+        Raises:
+            ConfigError: native code cannot use them (`sockets.why_not_native`).
+        """
+        sockets = NativeSockets(RingLibrary(), MAX_PER_RECEIVE, self._router, self._dealers)
+        self._end_assistance()
+        self._assistance = _Assistance(native, sockets)
+        native.use_sockets(sockets)
 
     def connect(self, peer: str, address: str) -> None:
         if self._addresses.get(peer) == address:
@@ -81,12 +104,14 @@ class ZeroMQLink:
             raise TransportError(f"{peer} cannot be reached at {address!r}: {error}") from error
         self._dealers[peer], self._addresses[peer] = dealer, address
         self._poller.register(dealer, zmq.POLLIN)
+        self._see_sockets()
 
     def disconnect(self, peer: str) -> None:
         dealer = self._dealers.pop(peer, None)
         if dealer is not None:
             del self._addresses[peer]
             self._poller.unregister(dealer)
+            self._see_sockets()
             dealer.close()
 
     def send(self, peer: str, frames: list[Buffer]) -> None:
@@ -104,6 +129,9 @@ class ZeroMQLink:
             raise TransportError(f"{peer} cannot be reached: {error}") from error
 
     def receive(self, timeout_s: float) -> list[tuple[str, list[Buffer]]]:
+        if self._assistance is not None:
+            self._assistance.native.watch(int(timeout_s * 1e9))
+            return self._assistance.sockets.take()
         received: list[tuple[str, list[Buffer]]] = []
         for socket, _ in self._poller.poll(ceil(timeout_s * 1000)):
             peer = next((p for p, dealer in self._dealers.items() if dealer is socket), None)
@@ -120,7 +148,21 @@ class ZeroMQLink:
         return received
 
     def close(self) -> None:
+        self._end_assistance()
         self._context.destroy(linger=0)
+
+    def _see_sockets(self) -> None:
+        """Have native code use the sockets that there are now."""
+        if self._assistance is not None:
+            native, sockets = self._assistance
+            sockets.use(self._dealers)
+            native.use_sockets(sockets)
+
+    def _end_assistance(self) -> None:
+        if self._assistance is not None:
+            self._assistance.native.use_sockets(None)
+            self._assistance.sockets.close()
+            self._assistance = None
 
     def _sockets(self) -> list["zmq.Socket[bytes]"]:
         return [*([self._router] if self._router else []), *self._dealers.values()]

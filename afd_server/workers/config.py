@@ -99,7 +99,7 @@ def dense_place(
         num_attention: workers of that pool.
         num_ffn: workers of the other.
         num_shards: that an FFN is cut into for FFN workers.
-        is_native: whether native code sends and answers calls, over shared memory.
+        is_native: whether native code sends and answers calls.
 
     Raises:
         ConfigError: both are to compute, and cannot.
@@ -107,8 +107,9 @@ def dense_place(
     can_share = is_native and num_shards == 1 and num_ffn > 0
     if setting == "both" and not can_share:
         raise ConfigError(
-            "dense_layers is both, which needs workers that share memory without checksums, native "
-            "int8 kernels and whole FFNs (one FFN worker, or ffn_parallel replicate); set it to ffn"
+            "dense_layers is both, which needs workers on one host (data_transport ipc) without "
+            "checksums, native int8 kernels and whole FFNs (one FFN worker, or ffn_parallel "
+            "replicate); set it to ffn"
         )
     if setting == "auto":
         setting = "both" if can_share and num_attention <= num_ffn else "ffn"
@@ -119,20 +120,20 @@ def head_place(
     setting: Literal["auto", "attention", "ffn", "both"],
     num_attention: int,
     num_ffn: int,
-    shares_memory: bool,
+    is_near: bool,
 ) -> tuple[Role, bool]:
     """Return the pool that holds the head, and whether the attention side has a part of it as well.
 
-    `auto` has both compute where logits travel through memory, and FFN workers have the time.
+    `auto` has both compute where logits come soon, and FFN workers have the time.
 
     Args:
         setting: what was asked for.
         num_attention: workers of that pool.
         num_ffn: workers of the other.
-        shares_memory: whether they do, and FFN workers hold what is dense.
+        is_near: whether they share memory or native calls, and FFN workers hold what is dense.
     """
     if setting == "auto":
-        setting = "both" if shares_memory and num_attention <= num_ffn else "attention"
+        setting = "both" if is_near and num_attention <= num_ffn else "attention"
     return Role.ATTENTION if setting == "attention" else Role.FFN, setting == "both"
 
 

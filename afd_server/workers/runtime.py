@@ -42,6 +42,7 @@ from afd_server.transport.messages import (
 )
 from afd_server.transport.ring import RingLibrary
 from afd_server.transport.shm import SharedMemoryLink
+from afd_server.transport.sockets import why_not_native
 from afd_server.transport.zeromq import ZeroMQLink
 from afd_server.weights.checkpoint import Checkpoint
 from afd_server.weights.dummy import DummyWeights
@@ -326,9 +327,9 @@ def build_attention_worker(
     kv = KVStore(model_spec, num_blocks, config.block_size, kv_dtype, model_spec.kv_groups)
     timeline = Timeline()
     native = None
-    if isinstance(endpoint.link, SharedMemoryLink) and not spec.with_crc:
+    if (link := _link_for_native_calls(spec, endpoint)) is not None:
         native = CallClient(RingLibrary(), endpoint.sequence)
-        endpoint.link.assist(native)
+        link.assist(native)
     shares_dense = spec.ffn.shares_dense and native is not None
     ffn = FFNClient(
         placement,
@@ -392,7 +393,7 @@ def build_ffn_worker(
     held = Held(ARCHITECTURES[model_spec.model_type], model_spec, weights, kernels, share)
     weights.keep()
     server = None
-    if isinstance(endpoint.link, SharedMemoryLink) and not spec.with_crc:
+    if (link := _link_for_native_calls(spec, endpoint)) is not None:
         calls = map(held.native, range(held.second_from + model_spec.num_layers))
         layers = [
             NativeLayer(call.function, call.context, call.row_bytes, call.width)
@@ -408,7 +409,7 @@ def build_ffn_worker(
             spec.ffn.max_gather_rows,
             endpoint.sequence,
         )
-        endpoint.link.assist(server)
+        link.assist(server)
     return FFNWorker(
         held,
         model_spec,
@@ -421,6 +422,26 @@ def build_ffn_worker(
         Timeline(),
         server,
     )
+
+
+def _link_for_native_calls(
+    spec: WorkerSpec, endpoint: Endpoint
+) -> SharedMemoryLink | ZeroMQLink | None:
+    """Return the link if native code can send and answer calls over it.
+
+    It makes no checksums, and takes the clocks of both ends for one, as they are on one host.
+    """
+    link = endpoint.link
+    if spec.with_crc:
+        return None
+    if isinstance(link, SharedMemoryLink):
+        return link
+    if not isinstance(link, ZeroMQLink) or not link.address.startswith("ipc://"):
+        return None
+    if (obstacle := why_not_native()) is not None:
+        log.warning("calls go through Python: %s", obstacle)
+        return None
+    return link
 
 
 def _weights(spec: WorkerSpec, kernels: Kernels, share: FFNShare) -> PackedWeights:

@@ -125,7 +125,7 @@ def test_a_request_outlives_an_expert_worker_whose_experts_others_have(short_dir
         ("routed", [*EXPERTS, "--hot-experts", "beyond.json"], "has no expert 8 in layer 1"),
         ("dense", ["--dense-layers", "attention"], "nothing is left for ffn_workers (1)"),
         ("dense", ["--dense-layers", "both", "--ffn-workers", 2], "and whole FFNs"),
-        ("dense", ["--dense-layers", "both", "--transport", "zmq"], "workers that share memory"),
+        ("dense", ["--dense-layers", "both", "--data-transport", "tcp"], "workers on one host"),
         (
             "dense",
             ["--lm-head", "ffn", "--max-num-seqs", 65000, "--max-batch-tokens", 65001],

@@ -1,9 +1,12 @@
 """Links of every kind, and patience with them."""
 
 import contextlib
+import ctypes
 
 from afd_server.core.errors import TransportError
+from afd_server.transport.calls import CallServer
 from afd_server.transport.inproc import InProcessNetwork
+from afd_server.transport.ring import RingLibrary
 from afd_server.transport.shm import SharedMemoryLink
 from afd_server.transport.zeromq import ZeroMQLink
 
@@ -44,6 +47,15 @@ class IPCNet(Net):
 class TCPNet(Net):
     def make(self, name):
         return ZeroMQLink(name, "tcp://127.0.0.1:*")
+
+
+class NativeIPCNet(IPCNet):
+    """Sockets that native code reads, though there is nothing for it to answer."""
+
+    def make(self, name):
+        link = super().make(name)
+        link.assist(CallServer(RingLibrary(), [], 1, 0, 1, ctypes.c_int64(0)))
+        return link
 
 
 class SharedMemoryNet(IPCNet):

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import itertools
+import signal
 import struct
 import threading
 import time
@@ -13,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from afd_server.core.clock import MonotonicClock
-from afd_server.core.errors import TransportError
+from afd_server.core.errors import ConfigError, TransportError
 from afd_server.core.stage import StageId
 from afd_server.core.topology import Member, Role, Topology
 from afd_server.telemetry.timeline import EventKind, read_events
-from afd_server.transport import shm
+from afd_server.transport import shm, sockets
 from afd_server.transport.calls import (
     MOST_CALLS,
     CallClient,
@@ -30,7 +31,15 @@ from afd_server.transport.codec import HeaderReader, decode, encode
 from afd_server.transport.endpoint import Endpoint, Identity
 from afd_server.transport.messages import Combine, Dispatch, DType, Heartbeat, Payload, ProcessState
 from afd_server.transport.ring import MAX_RECORDS, RingLibrary
-from support.links import PATIENCE, SharedMemoryNet, await_frames, opened, pair
+from support.links import (
+    PATIENCE,
+    IPCNet,
+    SharedMemoryNet,
+    await_frames,
+    opened,
+    pair,
+    send_once_connected,
+)
 
 ROW_BYTES, WIDTH, SLOT, MOST_ROWS, EPOCH = 12, 3, 1, 8, 7
 FUNCTION = ctypes.CFUNCTYPE(
@@ -40,6 +49,13 @@ FUNCTION = ctypes.CFUNCTYPE(
 
 
 STAGE = StageId(11, 65_537, 2)
+ONLY_RINGS = pytest.mark.parametrize("net", [SharedMemoryNet], indirect=True)
+ONLY_SOCKETS = pytest.mark.parametrize("net", [IPCNet], indirect=True)
+
+
+@pytest.fixture(params=[SharedMemoryNet, IPCNet])
+def net(request, tmp_path):
+    yield from opened(request.param, tmp_path)
 
 
 def computed(layer, row):
@@ -52,6 +68,7 @@ class Worker:
     def __init__(self, net):
         self.a, self.b = pair(net)
         self.batches = []
+        self.during = lambda: None
         self.functions = [FUNCTION(self.compute(layer)) for layer in range(3)]
         layers = [
             NativeLayer(ctypes.cast(f, ctypes.c_void_p).value, 0, ROW_BYTES, WIDTH)
@@ -76,6 +93,7 @@ class Worker:
         def function(_context, rows, count, out):
             batch = [bytes(rows[i * ROW_BYTES : (i + 1) * ROW_BYTES]) for i in range(count)]
             self.batches.append((layer, count))
+            self.during()
             for place, value in enumerate(
                 itertools.chain.from_iterable(computed(layer, row) for row in batch)
             ):
@@ -83,9 +101,18 @@ class Worker:
 
         return function
 
+    def serve(self, count=1):
+        """Let the server answer so many calls; return what it leaves to Python."""
+        left, goal = [], self.server.num_calls + count
+        for _ in range(PATIENCE):
+            left += self.b.receive(0.01)
+            if self.server.num_calls >= goal:
+                return left
+        raise AssertionError(f"{goal - self.server.num_calls} of {count} calls were not answered")
+
     def answers(self, count):
         """Let the server work; return the answers, each fully checked."""
-        left = self.b.receive(0)
+        left = self.serve(count)
         got = []
         while len(got) < count:
             got += [received.message for received in self.caller.receive(1.0)]
@@ -93,9 +120,8 @@ class Worker:
 
 
 @pytest.fixture
-def worker(tmp_path):
-    for net in opened(SharedMemoryNet, tmp_path):
-        yield Worker(net)
+def worker(net):
+    return Worker(net)
 
 
 def rows_of(count, first=0):
@@ -133,6 +159,7 @@ def test_a_call_is_answered_without_python(worker, count):
     assert worker.answerer.sequence.value == 1
 
 
+@ONLY_RINGS  # a socket gives no hold of how many have come
 def test_calls_of_a_layer_are_computed_together_up_to_the_limit_and_others_in_their_turn(worker):
     calls = [(2, 3), (0, 2), (2, 4), (2, 3), (0, 1)]
     for step, (layer, count) in enumerate(calls):
@@ -234,19 +261,20 @@ def test_a_caller_that_sleeps_is_woken_by_its_answer(worker):
 
 
 def test_an_endless_stream_of_calls_does_not_keep_python_from_its_turn(worker):
-    worker.b._watch_rings(0)
     until = threading.Event()
 
     def call_on():
         while not until.is_set():
-            with contextlib.suppress(TransportError):  # the ring is full; the next one may fit
+            with contextlib.suppress(TransportError):  # there is no room; the next one may fit
                 worker.caller.send("b", dispatch(rows_of(1)))
             worker.a.receive(0)
 
     thread = threading.Thread(target=call_on, daemon=True)
     thread.start()
-    for _ in range(20):
+    for _ in range(PATIENCE):
         worker.server.watch(1_000_000)
+        if worker.server.num_calls > 100:
+            break
     until.set()
     thread.join(10)
     assert worker.server.num_calls > 0
@@ -263,9 +291,11 @@ def test_a_mutated_call_is_answered_only_if_python_reads_the_same_call(worker, d
         header[data.draw(st.integers(0, len(header) - 1))] = data.draw(st.integers(0, 255))
     worker.batches.clear()
     worker.a.send("b", [bytes(header), payload])
-    left = worker.b.receive(0)
+    left = []
+    while not (left or worker.batches):
+        left = worker.b.receive(0.01)
     if not worker.batches:
-        ((_, frames),) = left or worker.b.receive(1.0)
+        ((_, frames),) = left
         assert [bytes(frame) for frame in frames] == [bytes(header), payload]
         return
     assert left == []
@@ -320,9 +350,13 @@ class Pair(Worker):
 
 
 @pytest.fixture
-def both(tmp_path):
-    for net in opened(SharedMemoryNet, tmp_path):
-        yield Pair(net)
+def both(net):
+    return Pair(net)
+
+
+def change_ways(link):
+    """Have native code think that the ways to peers have changed."""
+    (link._see_rings if isinstance(link, shm.SharedMemoryLink) else link._see_sockets)()
 
 
 def test_answers_come_to_the_memory_that_waits_for_them(both):
@@ -390,7 +424,7 @@ def test_whatever_is_not_exactly_the_answer_is_left_to_python(both, changes):
     assert list(answer) == list(range(2 * WIDTH))
 
 
-@pytest.mark.parametrize("change", ["give up", "follow", "rings"])
+@pytest.mark.parametrize("change", ["give up", "follow", "ways"])
 def test_an_answer_to_a_call_given_up_is_left_to_python(both, change):
     both.server.follow(EPOCH, {})
     answer = both.call(3, 2)
@@ -399,11 +433,26 @@ def test_an_answer_to_a_call_given_up_is_left_to_python(both, change):
     elif change == "follow":
         both.client.follow(EPOCH, both.caller.pool(Role.FFN))
     else:
-        both.a._see_rings()
+        change_ways(both.a)
     (left,) = answered(both)
     assert isinstance(left, Combine) and both.client.take_ready() == []
     assert list(answer) == [0.0] * 2 * WIDTH
     assert answered(both, step=99) != []
+
+
+def fill(both):
+    """Call until there is no room for more; over sockets that takes what their threads hold."""
+    is_memory = isinstance(both.a, shm.SharedMemoryLink)
+    frames, most = [b"x", b""] if is_memory else [b"x", bytes(256 * 1024)], 1000
+    refused = taken = 0
+    while refused < (1 if is_memory else 20):
+        try:
+            both.a.send("b", frames)
+            taken, refused = taken + 1, 0
+        except TransportError:
+            refused += 1
+            time.sleep(0.001)  # the I/O threads may make room
+        assert taken <= (MAX_RECORDS if is_memory else most)
 
 
 def test_who_cannot_be_called_natively_is_not(both):
@@ -411,14 +460,17 @@ def test_who_cannot_be_called_natively_is_not(both):
     both.client.follow(EPOCH, {})
     assert both.call(0, 1) is None
     both.client.follow(EPOCH, both.caller.pool(Role.FFN))
-    taken = 0
-    while both.call(0, MOST_ROWS) is not None:  # nobody reads
-        taken += 1
-        assert taken <= MAX_RECORDS
-    both.b.receive(0)
-    assert both.call(0, 1) is not None
+    fill(both)
+    assert both.call(0, 1) is None
+    for _ in range(PATIENCE):
+        both.b.receive(0.01)
+        both.a.receive(0)
+        if both.call(0, 1) is not None:
+            return
+    raise AssertionError("there was never room again")
 
 
+@ONLY_RINGS
 def test_with_more_rings_than_native_code_knows_python_does_everything(both, monkeypatch):
     monkeypatch.setattr(shm, "MOST_RINGS", 0)
     both.a._see_rings()
@@ -535,20 +587,19 @@ class Walk:
 
 
 @pytest.fixture
-def all_layers(tmp_path):
+def all_layers(net):
     """Both ends, and a server that computes all three layers, and the second halves of these."""
-    for net in opened(SharedMemoryNet, tmp_path):
-        both = Pair(net)
-        both.functions += [FUNCTION(both.compute(layer)) for layer in range(3, 6)]
-        layers = [
-            NativeLayer(ctypes.cast(f, ctypes.c_void_p).value, 0, ROW_BYTES, WIDTH)
-            for f in both.functions
-        ]
-        sequence = both.answerer.sequence
-        both.server = CallServer(RingLibrary(), layers, 3, SLOT, MOST_ROWS, sequence)
-        both.b.assist(both.server)
-        both.server.follow(EPOCH, both.answerer.pool(Role.ATTENTION))
-        yield both
+    both = Pair(net)
+    both.functions += [FUNCTION(both.compute(layer)) for layer in range(3, 6)]
+    layers = [
+        NativeLayer(ctypes.cast(f, ctypes.c_void_p).value, 0, ROW_BYTES, WIDTH)
+        for f in both.functions
+    ]
+    sequence = both.answerer.sequence
+    both.server = CallServer(RingLibrary(), layers, 3, SLOT, MOST_ROWS, sequence)
+    both.b.assist(both.server)
+    both.server.follow(EPOCH, both.answerer.pool(Role.ATTENTION))
+    return both
 
 
 def test_an_answer_goes_on_to_the_last_layer(all_layers):
@@ -610,7 +661,7 @@ def test_who_has_another_call_out_asks_for_all_of_a_layer(all_layers):
         walk.compute_first_halves({0, 1, 2})
     for lane, walk in enumerate(walks):
         both.call(lane, 1, StageId(11, lane, 0), first=lane, way=walk)
-    both.b.receive(0)
+    both.serve(2)
     assert [layer for layer, _ in both.batches] == [3, 0]
     assert sorted(both.await_ready(2)) == [0, 1]
     assert walks[0].firsts[:1] == [0] and 0 not in walks[1].firsts
@@ -620,7 +671,7 @@ def test_a_half_may_be_answered_before_the_other_is_computed(all_layers):
     both, walk = all_layers, Walk(all_layers, peers=("b", None, None))
     walk.compute_first_halves({0})
     answer = both.call(4, 1, StageId(11, 0, 0), way=walk)
-    both.b.receive(0)  # the answer is in its ring
+    both.serve()  # the answer is on its way
     assert walk.firsts == []
     assert both.await_ready(1) == [4]
     assert walk.firsts == [0]
@@ -631,9 +682,10 @@ def test_a_half_that_was_answered_is_not_under_way_when_it_is_given_up(all_layer
     both, walk = all_layers, Walk(all_layers, peers=("b", None, None))
     walk.compute_first_halves({0})
     both.call(4, 1, StageId(11, 0, 0), way=walk)
-    both.b.receive(0)
-    both.client._state.bell = 1  # somebody is to be woken before anything is computed here
-    assert both.client.watch(0)
+    both.serve()
+    both.client._peers._table.bell = 1  # somebody is to be woken before anything is computed here
+    while not both.client._outs[4].is_answered:
+        assert both.client.watch(0)
     assert walk.firsts == [] and not both.client.give_up(4)
     both.call(5, 1)
     assert both.client.give_up(5)
@@ -650,21 +702,22 @@ def test_lanes_go_on_beside_each_other(all_layers):
         assert list(answer) == expected_values(2, bytes(walk.rows))
 
 
-@pytest.mark.parametrize("change", ["give up", "follow", "rings"])
+@pytest.mark.parametrize("change", ["give up", "follow", "ways"])
 def test_a_call_given_up_goes_no_further_and_its_layer_is_known(all_layers, change):
     both, walk = all_layers, Walk(all_layers)
     both.call(4, 2, StageId(11, 0, 0), way=walk)
-    both.b.receive(0)
-    assert both.a.receive(0.001) == [] and both.client.layer(4) == 1
+    both.serve()
+    while both.client.layer(4) == 0:
+        assert both.a.receive(0.001) == []
     generation = both.client.generation
     if change == "give up":
         both.client.give_up(4)
     elif change == "follow":
         both.client.follow(EPOCH, both.caller.pool(Role.FFN))
     else:
-        both.a._see_rings()
+        change_ways(both.a)
     assert (both.client.generation > generation) == (change != "give up")
-    both.b.receive(0)
+    both.serve()
     ((_, frames),) = both.a.receive(1.0)
     left = decode(HeaderReader().read(bytes(frames[0])), frames[1], False)
     assert (left.layer, values_of(left)) == (1, expected_values(1, walk.expected(2)[1]))
@@ -674,11 +727,141 @@ def test_a_call_given_up_goes_no_further_and_its_layer_is_known(all_layers, chan
 def test_a_call_that_finds_no_room_is_left_to_python(all_layers):
     both, walk = all_layers, Walk(all_layers)
     both.call(4, 1, StageId(11, 0, 0), way=walk)
-    both.b.receive(0)
-    both.server.follow(EPOCH, {})
-    while both.call(5, MOST_ROWS) is not None:  # nobody reads
-        pass
-    assert both.a.receive(0.001) == []
-    assert both.client.take_ready() == [4]
+    both.serve()
+    fill(both)
+    ready = []
+    while not ready:
+        assert both.a.receive(0.001) == []
+        ready = both.client.take_ready()
+    assert ready == [4]
     assert both.client.layer(4) == 1 and not both.client.is_sent(4)
     assert bytes(walk.rows) == walk.expected(1)[1]
+
+
+# -- what only sockets need
+
+
+def further_callers(worker, net, names):
+    """Connect callers to the server's socket; all but the last are in the topology."""
+    members = [Member(Role.ATTENTION, 5, name, "", "numerics") for name in names[:-1]]
+    worker.answerer.topology = Topology(EPOCH, (*worker.answerer.topology.members, *members))
+    worker.server.follow(EPOCH, worker.answerer.pool(Role.ATTENTION))
+    for name in names:
+        link = net.link(name)
+        link.connect("b", worker.b.address)
+        send_once_connected(link, "b", [b"hello", b""])
+        assert await_frames(worker.b, 1) == [(name, [b"hello", b""])]
+        caller = Endpoint(link, Identity(name, "model", "numerics"), MonotonicClock(), (), False)
+        caller.topology = worker.answerer.topology
+        yield caller
+
+
+@ONLY_SOCKETS
+def test_callers_of_one_socket_are_told_apart(worker, net):
+    callers = [worker.caller, *further_callers(worker, net, ("c", "d", "stranger"))]
+    for step, caller in enumerate(callers):
+        caller.send("b", dispatch(rows_of(1, step), step=step))
+    left = worker.serve(3)
+    ((name, _),) = left or await_frames(worker.b, 1)
+    assert name == "stranger"
+    for step, caller in enumerate(callers[:3]):
+        (received,) = caller.receive(1.0)
+        assert received.message.step == step
+        assert values_of(received.message) == expected_values(2, rows_of(1, step))
+
+
+@ONLY_SOCKETS
+def test_a_caller_that_has_gone_costs_its_answer_and_nothing_else(worker, net):
+    other, _ = further_callers(worker, net, ("c", "stranger"))
+    worker.during = worker.a.close
+    worker.caller.send("b", dispatch(rows_of(1)))
+    worker.serve()
+    worker.during = lambda: None
+    other.send("b", dispatch(rows_of(2)))
+    worker.serve()
+    (received,) = other.receive(1.0)
+    assert values_of(received.message) == expected_values(2, rows_of(2))
+
+
+@ONLY_SOCKETS
+def test_what_is_held_is_whole_and_in_order_and_calls_behind_it_are_not_lost(worker):
+    calls = [
+        encode(worker.caller.envelope(), dispatch(rows_of(1), step=i), False) for i in range(4)
+    ]
+    sent = [calls[0], [b"1"], calls[1], [b"1", b"2", b"3"], calls[2], [b""], calls[3]]
+    sent = [[bytes(frame) for frame in frames] for frames in sent]
+    for frames in sent:
+        worker.a.send("b", frames)
+    left = []
+    while worker.server.num_calls + len(left) < len(sent):
+        left += [frames for _, frames in worker.b.receive(1.0)]
+    assert [frames for frames in sent if frames in left] == left
+    assert [frames for frames in left if len(frames) != 2] == sent[1:6:2]
+
+
+@ONLY_SOCKETS
+def test_no_more_is_read_before_python_has_taken_what_is_held(worker):
+    worker.a.send("b", [b"first", b""])
+    while not worker.server.watch(10_000_000):
+        pass
+    worker.caller.send("b", dispatch(rows_of(1)))
+    for _ in range(10):
+        assert worker.server.watch(10_000_000)
+    assert worker.batches == []
+    assert worker.b.receive(0) == [("a", [b"first", b""])]
+    worker.serve()
+
+
+@ONLY_SOCKETS
+def test_a_peer_that_was_disconnected_is_not_called_until_it_is_connected_again(both):
+    assert both.call(0, 1) is not None
+    both.a.disconnect("b")
+    assert both.call(0, 1) is None
+    both.a.connect("b", both.b.address)
+    for _ in range(PATIENCE):  # a first reconnect may be lost
+        answer = both.call(0, 1)
+        both.b.receive(0.001)
+        both.a.receive(0.01)
+        if both.client.take_ready():
+            break
+    assert list(answer) == expected_values(2, rows_of(1))
+
+
+@ONLY_SOCKETS
+def test_after_close_nobody_is_called(both):
+    both.a.close()
+    assert both.call(0, 1) is None
+    both.a.close()
+
+
+@ONLY_SOCKETS
+def test_a_wait_ends_for_a_signal(worker):
+    came = []
+    before = signal.signal(signal.SIGALRM, lambda *_: came.append(time.monotonic()))
+    begin_s = time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        assert worker.b.receive(5.0) == []
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert came and time.monotonic() - begin_s < 4.0
+
+
+@ONLY_SOCKETS
+def test_a_wait_is_as_long_as_was_asked_for(worker):
+    begin_s = time.monotonic()
+    assert worker.b.receive(0.05) == []
+    assert 0.05 <= time.monotonic() - begin_s < 4.0
+
+
+@pytest.mark.parametrize("lacks", ["library", "function"])
+def test_without_its_parts_native_code_does_not_read_sockets(monkeypatch, tmp_path, lacks):
+    if lacks == "library":
+        monkeypatch.setattr(sockets, "LIBRARY", tmp_path / "none.so")
+    else:
+        monkeypatch.setattr(sockets, "_NAMES", ("zmq_msg_init", "zmq_no_such_function"))
+    reason = sockets.why_not_native()
+    assert "was not built" in reason if lacks == "library" else "zmq_no_such_function" in reason
+    for net in opened(IPCNet, tmp_path):
+        with pytest.raises(ConfigError, match="libafd_ring.so was not built|libzmq"):
+            net.link("a").assist(CallClient(RingLibrary(), ctypes.c_int64(0)))

@@ -1,4 +1,7 @@
-"""One contract for every link: in-process, ipc, tcp, shared memory; then what only some promise."""
+"""One contract for every link: in-process, ipc with and without native code, tcp, shared memory.
+
+Then what only some promise.
+"""
 
 import itertools
 import random
@@ -18,6 +21,7 @@ from afd_server.transport.zeromq import CREDITS, ZeroMQLink
 from support.links import (
     InProcessNet,
     IPCNet,
+    NativeIPCNet,
     SharedMemoryNet,
     TCPNet,
     await_frames,
@@ -30,17 +34,17 @@ from support.links import (
 )
 
 
-@pytest.fixture(params=[InProcessNet, IPCNet, TCPNet, SharedMemoryNet])
+@pytest.fixture(params=[InProcessNet, IPCNet, TCPNet, NativeIPCNet, SharedMemoryNet])
 def net(request, tmp_path):
     yield from opened(request.param, tmp_path)
 
 
-@pytest.fixture(params=[IPCNet, TCPNet, SharedMemoryNet])
+@pytest.fixture(params=[IPCNet, TCPNet, NativeIPCNet, SharedMemoryNet])
 def processes(request, tmp_path):
     yield from opened(request.param, tmp_path)
 
 
-@pytest.fixture(params=[IPCNet, TCPNet])
+@pytest.fixture(params=[IPCNet, TCPNet, NativeIPCNet])
 def sockets(request, tmp_path):
     yield from opened(request.param, tmp_path)
 

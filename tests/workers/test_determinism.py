@@ -22,13 +22,14 @@ from support.checkpoints import tiny_llama
 from support.experts import tiny_routed
 from support.families import family
 from support.logits import record_logits
-from support.pools import Pools, shm_links
+from support.pools import Pools, ipc_links, shm_links
 
 MODELS = {  # dense; with experts; with a shared one, clamps and sliding windows beside
     "llama": lambda: tiny_llama()[0],
     "mixtral": lambda: tiny_routed("mixtral")[0],
     "step3p5": lambda: family("step3p5").directory,
 }
+LINKS = {"shm": shm_links, "ipc": ipc_links}
 FRESH_AFTER = 1000  # comparisons, with other requests
 Outcome = tuple[list[int], list[str]]  # token ids, a digest of each step's logits
 
@@ -50,7 +51,7 @@ class Company:
     prefix_caching: bool
     kv: str = "bfloat16"
     head: tuple[Role, bool] = (Role.ATTENTION, False)
-    shares_memory: bool = False  # so that native code takes calls from layer to layer
+    native_over: str | None = None  # what native code takes calls over, from layer to layer
     shares_dense: bool = False  # and each side computes a half of an FFN
 
     @property
@@ -88,8 +89,8 @@ class Company:
             lm_head=self.head[0],
             shares_head=self.head[1],
             shares_dense=self.shares_dense,
-            link=shm_links(directory_of_links) if self.shares_memory else None,
-            with_crc=not self.shares_memory,
+            link=LINKS[self.native_over](directory_of_links) if self.native_over else None,
+            with_crc=self.native_over is None,
         )
 
 
@@ -117,7 +118,7 @@ def any_company(rng: random.Random) -> Company:
         prefix_caching=rng.random() < 0.7,
         kv=rng.choice(["bfloat16", "int8"]),
         head=rng.choice([(Role.ATTENTION, False), (Role.FFN, False), (Role.FFN, True)]),
-        shares_memory=rng.random() < 0.5,
+        native_over=rng.choice([None, "shm", "ipc"]),
         shares_dense=rng.random() < 0.5,
     )
 

@@ -52,7 +52,7 @@ def test_both_sides_compute_dense_layers_where_it_pays(
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, False), (1, 2, 2, True), (1, 0, 1, True)])
 def test_both_sides_cannot_compute_what_is_cut_or_left_to_python(shape):
-    with pytest.raises(ConfigError, match="needs workers that share memory"):
+    with pytest.raises(ConfigError, match="needs workers on one host"):
         dense_place("both", *shape)
 
 
@@ -108,7 +108,7 @@ def test_colocated_workers_hold_everything(spec):
 
 
 @pytest.mark.parametrize(
-    ("setting", "num_attention", "num_ffn", "shares_memory", "expected"),
+    ("setting", "num_attention", "num_ffn", "is_near", "expected"),
     [
         ("auto", 1, 1, True, (Role.FFN, True)),
         ("auto", 1, 3, True, (Role.FFN, True)),
@@ -121,9 +121,9 @@ def test_colocated_workers_hold_everything(spec):
     ],
 )
 def test_the_head_is_shared_where_that_was_measured_to_pay(
-    setting, num_attention, num_ffn, shares_memory, expected
+    setting, num_attention, num_ffn, is_near, expected
 ):
-    assert head_place(setting, num_attention, num_ffn, shares_memory) == expected
+    assert head_place(setting, num_attention, num_ffn, is_near) == expected
 
 
 def test_a_shared_head_is_whole_with_every_number_of_shards():

@@ -11,10 +11,11 @@ from afd_server.telemetry.timeline import EventKind, read_events
 from afd_server.transport.codec import Envelope
 from afd_server.transport.endpoint import Received
 from afd_server.transport.messages import Combine, Dispatch, DType, Payload
+from afd_server.workers import runtime
 from afd_server.workers.config import Numerics
 from support.checkpoints import tiny_llama
 from support.experts import tiny_routed
-from support.pools import Pools, shm_links
+from support.pools import Pools, ipc_links, shm_links, tcp_links
 
 INT8 = Numerics("native", "int8", "bfloat16")
 
@@ -32,12 +33,12 @@ def requests(count=6, first=1):
     ]
 
 
-@pytest.fixture
-def open_pools(tmp_path):
+@pytest.fixture(params=[shm_links, ipc_links])
+def open_pools(request, tmp_path):
     opened = []
 
     def open_one(model, native=True, **settings):
-        link = shm_links(tmp_path) if native else None
+        link = request.param(tmp_path) if native else None
         settings = {"numerics": INT8, "max_batch_tokens": 128, "num_ffn": 2} | settings
         parallel = {"parallel": FFNParallel.REPLICATE, "num_replicas": settings["num_ffn"]}
         opened.append(Pools(model, link=link, with_crc=not native, **(parallel | settings)))
@@ -297,11 +298,11 @@ def test_an_answer_that_has_come_survives_a_new_topology(open_pools):
     pools = open_pools(tiny_llama()[0], num_lanes=1)
     assert pools.run(requests(1, 101))
     name = pools.attention()
-    client, link = pools.workers[name]._ffn, pools.endpoints[name].link
+    client = pools.workers[name]._ffn
     pools.submit(requests(1)[0])
     for _ in range(1000):
         pools.turn()
-        link._watch_rings(20_000_000 if client._calls else 0)
+        client._native.watch(20_000_000 if client._calls else 0)
         if client._calls and client._native._state.num_ready:
             break
     (lane,) = (call.stage.lane for call in client._calls.values())
@@ -343,3 +344,18 @@ def test_what_native_code_cannot_do_python_does(open_pools, parallel):
     assert pools.run(wanted) == expected
     clients = [w._ffn for name, w in pools.workers.items() if name.startswith("attention")]
     assert all(client._native is not None and not client._calls for client in clients)
+
+
+@pytest.mark.parametrize("obstacle", ["checksums", "tcp", "libzmq"])
+def test_python_sends_calls_where_native_code_cannot(tmp_path, monkeypatch, caplog, obstacle):
+    if obstacle == "libzmq":
+        monkeypatch.setattr(runtime, "why_not_native", lambda: "there is no libzmq")
+    link = tcp_links() if obstacle == "tcp" else ipc_links(tmp_path)
+    pools = Pools(tiny_llama()[0], numerics=INT8, link=link, with_crc=obstacle == "checksums")
+    try:
+        assert pools.run(requests(1))
+        assert all(w._server is None for name, w in pools.workers.items() if name[0] == "f")
+        assert pools.workers[pools.attention()]._ffn._native is None
+    finally:
+        pools.close()
+    assert ("calls go through Python: there is no libzmq" in caplog.text) == (obstacle == "libzmq")

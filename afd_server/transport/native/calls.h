@@ -1,11 +1,11 @@
 // Both ends of an FFN call in the middle of a reader's wait, without Python: the server goes from
-// ring to kernel to ring, the client from ring to the memory that waits for an answer, and where it
-// knows the way from there through the attention of the next layer to the next call.
+// message to kernel to message, the client from message to the memory that waits for an answer, and
+// where it knows the way from there through the attention of the next layer to the next call.
 //
 // Only what is exactly right is dealt with here: a message of the fixed layout (transport/codec.py)
 // from a known peer; for the server of a layer that is computed natively, with the rows that it
 // takes; for the client the answer to a call that is out. Whatever else arrives is left in its
-// ring, and ends the wait. A part of ring.cpp.
+// ring, or held if it came over a socket, and ends the wait. A part of ring.cpp.
 #pragma once
 
 #include <cstring>
@@ -23,11 +23,24 @@ constexpr int64_t kCallNumbers = 15, kAnswerNumbers = 17, kTextPlace = 10;
 constexpr double kShortestWait = 1e-6;  // that is noted, in seconds
 constexpr int64_t kMostHeader = 2048, kMostRecord = 4 << 20;
 
-struct Peer {  // `expected_size` is 0 for a ring that is only watched
+struct Peer {  // reached through a ring or a socket; `expected_size` is 0 if it is only watched
   Ring* ring;
   char* memory;  // where the ring's mapping begins
+  void* socket;
+  const uint8_t* route;           // its name, on a socket that several peers share
   const uint8_t *expected, *own;  // what its headers begin with, and those that are sent to it
-  int64_t expected_size, own_size, slot;
+  int64_t route_size, expected_size, own_size, slot;
+};
+
+struct Peers {  // transport/calls.py
+  Peer* table;
+  int64_t count;
+  Sockets* sockets;  // null if all have rings
+  uint64_t bell;     // bit i: the reader of ring i has gone to sleep and must be woken
+};
+
+struct Message {
+  Bytes header, payload;
 };
 
 struct Layer {  // `function` is null for a layer that is not computed here
@@ -52,14 +65,13 @@ struct Call {
 };
 
 struct Server {  // transport/calls.py
-  Peer* callers;
+  Peers* callers;
   Layer* layers;
   Event* events;
   int64_t* sequence;
-  int64_t num_callers, num_layers, second_from, slot, epoch, most_rows, most_events;
+  int64_t num_layers, second_from, slot, epoch, most_rows, most_events;
   int64_t num_events, num_calls, num_rows;
   double idle_since_s, answered_s;
-  uint64_t bell;  // bit i: the reader of ring i has gone to sleep and must be woken
 };
 
 double seconds() { return now_ns() * 1e-9; }
@@ -77,53 +89,137 @@ uint8_t* put_number(uint8_t* at, uint64_t number) {
   return at + kNumber;
 }
 
-// Reads the header of a record into its numbers; returns the payload, or null if it is not one of
-// the peer's headers of this layout. `text` is the place of an empty string, if there is one.
-const uint8_t* read_header(const Peer& peer, const uint8_t* at, int64_t length, int64_t count,
-                           int64_t text, int64_t* numbers) {
-  uint32_t head[1 + kFrames];
-  const int64_t header = peer.expected_size + count * kNumber + (text < count);
-  if (peer.expected_size == 0 || length < kHead + header) return nullptr;
-  memcpy(head, at, kHead);
-  if (head[0] != kFrames || head[1] != header || head[2] != length - kHead - header) return nullptr;
-  if (memcmp(at + kHead, peer.expected, peer.expected_size) != 0) return nullptr;
-  at += kHead + peer.expected_size;
-  for (int64_t i = 0; i < count; i++, at += kNumber) {
-    if (i == text && *at++ != kNoText) return nullptr;
-    if (*at != kMarker || (numbers[i] = number_at(at)) < 0) return nullptr;
-  }
-  return at;
+bool is_same(const Bytes& bytes, const uint8_t* data, int64_t size) {
+  return bytes.size == size && memcmp(bytes.data, data, size) == 0;
 }
 
-// Writes a record for a peer, whether it sleeps or not; returns what afd_ring_commit does, or less
-// than 0 if there is no room.
-int64_t write_record(const Peer& peer, const int64_t* numbers, int64_t count, int64_t text,
-                     const void* payload, int64_t bytes) {
-  const int64_t header = peer.own_size + count * kNumber + (text < count);
-  const int64_t size = kHead + header + bytes;
-  const int64_t place = reserve(peer.ring, size);
-  if (place < 0) return place;
-  uint8_t* at = reinterpret_cast<uint8_t*>(peer.memory) + place;
-  const uint32_t head[] = {kFrames, static_cast<uint32_t>(header), static_cast<uint32_t>(bytes)};
-  memcpy(at, head, kHead);
-  memcpy(at + kHead, peer.own, peer.own_size);
-  at += kHead + peer.own_size;
+// Reads the header of a message into its numbers; returns whether it is one of the peer's headers of
+// this layout. `text` is the place of an empty string, if there is one.
+bool read_header(const Peer& peer, const Bytes& header, int64_t count, int64_t text,
+                 int64_t* numbers) {
+  if (peer.expected_size == 0 || header.size != peer.expected_size + count * kNumber + (text < count))
+    return false;
+  if (memcmp(header.data, peer.expected, peer.expected_size) != 0) return false;
+  const uint8_t* at = header.data + peer.expected_size;
+  for (int64_t i = 0; i < count; i++, at += kNumber) {
+    if (i == text && *at++ != kNoText) return false;
+    if (*at != kMarker || (numbers[i] = number_at(at)) < 0) return false;
+  }
+  return true;
+}
+
+// Cuts a record into a message's frames; tells if it has two.
+bool cut(const uint8_t* at, int64_t length, Message& message) {
+  uint32_t head[1 + kFrames];
+  if (length < kHead) return false;
+  memcpy(head, at, kHead);
+  const int64_t header = head[1], payload = head[2];
+  message = {{at + kHead, header}, {at + kHead + header, payload}};
+  return head[0] == kFrames && header + payload == length - kHead;
+}
+
+int64_t place_of(const Peers& peers, void* socket, const std::vector<Bytes>& frames) {
+  for (int64_t i = 0; i < peers.count; i++) {
+    const Peer& peer = peers.table[i];
+    if (peer.socket == socket &&
+        (peer.route == nullptr || is_same(frames[0], peer.route, peer.route_size)))
+      return i;
+  }
+  return -1;
+}
+
+// Offers what has arrived to `deal`, with the place of its sender. What that does not take is left to
+// Python, and what comes behind it on the same way; returns whether there is such.
+template <class Deal>
+bool take(const Peers& peers, Deal deal) {
+  bool others = false;
+  Message message;
+  for (int64_t i = 0; i < peers.count; i++) {
+    const Peer& peer = peers.table[i];
+    for (int64_t found; peer.ring && (found = afd_ring_peek(peer.ring)) != kNothing;) {
+      const uint8_t* at = reinterpret_cast<uint8_t*>(peer.memory) + (found >> 32);
+      if (found < 0 || !cut(at, found & 0xffffffff, message) || !deal(i, message)) {
+        others = true;
+        break;
+      }
+      afd_ring_advance(peer.ring);
+    }
+  }
+  if (peers.sockets == nullptr) return others;
+  return peers.sockets->take([&](void* socket, const std::vector<Bytes>& frames) {
+    const int64_t i = place_of(peers, socket, frames);
+    if (i < 0) return false;
+    const size_t route = peers.table[i].route != nullptr;
+    return frames.size() == route + kFrames && deal(i, {frames[route], frames[route + 1]});
+  });
+}
+
+uint8_t* put_header(uint8_t* at, const Peer& peer, const int64_t* numbers, int64_t count,
+                    int64_t text) {
+  memcpy(at, peer.own, peer.own_size);
+  at += peer.own_size;
   for (int64_t i = 0; i < count; i++) {
     if (i == text) *at++ = kNoText;
     at = put_number(at, numbers[i]);
   }
-  memcpy(at, payload, bytes);
-  return afd_ring_commit(peer.ring, size);
+  return at;
 }
 
-// Reads the record at `at` if it is a call to be answered here; its rows are the last bytes of it.
-bool read_call(const Server& server, const Peer& caller, const uint8_t* at, int64_t length,
-               Call& call) {
+// Sends a peer a message, whether it sleeps or not, and notes if it must be woken; returns whether
+// there was room for it.
+bool send_to(Peers& peers, int64_t place, const int64_t* numbers, int64_t count, int64_t text,
+             const void* payload, int64_t bytes) {
+  const Peer& peer = peers.table[place];
+  const int64_t header = peer.own_size + count * kNumber + (text < count);
+  if (peer.ring == nullptr) {
+    thread_local std::vector<uint8_t> buffer;
+    buffer.resize(header);
+    put_header(buffer.data(), peer, numbers, count, text);
+    const Bytes frames[] = {{peer.route, peer.route_size},
+                            {buffer.data(), header},
+                            {static_cast<const uint8_t*>(payload), bytes}};
+    const int64_t first = peer.route == nullptr;
+    return peers.sockets->send(peer.socket, frames + first, 1 + kFrames - first);
+  }
+  const int64_t size = kHead + header + bytes, begin = reserve(peer.ring, size);
+  if (begin < 0) return false;
+  uint8_t* at = reinterpret_cast<uint8_t*>(peer.memory) + begin;
+  const uint32_t head[] = {kFrames, static_cast<uint32_t>(header), static_cast<uint32_t>(bytes)};
+  memcpy(at, head, kHead);
+  memcpy(put_header(at + kHead, peer, numbers, count, text), payload, bytes);
+  if (afd_ring_commit(peer.ring, size)) peers.bell |= uint64_t{1} << place;
+  return true;
+}
+
+enum class Found { kNothing, kDone, kMore, kLeft };  // kMore: look again at once; kLeft: to Python
+
+// Looks until something is left to Python, or the time is over. Rings are watched as in
+// afd_ring_watch; with sockets it sleeps between looks. Returns whether Python has something to do.
+template <class Look>
+int64_t wait(const Peers& peers, int64_t until, Look look) {
+  Sockets* sockets = peers.sockets;
+  for (;;) {
+    for (int i = 0; i < (sockets == nullptr ? kPausesBetweenYields : 1); ++i) {
+      const Found found = look();
+      if (found == Found::kLeft) return 1;
+      if (found == Found::kDone && now_ns() >= until) return 0;
+      if (found == Found::kMore)
+        i = -1;
+      else
+        pause_briefly();
+    }
+    if (sockets == nullptr) sched_yield();
+    if (now_ns() >= until) return 0;
+    if (sockets != nullptr && !sockets->sleep(until)) return 1;
+  }
+}
+
+// Reads a message if it is a call to be answered here; its rows are the payload.
+bool read_call(const Server& server, const Peer& caller, const Message& message, Call& call) {
   int64_t numbers[kCallNumbers];
-  const uint8_t* rows = read_header(caller, at, length, kCallNumbers, kCallNumbers, numbers);
-  if (rows == nullptr) return false;
+  if (!read_header(caller, message.header, kCallNumbers, kCallNumbers, numbers)) return false;
   // epoch, sequence, budget, then the dispatch, then dtype, rank, dimensions, bytes, CRC
-  const int64_t *own = numbers + 3, *facts = numbers + 8, bytes = at + length - rows;
+  const int64_t *own = numbers + 3, *facts = numbers + 8, bytes = message.payload.size;
   call = {0, numbers[0], own[0], own[1], own[2], own[3], facts[2], 0.0, own[4] * 1e-6, {}};
   if (call.layer >= server.num_layers || call.part != server.slot) return false;
   const Layer& layer = server.layers[call.layer];
@@ -141,40 +237,28 @@ void answer(Server& server, const Call& call, const float* partial, double end_s
       call.step, call.lane, call.layer, call.part, call.epoch,
       static_cast<int64_t>(call.taken_s * 1e6), static_cast<int64_t>((end_s - call.taken_s) * 1e6),
       kFloat32, 2, call.rows, width, 0, bytes, 0};
-  const Peer& caller = server.callers[call.caller];
-  if (write_record(caller, numbers, kAnswerNumbers, kTextPlace, partial, bytes) > 0)
-    server.bell |= uint64_t{1} << call.caller;  // a sleeper finds it when it is woken
+  send_to(*server.callers, call.caller, numbers, kAnswerNumbers, kTextPlace, partial, bytes);
 }
 
-// Takes what can be answered here off the rings; returns whether something else is due in any.
+// Takes the calls that can be answered here; returns whether something else has arrived.
 bool take_calls(const Server& server, std::vector<Call>& calls) {
-  bool others = false;
-  for (int64_t i = 0; i < server.num_callers; i++) {
-    const Peer& caller = server.callers[i];
-    for (int64_t found; (found = afd_ring_peek(caller.ring)) != kNothing;) {
-      Call call;
-      const int64_t length = found & 0xffffffff;
-      const uint8_t* at = reinterpret_cast<uint8_t*>(caller.memory) + (found >> 32);
-      if (found < 0 || !read_call(server, caller, at, length, call)) {
-        others = true;
-        break;
-      }
-      call.caller = i;
-      call.taken_s = seconds();
-      call.live_since_s = call.taken_s - call.live_since_s;
-      call.data.assign(at + length - call.rows * server.layers[call.layer].row_bytes, at + length);
-      calls.push_back(std::move(call));
-      afd_ring_advance(caller.ring);
-    }
-  }
-  return others;
+  return take(*server.callers, [&](int64_t place, const Message& message) {
+    Call call;
+    if (!read_call(server, server.callers->table[place], message, call)) return false;
+    call.caller = place;
+    call.taken_s = seconds();
+    call.live_since_s = call.taken_s - call.live_since_s;
+    call.data.assign(message.payload.data, message.payload.data + message.payload.size);
+    calls.push_back(std::move(call));
+    return true;
+  });
 }
 
 void record(Server& server, uint32_t kind, double begin_s, double end_s, const Call& call,
             int64_t count) {
   const auto lane = static_cast<uint32_t>(call.lane);
   const auto layer = static_cast<uint16_t>(call.layer % server.second_from);
-  const auto peer = static_cast<uint16_t>(server.callers[call.caller].slot);
+  const auto peer = static_cast<uint16_t>(server.callers->table[call.caller].slot);
   const auto step = static_cast<uint64_t>(call.step);
   const auto rows = static_cast<uint32_t>(count);
   if (server.num_events < server.most_events)
@@ -264,14 +348,13 @@ struct Out {  // a call that is out, and where its answer goes
 };
 
 struct Client {  // transport/calls.py
-  Peer* peers;
+  Peers* peers;
   Out* outs;
   int64_t* ready;  // places of calls with which Python has to go on
   int64_t* sequence;
   Event* events;
-  int64_t num_peers, num_outs, num_ready, most_events, num_events;
+  int64_t num_outs, num_ready, most_events, num_events;
   double idle_since_s, answered_s;
-  uint64_t bell;  // as that of the server
 };
 
 bool goes_on(const Out& out) {
@@ -289,18 +372,18 @@ Event event_of(const Out& out, uint32_t kind, double begin_s, double end_s, int6
           static_cast<uint16_t>(out.layer), static_cast<uint16_t>(peer)};
 }
 
-// Sends a call; returns what afd_ring_commit does, or less than 0 if there is no room.
-int64_t send(Client& client, Out& out, int64_t live_us, const uint8_t* data, int64_t row_bytes) {
+// Sends a call; returns whether there was room for it.
+bool send(Client& client, Out& out, int64_t live_us, const uint8_t* data, int64_t row_bytes) {
   const int64_t bytes = out.rows * row_bytes;
-  if (bytes > kMostRecord - kHead - kMostHeader) return kFull;
   const int64_t numbers[kCallNumbers] = {
       out.epoch, ++*client.sequence, 0, out.step, out.lane, out.layer + out.shift, out.part,
       live_us, kUint8, 2, out.rows, row_bytes, 0, bytes, 0};
   out.sent_s = seconds();
-  const int64_t done =
-      write_record(client.peers[out.peer], numbers, kCallNumbers, kCallNumbers, data, bytes);
-  out.state = done < 0 ? kUnsent : kOut;
-  return done;
+  const bool is_sent =
+      bytes <= kMostRecord - kHead - kMostHeader &&
+      send_to(*client.peers, out.peer, numbers, kCallNumbers, kCallNumbers, data, bytes);
+  out.state = is_sent ? kOut : kUnsent;
+  return is_sent;
 }
 
 // Says of a call that is about to be sent what is asked for: all if this side has other work while
@@ -360,23 +443,21 @@ void go_on(Client& client, int64_t place) {
   }
   out.layer = layer;
   out.peer = way.peers[layer];
-  out.part = client.peers[out.peer].slot;
+  out.part = client.peers->table[out.peer].slot;
   divide(client, out);
   const double end_s = seconds();
   note(client, event_of(out, kAttention, begin_s, end_s, 0));
   const auto live_us = static_cast<int64_t>((end_s - way.live_since_s) * 1e6);
-  const int64_t done = send(client, out, live_us, way.data, way.row_bytes);
-  if (done > 0) client.bell |= uint64_t{1} << out.peer;
-  if (done < 0) client.ready[client.num_ready++] = place;
+  if (!send(client, out, live_us, way.data, way.row_bytes))
+    client.ready[client.num_ready++] = place;
 }
 
-// Takes the record at `at` if it is the answer to a call that is out.
-bool take_answer(Client& client, int64_t peer, const uint8_t* at, int64_t length) {
+// Takes a message if it is the answer to a call that is out.
+bool take_answer(Client& client, int64_t peer, const Message& message) {
   int64_t numbers[kAnswerNumbers];
-  const uint8_t* data =
-      read_header(client.peers[peer], at, length, kAnswerNumbers, kTextPlace, numbers);
-  if (data == nullptr) return false;
-  const int64_t *own = numbers + 3, *facts = numbers + 10, bytes = at + length - data;
+  const Peer& sender = client.peers->table[peer];
+  if (!read_header(sender, message.header, kAnswerNumbers, kTextPlace, numbers)) return false;
+  const int64_t *own = numbers + 3, *facts = numbers + 10, bytes = message.payload.size;
   for (int64_t i = 0; i < client.num_outs; i++) {
     Out& out = client.outs[i];
     if (out.state != kOut || out.is_answered || out.peer != peer || out.step != own[0] ||
@@ -385,107 +466,81 @@ bool take_answer(Client& client, int64_t peer, const uint8_t* at, int64_t length
     if (facts[0] != kFloat32 || facts[1] != 2 || facts[2] != out.rows || facts[3] != out.width ||
         facts[4] != 0 || facts[5] != bytes || bytes != out.rows * out.width * 4 || facts[6] != 0)
       return false;
-    memcpy(out.answer, data, bytes);
+    memcpy(out.answer, message.payload.data, bytes);
     out.is_answered = 1;
     client.answered_s = seconds();
-    // who shares memory shares the clock; that of the answer is in whole microseconds
+    // both are on one host and share the clock; that of the answer is in whole microseconds
     const double taken_s = own[5] * 1e-6, computed_s = own[6] * 1e-6 + taken_s;
-    const int64_t slot = client.peers[peer].slot;
-    note(client, event_of(out, kAToF, out.sent_s, taken_s, slot));
+    note(client, event_of(out, kAToF, out.sent_s, taken_s, sender.slot));
     note(client, event_of(out, kFToA, computed_s < client.answered_s ? computed_s : client.answered_s,
-                          client.answered_s, slot));
+                          client.answered_s, sender.slot));
     complete(client, i);
     return true;
   }
   return false;
 }
 
-// Takes the answers off the rings; returns whether something else is due in any.
+// Takes the answers; returns whether something else has arrived.
 bool take_answers(Client& client) {
-  bool others = false;
-  for (int64_t i = 0; i < client.num_peers; i++) {
-    const Peer& peer = client.peers[i];
-    for (int64_t found; (found = afd_ring_peek(peer.ring)) != kNothing;) {
-      const uint8_t* at = reinterpret_cast<uint8_t*>(peer.memory) + (found >> 32);
-      if (found < 0 || !take_answer(client, i, at, found & 0xffffffff)) {
-        others = true;
-        break;
-      }
-      afd_ring_advance(peer.ring);
-    }
-  }
-  return others;
+  return take(*client.peers, [&](int64_t place, const Message& message) {
+    return take_answer(client, place, message);
+  });
 }
 
 }  // namespace
 
 extern "C" {
 
-// Watches the server's rings as afd_ring_watch does, and answers what it can; returns whether
-// something else is due, or somebody must be woken, or the events are to be taken.
+// Waits, and answers what it can meanwhile; returns whether something else has arrived, or somebody
+// must be woken, or the events are to be taken, or there was a signal.
 int64_t afd_serve(Server* server, int64_t longest_ns) {
   thread_local std::vector<Call> calls;
   const int64_t until = now_ns() + longest_ns;
   const auto must_return = [&] {
-    return server->bell != 0 || server->num_events > server->most_events / 2;
+    return server->callers->bell != 0 || server->num_events > server->most_events / 2;
   };
-  do {
-    for (int i = 0; i < kPausesBetweenYields; ++i) {
-      bool others = take_calls(*server, calls);
-      while (!calls.empty()) {
-        compute(*server, calls);
-        if (!others && !must_return() && now_ns() < until) others = take_calls(*server, calls);
-      }
-      if (others || must_return()) return 1;
-      pause_briefly();
+  return wait(*server->callers, until, [&] {
+    bool others = take_calls(*server, calls);
+    while (!calls.empty()) {
+      compute(*server, calls);
+      if (!others && !must_return() && now_ns() < until) others = take_calls(*server, calls);
     }
-    sched_yield();
-  } while (now_ns() < until);
-  return 0;
+    return others || must_return() ? Found::kLeft : Found::kNothing;
+  });
 }
 
-// Sends a call and notes it at a place that is free; returns 1 if its reader must be woken, 0 if
-// not, and less if there was no room for it.
+// Sends a call and notes it at a place that is free; returns whether there was room for it.
 int64_t afd_call(Client* client, int64_t place, int64_t peer, int64_t epoch, int64_t step,
                  int64_t lane, int64_t layer, int64_t part, int64_t live_us, const uint8_t* data,
                  int64_t rows, int64_t row_bytes, float* answer, int64_t width, const Way* way) {
   Out& out = client->outs[place];
   out = {kFree, peer, epoch, step, lane, layer, part, rows, width, answer, way, 0.0, 0, 0, 0};
   divide(*client, out);
-  const int64_t done = send(*client, out, live_us, data, row_bytes);
-  if (done < 0) out.state = kFree;
-  return done;
+  const bool is_sent = send(*client, out, live_us, data, row_bytes);
+  if (!is_sent) out.state = kFree;
+  return is_sent;
 }
 
-// Watches the client's rings as afd_ring_watch does, takes answers and goes on with them; returns
-// whether Python has to go on with one, or something else is due, or somebody must be woken, or the
-// events are to be taken.
+// Waits, takes answers and goes on with them; returns whether Python has to go on with one, or
+// something else has arrived, or somebody must be woken, or the events are to be taken, or there was
+// a signal.
 int64_t afd_await(Client* client, int64_t longest_ns) {
   const int64_t until = now_ns() + longest_ns;
-  bool is_late = false;
-  do {
-    for (int i = 0; i < kPausesBetweenYields && !is_late; ++i) {
-      const bool others = take_answers(*client);
-      bool went_on = false;
-      for (int64_t place = 0; place < client->num_outs; place++)
-        if (client->outs[place].state == kGoesOn) {
-          go_on(*client, place);
-          went_on = true;
-        }
-      if (went_on && client->num_ready == 0) client->idle_since_s = seconds();
-      if (others || client->num_ready > 0 || client->bell != 0 ||
-          client->num_events > client->most_events / 2)
-        return 1;
-      if (compute_own(*client)) {
-        i = -1;  // its answer may have come before, and nothing else would tell of it
-        continue;
+  return wait(*client->peers, until, [&] {
+    const bool others = take_answers(*client);
+    bool went_on = false;
+    for (int64_t place = 0; place < client->num_outs; place++)
+      if (client->outs[place].state == kGoesOn) {
+        go_on(*client, place);
+        went_on = true;
       }
-      is_late = went_on && now_ns() >= until;
-      pause_briefly();
-    }
-    sched_yield();
-  } while (now_ns() < until);
-  return 0;
+    if (went_on && client->num_ready == 0) client->idle_since_s = seconds();
+    if (others || client->num_ready > 0 || client->peers->bell != 0 ||
+        client->num_events > client->most_events / 2)
+      return Found::kLeft;
+    if (compute_own(*client)) return Found::kMore;  // its answer may have come before
+    return went_on ? Found::kDone : Found::kNothing;
+  });
 }
 
 }  // extern "C"

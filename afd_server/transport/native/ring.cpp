@@ -196,4 +196,5 @@ int64_t afd_ring_doze(Ring* const* rings, int64_t count) {
 
 }  // extern "C"
 
+#include "sockets.h"
 #include "calls.h"
