@@ -102,8 +102,8 @@ class ServeConfig:
         "kernels were built"
     )  # fmt: skip
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = _setting(
-        "auto", "of keys and values; auto: as dtype, but with int8 products int8, or bfloat16 where "
-        "heads share a latent vector"
+        "auto", "of keys and values; auto: as dtype, but with int8 products int8, or bfloat16 "
+        "where heads share a latent vector"
     )  # fmt: skip
     launcher: Literal["ray", "local"] = _setting(
         "ray", "start workers as Ray actors or as plain subprocesses"

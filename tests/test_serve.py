@@ -25,7 +25,9 @@ def llama():
 
 
 @pytest.mark.parametrize("quantization", ["auto", "none"])
-def test_a_server_without_native_kernels_says_what_is_missing(libraries, caplog, llama, quantization):
+def test_a_server_without_native_kernels_says_what_is_missing(
+    libraries, caplog, llama, quantization
+):
     config = ServeConfig(model="m", quantization=quantization, compute_threads=2)
     assert _resolve_numerics(config, llama) == Numerics("reference", "float32", "float32")
     assert [r.levelname for r in caplog.records] == ["WARNING"], "threads are of use to torch"
@@ -40,7 +42,9 @@ def test_int8_without_native_kernels_is_refused(libraries, llama):
 
 @pytest.mark.parametrize("quantization", ["auto", "none"])
 @pytest.mark.parametrize("threads", [1, 4])
-def test_threads_beside_native_kernels_are_warned_of(libraries, caplog, llama, quantization, threads):
+def test_threads_beside_native_kernels_are_warned_of(
+    libraries, caplog, llama, quantization, threads
+):
     (libraries / "libafd_portable.so").touch()
     config = ServeConfig(model="m", quantization=quantization, compute_threads=threads)
     assert _resolve_numerics(config, llama).kernels == "native"

@@ -55,7 +55,7 @@ class Held:
         return self._ffn.halves(layer) is not None
 
     def native(self, layer: int) -> NativeCall | None:
-        """Return what answers calls of a dense layer, or the head, outside of Python, if anything."""
+        """Return what answers calls of a dense layer or the head outside of Python, if anything."""
         if layer < self._head_layer:
             return self._ffn.native(layer)
         if layer == self._head_layer:

@@ -13,7 +13,7 @@ from afd_server.policy.step_time import StepLoad, StepTimeModel, with_prefill, w
 
 HEADROOM = 0.94  # of a target: tokens are due that much earlier than was promised
 DECODE_SHARE = 0.82  # of a target that decoding alone may come to take; the rest is for prompts
-LONGEST_GAP = 1.85  # targets: slack or not, hardly any step with more prefill takes longer
+LONGEST_GAP = 1.7  # targets: slack or not, hardly any step with more prefill takes longer
 EXPECTED_GROWTH = 64  # tokens by which a sequence is taken to grow when it is judged
 PATIENCE_S = 0.5  # without any prefill, after which some is done at anybody's cost
 MIN_PREFILL = 16  # tokens; fewer are not worth their part of a step
