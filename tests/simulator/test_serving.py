@@ -247,7 +247,7 @@ def test_where_blocks_run_short_targets_are_kept_and_those_preempted_finish():
             replace(arrival, num_output=rng.randint(300, 700))  # more than is reserved for them
             for arrival in poisson(2.5, 0, 40, rng, tokens=(32, 64))
         ]
-        simulated = simulation(seed, num_blocks=170, max_model_len=1000)
+        simulated = simulation(seed, num_blocks=120, max_model_len=1000)
         outcomes = begun(simulated.run(arrivals))
         assert simulated.scheduler.num_preemptions > 0
         assert attainment(outcomes) == 1.0
