@@ -95,7 +95,8 @@ def test_layers_with_a_window_leave_room_for_a_longer_context(short_dir):
     shutil.copytree(model, short_dir / "model")
     longer = json.dumps({**config, "max_position_embeddings": 4000})
     (short_dir / "model" / "config.json").write_text(longer)
-    text = refused(short_dir, short_dir / "model", *LOCAL, "--kv-cache-mb", 1)
+    kv = "--kv-cache-mb", 1, "--kv-cache-dtype", "bfloat16"
+    text = refused(short_dir, short_dir / "model", *LOCAL, *kv)
     assert "kv_cache_mb 1 holds 3184 tokens" in text
 
 
