@@ -22,15 +22,18 @@ from afd_server.transport.sockets import NativeSockets
 CREDITS = 64  # frames queued for one peer before it counts as not keeping up
 MAX_PER_RECEIVE = 256  # so that a busy link cannot keep its owner from its work
 
-# ZeroMQ's defaults are unbounded queues, silent drops and no heartbeats.
+# ZeroMQ's defaults are unbounded queues, silent drops and connections to lost hosts that stay. Its
+# heartbeats are no remedy: with them libzmq 4.3.5 aborts a process whose peer leaves a full queue.
 _OPTIONS = {
     zmq.MAXMSGSIZE: MAX_PAYLOAD_BYTES,
     zmq.SNDHWM: CREDITS,
     zmq.RCVHWM: CREDITS,
     zmq.LINGER: 0,
-    zmq.HEARTBEAT_IVL: 100,
-    zmq.HEARTBEAT_TIMEOUT: 300,
-    zmq.HEARTBEAT_TTL: 300,
+    zmq.TCP_KEEPALIVE: 1,
+    zmq.TCP_KEEPALIVE_IDLE: 1,
+    zmq.TCP_KEEPALIVE_INTVL: 1,
+    zmq.TCP_KEEPALIVE_CNT: 3,
+    zmq.TCP_MAXRT: 4000,
     zmq.HANDSHAKE_IVL: 2000,
     zmq.RECONNECT_IVL: 50,
     zmq.RECONNECT_IVL_MAX: 2000,
@@ -170,6 +173,7 @@ class ZeroMQLink:
     def _bind(self, bind: str) -> "zmq.Socket[bytes]":
         router = self._socket(zmq.ROUTER)
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # else who connects again may not be heard
         try:
             if bind.startswith("ipc://") and _is_served(bind.removeprefix("ipc://")):
                 raise zmq.ZMQError(zmq.EADDRINUSE)

@@ -251,9 +251,12 @@ SAFE = {
     zmq.SNDHWM: 64,
     zmq.RCVHWM: 64,
     zmq.LINGER: 0,
-    zmq.HEARTBEAT_IVL: 100,
-    zmq.HEARTBEAT_TIMEOUT: 300,
-    zmq.HEARTBEAT_TTL: 300,
+    zmq.HEARTBEAT_IVL: 0,
+    zmq.TCP_KEEPALIVE: 1,
+    zmq.TCP_KEEPALIVE_IDLE: 1,
+    zmq.TCP_KEEPALIVE_INTVL: 1,
+    zmq.TCP_KEEPALIVE_CNT: 3,
+    zmq.TCP_MAXRT: 4000,
     zmq.HANDSHAKE_IVL: 2000,
     zmq.RECONNECT_IVL: 50,
     zmq.RECONNECT_IVL_MAX: 2000,
@@ -269,6 +272,36 @@ def test_no_socket_keeps_an_unsafe_default(sockets):
     for socket in a_sockets:
         assert {option: socket.getsockopt(option) for option in SAFE} == SAFE
     assert a_sockets[1].getsockopt(zmq.IDENTITY) == b"a"
+
+
+# In a process of its own, which libzmq would abort.
+LEFT_UNREAD = """
+import sys, time
+from afd_server.core.errors import TransportError
+from afd_server.transport.zeromq import ZeroMQLink
+
+reader, writer = ZeroMQLink("reader", sys.argv[1]), ZeroMQLink("writer", None)
+writer.connect("reader", reader.address)
+end_s = time.monotonic() + 0.7
+while time.monotonic() < end_s:
+    try:
+        writer.send("reader", [b"header", bytes(256 * 1024)])
+    except TransportError:
+        time.sleep(0.001)
+writer.close()
+time.sleep(1.2)
+assert reader.receive(1.0)
+reader.close()
+"""
+
+
+@pytest.mark.parametrize("scheme", ["ipc", "tcp"])
+def test_a_peer_that_leaves_a_full_queue_does_not_end_the_process(tmp_path, scheme):
+    bind = f"ipc://{tmp_path}/reader" if scheme == "ipc" else "tcp://127.0.0.1:*"
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_UNREAD, bind], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_router_reports_who_is_not_there(processes):
