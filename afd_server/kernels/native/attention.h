@@ -25,6 +25,20 @@ struct Query {
   int64_t first, stop; // sees positions first … stop − 1
 };
 
+struct Range {
+  int64_t first, stop;
+};
+
+// What any of some queries sees.
+inline Range seen_by(const Query* queries, int64_t count) {
+  Range seen{queries[0].first, queries[0].stop};
+  for (int64_t q = 1; q < count; q++) {
+    seen.first = queries[q].first < seen.first ? queries[q].first : seen.first;
+    seen.stop = queries[q].stop > seen.stop ? queries[q].stop : seen.stop;
+  }
+  return seen;
+}
+
 template <typename KV>
 struct KVHead {  // one key/value head of one sequence
   const KV* keys;  // [blocks, kv_heads, block_size, stored], at this head, behind the first scale
@@ -145,20 +159,14 @@ void attend(const KVHead<KV>& kv, const Query* queries, float scale) {
   Prepared<KV, kVectors> query[kQueries];
   v16 weighted[kQueries][kVectors] = {};
   float highest[kQueries], total[kQueries] = {};
-  int64_t first = queries[0].first, stop = queries[0].stop;
+  const auto [first, stop] = seen_by(queries, kQueries);
   for (int q = 0; q < kQueries; q++) {
     query[q].take(queries[q].from, scale);
     highest[q] = -FLT_MAX;
-    first = queries[q].first < first ? queries[q].first : first;
-    stop = queries[q].stop > stop ? queries[q].stop : stop;
   }
   int64_t next[kSpan];
-  const auto locate = [&](int64_t begin) {
-    for (int j = 0; j < kSpan; j++) {
-      // outside of what is seen, any seen key will do: it is hidden below, or never used
-      const int64_t position = begin + j < stop ? begin + j : stop - 1;
-      next[j] = kv.at(position < first ? first : position);
-    }
+  const auto locate = [&, first = first, stop = stop](int64_t begin) {
+    for (int j = 0; j < kSpan; j++) next[j] = kv.seen_at(begin + j, first, stop);
   };
   locate(first / kSpan * kSpan);
   const v16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -282,12 +290,10 @@ void attend_int8(const KVHead<int8_t>& kv, const Query* queries, float scale) {
   Prepared<int8_t, kVectors> query[kQueries];
   v16 weighted[kQueries][kVectors] = {};
   float highest[kQueries], total[kQueries] = {};
-  int64_t first = queries[0].first, stop = queries[0].stop;
+  const auto [first, stop] = seen_by(queries, kQueries);
   for (int q = 0; q < kQueries; q++) {
     query[q].take(queries[q].from, scale);
     highest[q] = -FLT_MAX;
-    first = queries[q].first < first ? queries[q].first : first;
-    stop = queries[q].stop > stop ? queries[q].stop : stop;
   }
   int64_t begin = first / kSpan * kSpan;
   alignas(64) int64_t places[2][kSpan];
@@ -522,13 +528,11 @@ void attend_many(const KVHead<KV>& kv, const Query* queries, int64_t count, floa
   thread_local std::vector<SpanOfMany<KV, kVectors>> spans(1);
   thread_local std::vector<RunningQuery<KV, kVectors>> running;
   running.assign(count, {});
-  int64_t first = queries[0].first, stop = queries[0].stop;
+  const auto [first, stop] = seen_by(queries, count);
   for (int64_t q = 0; q < count; q++) {
     running[q].prepared.take(queries[q].from, scale);
     running[q].query = queries + q;
     running[q].highest = -FLT_MAX;
-    first = queries[q].first < first ? queries[q].first : first;
-    stop = queries[q].stop > stop ? queries[q].stop : stop;
   }
   int64_t begun = 0, ended = count;  // rows stand in order of what they see
   for (int64_t begin = first / kSpan * kSpan; begin < stop; begin += kSpan) {
@@ -564,12 +568,11 @@ int64_t attend_some(int64_t count, const KVHead<KV>& kv, const Query* queries, f
     if (count < kQueries) return attend_some<KV, kVectors, kQueries - 1>(count, kv, queries, scale);
   }
 #ifdef __AVX512VNNI__
-  if constexpr (std::is_same_v<KV, int8_t>) {
+  if constexpr (std::is_same_v<KV, int8_t>)
     attend_int8<kVectors, kQueries>(kv, queries, scale);
-    return kQueries;
-  }
+  else
 #endif
-  attend<KV, kVectors, kQueries>(kv, queries, scale);
+    attend<KV, kVectors, kQueries>(kv, queries, scale);
   return kQueries;
 }
 
