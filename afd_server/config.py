@@ -131,7 +131,7 @@ class ServeConfig:
         "auto", "micro-batches of an attention worker in flight; auto: what a calibration at the "
         "start finds best, and 1 when colocated"
     )  # fmt: skip
-    max_num_seqs: int = _setting(32, "most sequences of an attention worker in its KV cache")
+    max_num_seqs: int = _setting(64, "most sequences of an attention worker in its KV cache")
     max_batch_tokens: int = _setting(256, "most tokens of one micro-batch")
     block_size: Annotated[Literal[1, 2, 4, 8, 16, 32, 64], BeforeValidator(_text_as_integer)] = (
         _setting(16, "tokens of a KV block")

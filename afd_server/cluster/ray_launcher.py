@@ -154,6 +154,8 @@ class RayLauncher:
 
     def _place(self) -> None:
         for role, count in self._config.counts.items():
+            if count == 0:
+                continue  # colocated: there are no FFN workers, and Ray refuses an empty group
             bundles = [dict(self._config.resources[role]) for _ in range(count)]
             group = placement_group(bundles, strategy="PACK", name=f"afd-{role.name.lower()}")
             self._groups[role] = group

@@ -42,6 +42,13 @@ def test_pools_run_on_resources_of_their_own(short_dir):
         assert sum("_WorkerActor.run" in name for name in names) == 4
 
 
+def test_a_colocated_pool_needs_no_place_for_ffn_workers(short_dir):
+    with serving(short_dir, tiny_llama()[0], "--ffn-workers", 0) as server:
+        assert server.topology == "1A0F"
+        answer = server.http.post("/v1/completions", json=BODY)
+        assert len(answer.json()["choices"][0]["token_ids"]) >= 1
+
+
 def test_a_killed_actor_is_replaced(short_dir):
     with serving(short_dir, tiny_llama()[0]) as server:
         before = server.http.post("/v1/completions", json=BODY).json()["choices"][0]["token_ids"]
