@@ -17,6 +17,7 @@ LONGEST_GAP = 1.7  # targets: slack or not, hardly any step with more prefill ta
 EXPECTED_GROWTH = 64  # tokens by which a sequence is taken to grow when it is judged
 PATIENCE_S = 0.5  # without any prefill, after which some is done at anybody's cost
 MIN_PREFILL = 16  # tokens; fewer are not worth their part of a step
+SWITCH_GAIN = 1.06  # that another number of lanes must promise: to change it costs half a step
 TRIAL_EVERY = 128  # steps, of which so many are in another number of lanes than is thought best
 TRIAL_STEPS = 8
 TRIAL_COST = 1.25  # unless these are thought to take so many times as long
@@ -36,6 +37,7 @@ class Pace:
         self.model = StepTimeModel()
         self._lane_choices = range(num_lanes, num_lanes + 1)
         self._num_chosen = 0
+        self._preferred = num_lanes  # lanes, but for trials of others
         self.num_lanes = num_lanes  # in which sequences decode, as last chosen
         self._last_prefill_s = -inf
 
@@ -64,7 +66,12 @@ class Pace:
             return choices[-1]
         rows, keys = _expected_rows(sequences)
         expected_s = {lanes: self._decode_step_s(rows, keys, lanes) for lanes in choices}
-        best, second, *_ = sorted(choices, key=lambda lanes: expected_s[lanes])
+
+        def weighed_s(lanes: int) -> float:
+            return expected_s[lanes] / (SWITCH_GAIN if lanes == self._preferred else 1.0)
+
+        best, second, *_ = sorted(choices, key=weighed_s)
+        self._preferred = best
         self._num_chosen += 1
         is_trial = self._num_chosen % TRIAL_EVERY < TRIAL_STEPS
         return second if is_trial and expected_s[second] < TRIAL_COST * expected_s[best] else best
