@@ -60,6 +60,12 @@ struct KVHead {  // one key/value head of one sequence
   }
 };
 
+template <typename KV>
+struct Following {  // what is attended to next; nothing of it is seen where that is not known
+  KVHead<KV> kv;
+  Range seen;
+};
+
 inline int tiles_until(int64_t stop, int64_t begin) {
   const int64_t seen = (stop - begin + kKeyTile - 1) / kKeyTile;
   return seen < kTiles ? static_cast<int>(seen) : kTiles;
@@ -283,9 +289,11 @@ ALWAYS_INLINE void multiply_eight(const int8_t* keys, const int64_t* at,
   }
 }
 
-// `attend` for int8 keys and values: the same bits, since sums of integers are exact.
+// `attend` for int8 keys and values: the same bits, since sums of integers are exact. Each span asks for
+// the memory of the next one, the last for that of the first span of `following`.
 template <int kVectors, int kQueries>
-void attend_int8(const KVHead<int8_t>& kv, const Query* queries, float scale) {
+void attend_int8(const KVHead<int8_t>& kv, const Query* queries, float scale,
+                 const Following<int8_t>& following) {
   constexpr int kAtOnce = kQueries < 3 ? kQueries : 3;
   Prepared<int8_t, kVectors> query[kQueries];
   v16 weighted[kQueries][kVectors] = {};
@@ -301,9 +309,18 @@ void attend_int8(const KVHead<int8_t>& kv, const Query* queries, float scale) {
     locate_tile(kv, begin + kKeyTile * tile, first, stop, places[0] + kKeyTile * tile);
   for (int span = 0; begin < stop; begin += kSpan, span ^= 1) {
     const int64_t *at = places[span], *next = places[span ^ 1];
-    const int tiles = tiles_until(stop, begin), next_tiles = tiles_until(stop, begin + kSpan);
+    const bool is_last = begin + kSpan >= stop;
+    const KVHead<int8_t>& then = is_last ? following.kv : kv;
+    const Range seen = is_last ? following.seen : Range{first, stop};
+    const int64_t next_begin = is_last ? seen.first / kSpan * kSpan : begin + kSpan;
+    const int tiles = tiles_until(stop, begin), next_tiles = tiles_until(seen.stop, next_begin);
     for (int tile = 0; tile < next_tiles; tile++)
-      locate_tile(kv, begin + kSpan + kKeyTile * tile, first, stop, places[span ^ 1] + kKeyTile * tile);
+      locate_tile(then, next_begin + kKeyTile * tile, seen.first, seen.stop,
+                  places[span ^ 1] + kKeyTile * tile);
+    const auto ask_for = [&](const int8_t* from, int begun, int ended) {
+      for (int j = begun; j < ended && j < kKeyTile * next_tiles; j++)
+        prefetch(from + next[j], 16 * kVectors);
+    };
     v16 scores[kQueries][kTiles];
     alignas(64) float scales[2][kSpan];
     collect_scales(kv.keys, at, kKeyTile * tiles, scales[0]);
@@ -318,8 +335,8 @@ void attend_int8(const KVHead<int8_t>& kv, const Query* queries, float scale) {
             multiply_eight<kVectors, kAtOnce>(kv.keys, keys + 8 * half, query + from, sums[half]);
           else
             multiply_eight<kVectors, kLeft>(kv.keys, keys + 8 * half, query + from, sums[half]);
-          if (from == 0)
-            for (int j = 8 * half; j < 8 * half + 8; j++) prefetch(kv.values + keys[j], 16 * kVectors);
+          const int begun = kKeyTile * tile + 8 * half;
+          if (from == 0) ask_for(then.keys, begun, begun + 8);
         }
         for (int q = from; q < kQueries && q < from + kAtOnce; q++) {
           const i16 sum = sum_both(sums[0][q - from], sums[1][q - from]) + query[q].shift;
@@ -329,6 +346,7 @@ void attend_int8(const KVHead<int8_t>& kv, const Query* queries, float scale) {
         }
       }
     }
+    ask_for(then.keys, kKeyTile * tiles, kSpan);
     alignas(64) float weights[kQueries][kSpan];
     collect_scales(kv.values, at, kKeyTile * tiles, scales[1]);
     for (int q = 0; q < kQueries; q++) {
@@ -346,8 +364,9 @@ void attend_int8(const KVHead<int8_t>& kv, const Query* queries, float scale) {
         for (int q = 0; q < kQueries; q++)
           weighted[q][i] = fma(splat(weights[q][j]), value[i], weighted[q][i]);
       }
-      if (j < kKeyTile * next_tiles) prefetch(kv.keys + next[j], 16 * kVectors);
+      ask_for(then.values, j, j + 1);
     }
+    ask_for(then.values, kKeyTile * tiles, kSpan);
   }
   for (int q = 0; q < kQueries; q++) end<int8_t, kVectors>(weighted[q], total[q], queries[q].to);
 }
@@ -555,7 +574,8 @@ void attend_many(const KVHead<KV>& kv, const Query* queries, int64_t count, floa
 
 // Attends for some of `count` queries and returns for how many.
 template <typename KV, int kVectors, int kQueries = most_queries(kVectors)>
-int64_t attend_some(int64_t count, const KVHead<KV>& kv, const Query* queries, float scale) {
+int64_t attend_some(int64_t count, const KVHead<KV>& kv, const Query* queries, float scale,
+                    const Following<KV>& following) {
 #ifdef __AVX512VNNI__
   if constexpr (kQueries == most_queries(kVectors)) {
     if (count >= kManyQueries) {
@@ -565,11 +585,12 @@ int64_t attend_some(int64_t count, const KVHead<KV>& kv, const Query* queries, f
   }
 #endif
   if constexpr (kQueries > 1) {
-    if (count < kQueries) return attend_some<KV, kVectors, kQueries - 1>(count, kv, queries, scale);
+    if (count < kQueries)
+      return attend_some<KV, kVectors, kQueries - 1>(count, kv, queries, scale, following);
   }
 #ifdef __AVX512VNNI__
   if constexpr (std::is_same_v<KV, int8_t>)
-    attend_int8<kVectors, kQueries>(kv, queries, scale);
+    attend_int8<kVectors, kQueries>(kv, queries, scale, following);
   else
 #endif
     attend<KV, kVectors, kQueries>(kv, queries, scale);
@@ -579,17 +600,17 @@ int64_t attend_some(int64_t count, const KVHead<KV>& kv, const Query* queries, f
 // The same for a head size known at run time; 0 if it is none of those built in.
 template <typename KV>
 int64_t attend_any(int64_t head_dim, int64_t count, const KVHead<KV>& kv, const Query* queries,
-                   float scale) {
+                   float scale, const Following<KV>& following) {
   switch (head_dim) {
-    case 16: return attend_some<KV, 1>(count, kv, queries, scale);
-    case 32: return attend_some<KV, 2>(count, kv, queries, scale);
-    case 48: return attend_some<KV, 3>(count, kv, queries, scale);
-    case 64: return attend_some<KV, 4>(count, kv, queries, scale);
-    case 80: return attend_some<KV, 5>(count, kv, queries, scale);
-    case 96: return attend_some<KV, 6>(count, kv, queries, scale);
-    case 128: return attend_some<KV, 8>(count, kv, queries, scale);
-    case 192: return attend_some<KV, 12>(count, kv, queries, scale);
-    case 256: return attend_some<KV, 16>(count, kv, queries, scale);
+    case 16: return attend_some<KV, 1>(count, kv, queries, scale, following);
+    case 32: return attend_some<KV, 2>(count, kv, queries, scale, following);
+    case 48: return attend_some<KV, 3>(count, kv, queries, scale, following);
+    case 64: return attend_some<KV, 4>(count, kv, queries, scale, following);
+    case 80: return attend_some<KV, 5>(count, kv, queries, scale, following);
+    case 96: return attend_some<KV, 6>(count, kv, queries, scale, following);
+    case 128: return attend_some<KV, 8>(count, kv, queries, scale, following);
+    case 192: return attend_some<KV, 12>(count, kv, queries, scale, following);
+    case 256: return attend_some<KV, 16>(count, kv, queries, scale, following);
     default: return 0;
   }
 }
@@ -617,28 +638,43 @@ int32_t attend_all(const float* query, int64_t heads, int64_t head_dim, const KV
   const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
   const int block_bits = __builtin_ctzll(block_size);
   const int64_t stored = head_dim + kScaleElements<KV>;
+  const auto head_of = [&](int64_t sequence, int64_t kv_head) {
+    const int64_t at = kv_head * block_size * stored + kScaleElements<KV>;
+    return KVHead<KV>{keys + at,  values + at,
+                      s.block_tables + sequence * s.table_width,
+                      block_bits, kv_heads * block_size * stored,
+                      stored};
+  };
+  const auto seen_from = [&](int64_t row) {
+    const int64_t stop = s.num_keys[row];
+    return Range{s.window > 0 && stop > s.window ? stop - s.window : 0, stop};
+  };
+  const auto behind = [&](int64_t sequence, int64_t kv_head) {
+    if (++kv_head == kv_heads) {
+      kv_head = 0;
+      sequence++;
+    }
+    if (sequence == s.count || s.row_starts[sequence] == s.row_starts[sequence + 1])
+      return Following<KV>{head_of(0, 0), {0, 0}};
+    return Following<KV>{head_of(sequence, kv_head), seen_from(s.row_starts[sequence])};
+  };
   std::vector<Query> queries;
   for (int64_t sequence = 0; sequence < s.count; sequence++) {
     for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++) {
-      const int64_t at = kv_head * block_size * stored + kScaleElements<KV>;
-      const KVHead<KV> kv{keys + at,
-                          values + at,
-                          s.block_tables + sequence * s.table_width,
-                          block_bits,
-                          kv_heads * block_size * stored,
-                          stored};
       queries.clear();
       for (int64_t row = s.row_starts[sequence]; row < s.row_starts[sequence + 1]; row++) {
-        const int64_t stop = s.num_keys[row];
-        const int64_t first = s.window > 0 && stop > s.window ? stop - s.window : 0;
+        const auto [first, stop] = seen_from(row);
         for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
           const int64_t at = (row * heads + head) * head_dim;
           queries.push_back({query + at, out + at, first, stop});
         }
       }
+      const KVHead<KV> kv = head_of(sequence, kv_head);
+      const Following<KV> following = behind(sequence, kv_head);
       const int64_t count = static_cast<int64_t>(queries.size());
       for (int64_t at = 0; at < count;) {
-        const int64_t done = attend_any(head_dim, count - at, kv, queries.data() + at, scale);
+        const int64_t done =
+            attend_any(head_dim, count - at, kv, queries.data() + at, scale, following);
         if (done == 0) return 0;
         at += done;
       }
