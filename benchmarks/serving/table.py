@@ -55,8 +55,8 @@ class RowFailed(Exception):
 class Scale:
     """How much is measured."""
 
-    widths: tuple[int, ...] = (8, 12, 14, 16, 18, 20, 24, 28, 32, 40, 48)
-    rates_per_s: tuple[float, ...] = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
+    widths: tuple[int, ...] = (8, 12, 14, 16, 18, 20, 24, 28, 32, 40, 48, 56, 64)
+    rates_per_s: tuple[float, ...] = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0)
     output_len: int = 128
     least_requests: int = 32
     requests_per_stream: int = 4
