@@ -27,12 +27,12 @@ class Rates:
 # One Zen 5 core, benchmarks/results/kernels.json (benchmarks/kernels/micro.py): `gate_up` and
 # `down` with 1 to 8 rows, and with 16. Float32 weights are read and multiplied as bfloat16 ones.
 RATES = {
-    "int8": Rates(24e9, 230e9),
-    "bfloat16": Rates(20e9, 32e9),
-    "float32": Rates(20e9, 32e9),
+    "int8": Rates(31e9, 280e9),
+    "bfloat16": Rates(25e9, 45e9),
+    "float32": Rates(25e9, 45e9),
 }
 WEIGHT_BYTES = {"int8": 1 + 4 / 64, "bfloat16": 2.0, "float32": 4.0}  # int8: a scale for 64
-KV_RATES = Rates(13e9, 28e9)  # the same: attention of 16 and 32 sequences; of 512 rows
+KV_RATES = Rates(18e9, 40e9)  # attention of 16 and 32 sequences: of bfloat16 keys; of int8 keys
 
 
 def estimate_stages(

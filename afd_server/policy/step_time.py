@@ -288,7 +288,7 @@ def _non_negative(
     while True:
         matrix = [[moments[r][c] + weights[r] * (r == c) for c in kept] for r in kept]
         found = _solve(matrix, [products[r] + weights[r] * prior[r] for r in kept])
-        if min(found) >= 0:
+        if min(found, default=0.0) >= 0:
             break
         kept = [feature for feature, cost in zip(kept, found, strict=True) if cost > 0]
     costs = dict(zip(kept, found, strict=True))

@@ -14,6 +14,7 @@ def server() -> Server:
         Path(directory),
         tiny_llama()[0],
         "--launcher", "local", "--served-model-name", "tiny", "--kv-cache-mb", "2",
-        "--max-live-requests", "12", "--max-batch-tokens", "64", "--quantization", "none",
+        "--max-live-requests", "12", "--max-num-seqs", "32", "--max-batch-tokens", "64",
+        "--quantization", "none",
     ) as running:  # fmt: skip
         yield running

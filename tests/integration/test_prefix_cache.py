@@ -155,7 +155,9 @@ def test_int8_tokens_are_the_same_with_a_warm_and_a_cold_cache_and_without(short
         expected, cached = answers(server, 8)
         assert cached == 0
         assert server.status()["workers"][0]["load"]["cached_blocks"] == 0
-    with serving(short_dir, *settings, "--max-batch-tokens", 48, "--lanes", 3) as server:
+    with serving(
+        short_dir, *settings, "--max-num-seqs", 32, "--max-batch-tokens", 48, "--lanes", 3
+    ) as server:
         for num_together in (1, 24, 8):
             tokens, cached = answers(server, num_together)
             assert tokens == expected

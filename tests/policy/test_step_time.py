@@ -112,6 +112,17 @@ TOGETHER = (
 )
 
 
+def test_steps_that_others_made_quicker_cost_these_nothing():
+    """Alone, something held the small steps up the longest; beside another, nothing did."""
+    model = StepTimeModel()
+    few, many = (StepLoad(rows=n, keys=200 * n) for n in (2, 32))
+    together = [replace(load, others=1, other_rows=load.rows) for load in (few, many)]
+    prompt = StepLoad(prefill=512, prefill_keys=131072)
+    alone = [(few, 0.03), (many, 0.02), (prompt, 0.01)]
+    model.calibrate([*alone, *zip(together, (0.002, 0.004), strict=True)])
+    assert model.predict(together[1]) == pytest.approx(model.predict(many))
+
+
 def calibrated(rng) -> StepTimeModel:
     model = StepTimeModel()
     model.calibrate((load, true_s(load) * rng.lognormvariate(0, 0.03)) for load in CALIBRATION * 2)
