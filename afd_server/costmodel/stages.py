@@ -17,7 +17,7 @@ class Rates:
 
     Attributes:
         weight_bytes_s: read from memory by a product of few rows.
-        macs_s: multiply-adds of a product of 16 rows.
+        macs_s: multiply-adds of a product of 16 to 32 rows.
     """
 
     weight_bytes_s: float
@@ -25,7 +25,7 @@ class Rates:
 
 
 # One Zen 5 core, benchmarks/results/kernels.json (benchmarks/kernels/micro.py): `gate_up` and
-# `down` with 1 to 8 rows, and with 16. Float32 weights are read and multiplied as bfloat16 ones.
+# `down` with 1 to 8 rows, and with 16 and 32. Float32 weights are taken for bfloat16 ones.
 RATES = {
     "int8": Rates(31e9, 280e9),
     "bfloat16": Rates(25e9, 45e9),

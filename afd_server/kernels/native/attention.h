@@ -640,10 +640,8 @@ int32_t attend_all(const float* query, int64_t heads, int64_t head_dim, const KV
   const int64_t stored = head_dim + kScaleElements<KV>;
   const auto head_of = [&](int64_t sequence, int64_t kv_head) {
     const int64_t at = kv_head * block_size * stored + kScaleElements<KV>;
-    return KVHead<KV>{keys + at,  values + at,
-                      s.block_tables + sequence * s.table_width,
-                      block_bits, kv_heads * block_size * stored,
-                      stored};
+    const int64_t* blocks = s.block_tables + sequence * s.table_width;
+    return KVHead<KV>{keys + at, values + at, blocks, block_bits, kv_heads * block_size * stored, stored};
   };
   const auto seen_from = [&](int64_t row) {
     const int64_t stop = s.num_keys[row];
