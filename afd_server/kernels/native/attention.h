@@ -477,7 +477,9 @@ ALWAYS_INLINE void score_keys(const SpanOfMany<KV, kVectors>& span,
                               v16 (*scores)[kTiles]) {
   if constexpr (kScaleElements<KV> > 0) {
     __m512i sum[kQueries][kTiles];
+#pragma GCC unroll 2
     for (int q = 0; q < kQueries; q++)
+#pragma GCC unroll 4
       for (int t = 0; t < kTiles; t++) sum[q][t] = _mm512_set1_epi32(queries[q].prepared.shift);
     for (int row = 0; row < 4 * kVectors; row++)
 #pragma GCC unroll 2
@@ -489,8 +491,10 @@ ALWAYS_INLINE void score_keys(const SpanOfMany<KV, kVectors>& span,
         for (int t = 0; t < kTiles; t++)
           add_products(sum[q][t], _mm512_load_si512(span.keys.rows[row] + kKeyTile * t), value);
       }
+#pragma GCC unroll 2
     for (int q = 0; q < kQueries; q++)
-      for (int t = 0; t < tiles; t++) {
+#pragma GCC unroll 4
+      for (int t = 0; t < kTiles; t++) {
         const v16 score = __builtin_convertvector((i16)sum[q][t], v16) * queries[q].prepared.factor;
         const int column = kKeyTile * t;
         scores[q][t] = hide(score * load(span.key_scales + column), *queries[q].query, begin + column);
