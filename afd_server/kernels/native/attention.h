@@ -476,6 +476,7 @@ ALWAYS_INLINE void score_keys(const SpanOfMany<KV, kVectors>& span,
                               const RunningQuery<KV, kVectors>* queries, int64_t begin, int tiles,
                               v16 (*scores)[kTiles]) {
   if constexpr (kScaleElements<KV> > 0) {
+    // All tiles, seen or not: with a number that is not known here, GCC 12 keeps the sums in memory.
     __m512i sum[kQueries][kTiles];
 #pragma GCC unroll 2
     for (int q = 0; q < kQueries; q++)
