@@ -141,15 +141,22 @@ static void compute_half(const SwiGLU& ffn, const Panels& x, bool is_second, flo
   const int64_t columns = is_second ? ffn.inner - first : std::min(ffn.middle(), ffn.inner);
   const Weight gate_up{ffn.gate_up, ffn.gate_up_scales, ffn.groups};
   const Weight down{ffn.down, ffn.down_scales, num_groups(ffn.inner)};
+  const auto limit = static_cast<float>(ffn.limit);
   both.resize(rows * 2 * columns);
   product.resize(rows * row_bytes(columns));
-  if (columns == ffn.inner) {
-    multiply(x, gate_up, 2 * columns, both.data(), 2 * columns);
+  if (x.in_pairs() && columns % kColumns == 0) {
+    const Weight gate = gate_up.from(first, 0), up = gate_up.from(ffn.inner + first, 0);
+    multiply_gated(x, gate, up, columns, limit, both.data());
+    afd_quantise(both.data(), rows, columns, product.data());
   } else {
-    multiply(x, gate_up.from(first, 0), columns, both.data(), 2 * columns);
-    multiply(x, gate_up.from(ffn.inner + first, 0), columns, both.data() + columns, 2 * columns);
+    if (columns == ffn.inner) {
+      multiply(x, gate_up, 2 * columns, both.data(), 2 * columns);
+    } else {
+      multiply(x, gate_up.from(first, 0), columns, both.data(), 2 * columns);
+      multiply(x, gate_up.from(ffn.inner + first, 0), columns, both.data() + columns, 2 * columns);
+    }
+    afd_silu_mul_quantise(both.data(), rows, columns, limit, product.data());
   }
-  afd_silu_mul_quantise(both.data(), rows, columns, static_cast<float>(ffn.limit), product.data());
   lay_out(product.data(), rows, num_groups(columns), panels);
   multiply(panels, down.from(0, first / kGroup), ffn.hidden, out, ffn.hidden);
 }

@@ -91,25 +91,44 @@ struct Panel {
   const int32_t* shifts;  // [groups, rows], -128 · the sum of the group's values
 };
 
-struct Block {  // one block of 16 output columns
+struct Block {  // one block of 16 output columns, or the first of a pair
   int64_t groups;
-  int64_t next;           // from its weights to those of the next block, in groups
+  int64_t second;         // from its weights to those of the second of its pair, in groups
+  int64_t next;           // the same to those of the next block or pair
   const uint8_t* weight;  // [groups · 16, 16, 4], each value + 128
   const float* scales;    // [groups, 16]
   float* y;               // first column of the block in the tile's first row
   int64_t stride;         // of y
   int columns;            // 16, or fewer in the last block
-  int first_ahead;        // of the 32 lines that the next pair of blocks has in each group, which
+  int first_ahead;        // of the 32 lines that the next pair has in each group, which
   int lines_ahead;        // to read ahead, at most 16
+};
+
+// What becomes of a row's sums in a pair of blocks: 32 columns,
+struct Both {
+  void put(const Block& b, int row, v16 first, v16 second) const {
+    float* y = b.y + row * b.stride;
+    store(y, first);
+    store(y + kColumns, second);
+  }
+};
+
+// or, of a gate and what it is for, 16.
+struct Gated {
+  float limit;
+
+  void put(const Block& b, int row, v16 gate, v16 up) const {
+    store(b.y + row * b.stride, silu_mul(gate, up, limit));
+  }
 };
 
 #ifdef __AVX512VNNI__
 // Two blocks at once: each value of a row is then loaded once for 32 columns. Meanwhile the next two
 // come from memory, a share with each tile.
-template <int kRows>
-void multiply_pair(const Panel& x, const Block& b) {
-  const int64_t block_bytes = b.next * kGroup * kColumns, block_scales = b.next * kColumns;
-  const auto ahead = reinterpret_cast<const char*>(b.weight) + 2 * block_bytes;
+template <int kRows, typename Sums>
+void multiply_pair(const Panel& x, const Block& b, const Sums& sums) {
+  const int64_t block_bytes = b.second * kGroup * kColumns, block_scales = b.second * kColumns;
+  const auto ahead = reinterpret_cast<const char*>(b.weight) + b.next * kGroup * kColumns;
   __m512 total[2][kRows];
 #pragma GCC unroll 2
   for (int c = 0; c < 2; c++)
@@ -127,7 +146,7 @@ void multiply_pair(const Panel& x, const Block& b) {
       const __m512i second = _mm512_loadu_si512(weight + block_bytes + k * 64);
       if (k < b.lines_ahead) {
         const int line = b.first_ahead + k;
-        _mm_prefetch(ahead + (line / 16) * block_bytes + (group * 16 + line % 16) * 64, _MM_HINT_T1);
+        _mm_prefetch(ahead + (line / 16) * block_bytes + (group * 16 + line % 16) * 64, _MM_HINT_T0);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; r++) {
@@ -147,10 +166,8 @@ void multiply_pair(const Panel& x, const Block& b) {
       }
     }
   }
-#pragma GCC unroll 2
-  for (int c = 0; c < 2; c++)
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; r++) _mm512_storeu_ps(b.y + r * b.stride + c * kColumns, total[c][r]);
+  for (int r = 0; r < kRows; r++) sums.put(b, r, (v16)total[0][r], (v16)total[1][r]);
 }
 
 template <int kRows>
@@ -188,14 +205,19 @@ void multiply_tile(const Panel& x, const Block& b) {
 template <int kRows>
 void multiply_tile(const Panel& x, const Block& b);
 
-template <int kRows>
-void multiply_pair(const Panel& x, const Block& b) {
-  multiply_tile<kRows>(x, b);
-  Block second = b;
-  second.weight += b.next * kGroup * kColumns;
-  second.scales += b.next * kColumns;
-  second.y += kColumns;
-  multiply_tile<kRows>(x, second);
+template <int kRows, typename Sums>
+void multiply_pair(const Panel& x, const Block& b, const Sums& sums) {
+  float parts[2][kRows * kColumns];
+  for (int c = 0; c < 2; c++) {
+    Block part = b;
+    part.weight += c * b.second * kGroup * kColumns;
+    part.scales += c * b.second * kColumns;
+    part.y = parts[c];
+    part.stride = part.columns = kColumns;
+    multiply_tile<kRows>(x, part);
+  }
+  for (int r = 0; r < kRows; r++)
+    sums.put(b, r, load(parts[0] + r * kColumns), load(parts[1] + r * kColumns));
 }
 
 // Integer products of one group in 32 bits; the compiler's vectors do the rest.
@@ -231,11 +253,11 @@ void multiply_any(int64_t rows, const Panel& x, const Block& b) {
   }
 }
 
-template <int kRows>
-void multiply_pair_any(int64_t rows, const Panel& x, const Block& b) {
+template <int kRows, typename Sums>
+void multiply_pair_any(int64_t rows, const Panel& x, const Block& b, const Sums& sums) {
   if constexpr (kRows > 0) {
-    if (rows == kRows) return multiply_pair<kRows>(x, b);
-    multiply_pair_any<kRows - 1>(rows, x, b);
+    if (rows == kRows) return multiply_pair<kRows>(x, b, sums);
+    multiply_pair_any<kRows - 1>(rows, x, b, sums);
   }
 }
 
@@ -254,6 +276,13 @@ struct Panels {
   std::vector<float> scales;
 
   bool in_pairs() const { return tiles.rows >= kManyRows; }
+
+  int64_t height(int64_t tile) const { return tiles.start(tile + 1) - tiles.start(tile); }
+
+  Panel tile(int64_t tile) const {
+    const int64_t first = tiles.start(tile) * groups;
+    return {values.data() + first * 16, scales.data() + first, shifts.data() + first};
+  }
 };
 
 void lay_out(const uint8_t* x, int64_t rows, int64_t groups, Panels& out) {
@@ -294,37 +323,63 @@ struct Weight {
   }
 };
 
+// A pair of blocks by all rows; each tile reads its share of the next pair ahead.
+template <typename Sums>
+void multiply_pairs(const Panels& x, Block block, const Sums& sums) {
+  float* const y = block.y;
+  const auto ahead = [&](int64_t tile) { return static_cast<int>(tile * 2 * kColumns / x.tiles.count); };
+  for (int64_t tile = 0; tile < x.tiles.count; tile++) {
+    block.y = y + x.tiles.start(tile) * block.stride;
+    block.first_ahead = ahead(tile);
+    block.lines_ahead = ahead(tile + 1) - ahead(tile);
+    multiply_pair_any<kPairTile>(x.height(tile), x.tile(tile), block, sums);
+  }
+}
+
 // y[rows, columns] = x · weightᵀ, with `stride` elements between rows of y. Exact sums in a group,
 // groups in order.
 void multiply(const Panels& x, const Weight& weight, int64_t columns, float* y, int64_t stride) {
-  const Tiles& tiles = x.tiles;
-  const int64_t groups = x.groups;
   for (int64_t column = 0; column < columns;) {
     const int64_t left = columns - column;
-    const bool is_pair = x.in_pairs() && left >= 2 * kColumns;
     const Weight at = weight.from(column, 0);
-    for (int64_t tile = 0; tile < tiles.count; tile++) {
-      const int64_t first = tiles.start(tile);
-      const Panel panel{x.values.data() + first * groups * 16, x.scales.data() + first * groups,
-                        x.shifts.data() + first * groups};
-      const int64_t ahead = tile * 2 * kColumns / tiles.count;
-      const int64_t next_ahead = (tile + 1) * 2 * kColumns / tiles.count;
-      const Block block{groups,
-                        at.block_groups,
-                        at.blocks,
-                        at.scales,
-                        y + first * stride + column,
-                        stride,
-                        static_cast<int>(left < kColumns ? left : kColumns),
-                        static_cast<int>(ahead),
-                        static_cast<int>(next_ahead - ahead)};
-      const int64_t height = tiles.start(tile + 1) - first;
-      if (is_pair)
-        multiply_pair_any<kPairTile>(height, panel, block);
-      else
-        multiply_any<kMaxTile>(height, panel, block);
+    Block block{};
+    block.groups = x.groups;
+    block.weight = at.blocks;
+    block.scales = at.scales;
+    block.y = y + column;
+    block.stride = stride;
+    if (x.in_pairs() && left >= 2 * kColumns) {
+      block.second = at.block_groups;
+      block.next = 2 * at.block_groups;
+      multiply_pairs(x, block, Both{});
+      column += 2 * kColumns;
+      continue;
     }
-    column += is_pair ? 2 * kColumns : kColumns;
+    block.next = at.block_groups;
+    block.columns = static_cast<int>(left < kColumns ? left : kColumns);
+    for (int64_t tile = 0; tile < x.tiles.count; tile++) {
+      block.y = y + x.tiles.start(tile) * stride + column;
+      multiply_any<kMaxTile>(x.height(tile), x.tile(tile), block);
+    }
+    column += kColumns;
+  }
+}
+
+// y[rows, columns] = silu(x · gateᵀ) · (x · upᵀ), both parts of one weight, in whole blocks, for rows that
+// go by pairs: the bits of `multiply` and `silu_mul_row`, without the way through memory.
+void multiply_gated(const Panels& x, const Weight& gate, const Weight& up, int64_t columns,
+                    float limit, float* y) {
+  Block block{};
+  block.groups = x.groups;
+  block.second = (up.blocks - gate.blocks) / (kGroup * kColumns);
+  block.next = gate.block_groups;
+  block.stride = columns;
+  for (int64_t column = 0; column < columns; column += kColumns) {
+    const Weight at = gate.from(column, 0);
+    block.weight = at.blocks;
+    block.scales = at.scales;
+    block.y = y + column;
+    multiply_pairs(x, block, Gated{limit});
   }
 }
 

@@ -23,18 +23,10 @@ inline void norm_row(const float* x, const float* weight, int64_t width, float e
                width - i);
 }
 
-// silu(gate) · up, the first at most `limit`, the second within ±limit; infinity for neither.
 inline void silu_mul_row(const float* gate_up, int64_t width, float limit, float* out) {
   for (int64_t i = 0; i < width; i += 16) {
-    const v16 gate = load_some(gate_up + i, width - i);
-    const v16 e = exp_nonpositive(gate > 0.0f ? -gate : gate);
-    const v16 sigmoid = (gate > 0.0f ? splat(1.0f) : e) / (e + 1.0f);
-    v16 silu = gate * sigmoid, up = load_some(gate_up + width + i, width - i);
-    if (limit < INFINITY) {
-      silu = at_most(silu, limit);
-      up = -at_most(-at_most(up, limit), limit);
-    }
-    store_some(out + i, silu * up, width - i);
+    const int64_t n = width - i;
+    store_some(out + i, silu_mul(load_some(gate_up + i, n), load_some(gate_up + width + i, n), limit), n);
   }
 }
 

@@ -142,6 +142,18 @@ inline v16 exp_nonpositive(v16 x) {
   return alive ? p * power : splat(0.0f);
 }
 
+// silu(gate) · up, the first at most `limit`, the second within ±limit; infinity for neither.
+inline v16 silu_mul(v16 gate, v16 up, float limit) {
+  const v16 e = exp_nonpositive(gate > 0.0f ? -gate : gate);
+  const v16 sigmoid = (gate > 0.0f ? splat(1.0f) : e) / (e + 1.0f);
+  v16 silu = gate * sigmoid;
+  if (limit < INFINITY) {
+    silu = at_most(silu, limit);
+    up = -at_most(-at_most(up, limit), limit);
+  }
+  return silu * up;
+}
+
 #ifdef __AVX512VNNI__
 // sum += 4 products of each lane. GCC 12 copies every sum twice around the intrinsic, which is half
 // of all instructions of the loops below.
