@@ -12,7 +12,7 @@ from afd_server.core.stage import StageId
 from afd_server.transport.ring import Ring, RingLibrary
 from afd_server.transport.sockets import NativeSockets
 
-MOST_RINGS = 64  # bits of `bell`
+MOST_RINGS = 64  # bits of `bell` and `left`
 MOST_EVENTS = 2048
 EVENT_BYTES = 40
 MOST_CALLS = 64  # out at once; most answers between two looks
@@ -81,6 +81,10 @@ class NativeEnd(Protocol):
         """Return the peers that must be woken: they were sent to just when they went to sleep."""
         ...
 
+    def take_left(self) -> list[str]:
+        """Return the peers whose oldest record `watch` has left to Python, or whose ring ended."""
+        ...
+
 
 _POINTER, _INTEGER, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
@@ -97,6 +101,7 @@ class _Peer(ctypes.Structure):
 class _Table(ctypes.Structure):
     _fields_ = (
         ("peers", _POINTER), ("count", _INTEGER), ("sockets", _POINTER), ("bell", ctypes.c_uint64),
+        ("left", ctypes.c_uint64),
     )  # fmt: skip
 
 
@@ -195,12 +200,20 @@ class _Peers:
 
     def take_sleepers(self) -> list[str]:
         bell, self._table.bell = int(self._table.bell), 0
-        return [peer for bit, peer in enumerate(self._rings) if bell >> bit & 1] if bell else []
+        return self._names_of(bell)
+
+    def take_left(self) -> list[str]:
+        left, self._table.left = int(self._table.left), 0
+        return self._names_of(left)
+
+    def _names_of(self, bits: int) -> list[str]:
+        return [peer for bit, peer in enumerate(self._rings) if bits >> bit & 1] if bits else []
 
     def _set_up(self) -> None:
         entries = self._ring_entries() if self._sockets is None else self._entries_of(self._sockets)
         self._entries = (_Peer * len(entries))(*entries.values())
         self._table.peers, self._table.count = ctypes.addressof(self._entries), len(entries)
+        self._table.left = 0  # the next look says so again, of the rings as they are now
         self._table.sockets = None if self._sockets is None else self._sockets.address
         self.places = {name: i for i, name in enumerate(entries) if name in self._known}
 
@@ -314,6 +327,10 @@ class CallServer:
     def take_sleepers(self) -> list[str]:
         """Return the peers that must be woken: they were answered just when they went to sleep."""
         return self._peers.take_sleepers()
+
+    def take_left(self) -> list[str]:
+        """Return the peers whose oldest record is left to Python; see `NativeEnd`."""
+        return self._peers.take_left()
 
     def take_events(self) -> bytes:
         """Return the new events, as a timeline keeps them."""
@@ -453,6 +470,10 @@ class CallClient:
         """Return the peers that must be woken: they were called just when they went to sleep."""
         sleepers, self._sleepers = self._sleepers + self._peers.take_sleepers(), []
         return sleepers
+
+    def take_left(self) -> list[str]:
+        """Return the peers whose oldest record is left to Python; see `NativeEnd`."""
+        return self._peers.take_left()
 
     def take_ready(self) -> list[int]:
         """Return the places of the calls that native code has done with since the last time.

@@ -18,6 +18,7 @@ from afd_server.core.errors import ConfigError, TransportError
 from afd_server.transport.messages import Buffer
 
 LIBRARY = Path(__file__).parent / "native" / "libafd_ring.so"
+INTERFACE = 2  # as `afd_ring_interface` of native/ring.cpp
 NOT_BUILT = f"{LIBRARY.name} was not built: the installation found no C++ compiler"
 
 CAPACITY = 16 * 2**20  # of a direction; pages are taken as they are first used
@@ -119,7 +120,7 @@ class RingLibrary:
     """The functions of the library, with their types.
 
     Raises:
-        ConfigError: the library was not built.
+        ConfigError: the library was not built, or from other sources than this package.
     """
 
     def __init__(self) -> None:
@@ -127,6 +128,10 @@ class RingLibrary:
             raise ConfigError(NOT_BUILT)
         # what takes a microsecond keeps the interpreter's lock; the long wait lets it go
         short, long = ctypes.PyDLL(str(LIBRARY)), ctypes.CDLL(str(LIBRARY))
+        if not hasattr(short, "afd_ring_interface") or short.afd_ring_interface() != INTERFACE:
+            raise ConfigError(
+                f"{LIBRARY} was built from other sources than this package; install the package again"
+            )
         handle, number = ctypes.c_void_p, ctypes.c_int64
         self.open = _typed(short.afd_ring_open, handle, handle, number, number)
         self.close = _typed(short.afd_ring_close, None, handle)

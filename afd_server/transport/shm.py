@@ -12,6 +12,7 @@ import os
 import select
 import struct
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -217,18 +218,37 @@ class SharedMemoryLink:
         self._watch = Watch(self._library, list(rings.values()))
 
     def _take(self) -> list[tuple[str, list[Buffer]]]:
-        """Empty the rings, up to a limit; lose the peers whose ring is of no use any more."""
+        """Empty the rings, up to a limit; lose the peers whose ring is of no use any more.
+
+        Native code has every record first: an answer that came a moment ago is its own, and it goes
+        on from there.
+        """
         received: list[tuple[str, list[Buffer]]] = []
+        if self._native is None:
+            self._take_from(self._ways, MAX_PER_RECEIVE, received)
+            return received
+        while len(received) < MAX_PER_RECEIVE and (left := self._native.take_left()):
+            self._take_from(left, 1, received)
+            self._watch_rings(0)
+        return received
+
+    def _take_from(
+        self, peers: Iterable[str], most: int, received: list[tuple[str, list[Buffer]]]
+    ) -> None:
+        """Add up to so many records of each of some peers, and no more than are taken at once."""
         lost: dict[str, RingGone] = {}
-        for peer, way in self._ways.items():
+        for peer in peers:
+            if (way := self._ways.get(peer)) is None:
+                continue
             try:
-                while len(received) < MAX_PER_RECEIVE and (frames := way.ring.take()) is not None:
+                for _ in range(min(most, MAX_PER_RECEIVE - len(received))):
+                    if (frames := way.ring.take()) is None:
+                        break
                     received.append((peer, frames))
             except RingGone as error:
                 lost[peer] = error
         for peer, why in lost.items():
             self._lose(peer, why)
-        return received
 
     def _look(self, timeout_s: float) -> list[tuple[str, list[Buffer]]]:
         """Take what came over ZeroMQ, heed the link's own frames, see who has died."""

@@ -388,8 +388,8 @@ def test_what_native_code_sends_python_reads(both):
     assert received.envelope == both.caller.envelope()._replace(sequence=1)
 
 
-def answered(both, **changes):
-    """Answer a call of two rows by hand, with other values than it should have."""
+def answer_by_hand(both, **changes):
+    """Answer a call of two rows, with other values than it should have."""
     values = struct.pack(f"<{2 * WIDTH}f", *range(2 * WIDTH))
     fields = {
         "step": 11, "lane": 65_537, "layer": 2, "part": SLOT, "call_epoch": EPOCH,
@@ -397,6 +397,11 @@ def answered(both, **changes):
         "partial": Payload(DType.FLOAT32, (2, WIDTH), values),
     }  # fmt: skip
     both.answerer.send("a", Combine(**{**fields, **changes}))
+
+
+def answered(both, **changes):
+    """Answer a call by hand, and return what of that is left to Python."""
+    answer_by_hand(both, **changes)
     return [received.message for received in both.caller.receive(0.2)]
 
 
@@ -422,6 +427,35 @@ def test_whatever_is_not_exactly_the_answer_is_left_to_python(both, changes):
     assert both.client.take_ready() == []
     assert answered(both) == [] and both.client.take_ready() == [3]  # it is still waited for
     assert list(answer) == list(range(2 * WIDTH))
+
+
+@ONLY_RINGS
+def test_an_answer_that_comes_just_behind_native_code_s_look_waits_for_the_next(both, monkeypatch):
+    """Taken by Python it would be the end of the call's way, and so would the next ones."""
+    both.server.follow(EPOCH, {})
+    answer, watch, sent = both.call(3, 2), both.client.watch, []
+
+    def watch_and_then_answer(longest_ns):
+        is_due = watch(longest_ns)
+        if not sent:
+            sent.append(answer_by_hand(both))
+        return is_due
+
+    monkeypatch.setattr(both.client, "watch", watch_and_then_answer)
+    assert both.a.receive(0) == [] and sent
+    assert both.a.receive(0) == [] and both.client.take_ready() == [3]
+    assert list(answer) == list(range(2 * WIDTH))
+
+
+@ONLY_RINGS
+def test_python_takes_everything_around_an_answer(both):
+    both.server.follow(EPOCH, {})
+    both.call(3, 2)
+    steps = [21, 22, 11, 23, 24]
+    for step in steps:
+        answer_by_hand(both, step=step)
+    left = [received.message.step for received in both.caller.receive(1.0)]
+    assert left == [21, 22, 23, 24] and both.client.take_ready() == [3]
 
 
 @pytest.mark.parametrize("change", ["give up", "follow", "ways"])

@@ -377,6 +377,12 @@ def test_what_was_not_built_is_named(monkeypatch, tmp_path):
         RingLibrary()
 
 
+def test_a_library_of_other_sources_is_refused(monkeypatch):
+    monkeypatch.setattr(ring_module, "INTERFACE", 1)
+    with pytest.raises(ConfigError, match="built from other sources"):
+        RingLibrary()
+
+
 def test_a_system_without_shared_memory_says_why(monkeypatch):
     def refuse(*_arguments):
         raise OSError("not here")

@@ -37,6 +37,7 @@ struct Peers {  // transport/calls.py
   int64_t count;
   Sockets* sockets;  // null if all have rings
   uint64_t bell;     // bit i: the reader of ring i has gone to sleep and must be woken
+  uint64_t left;     // bit i: the oldest record of ring i is left to Python, or the ring is of no use
 };
 
 struct Message {
@@ -131,7 +132,7 @@ int64_t place_of(const Peers& peers, void* socket, const std::vector<Bytes>& fra
 // Offers what has arrived to `deal`, with the place of its sender. What that does not take is left to
 // Python, and what comes behind it on the same way; returns whether there is such.
 template <class Deal>
-bool take(const Peers& peers, Deal deal) {
+bool take(Peers& peers, Deal deal) {
   bool others = false;
   Message message;
   for (int64_t i = 0; i < peers.count; i++) {
@@ -139,6 +140,7 @@ bool take(const Peers& peers, Deal deal) {
     for (int64_t found; peer.ring && (found = afd_ring_peek(peer.ring)) != kNothing;) {
       const uint8_t* at = reinterpret_cast<uint8_t*>(peer.memory) + (found >> 32);
       if (found < 0 || !cut(at, found & 0xffffffff, message) || !deal(i, message)) {
+        peers.left |= uint64_t{1} << i;
         others = true;
         break;
       }
