@@ -130,7 +130,7 @@ class RingLibrary:
         short, long = ctypes.PyDLL(str(LIBRARY)), ctypes.CDLL(str(LIBRARY))
         if not hasattr(short, "afd_ring_interface") or short.afd_ring_interface() != INTERFACE:
             raise ConfigError(
-                f"{LIBRARY} was built from other sources than this package; install the package again"
+                f"{LIBRARY} was built from other sources than this package; install it again"
             )
         handle, number = ctypes.c_void_p, ctypes.c_int64
         self.open = _typed(short.afd_ring_open, handle, handle, number, number)
