@@ -265,7 +265,9 @@ void multiply_pair_any(int64_t rows, const Panel& x, const Block& b, const Sums&
 struct Tiles {
   int64_t rows, count;
   Tiles(int64_t rows, int64_t most) : rows(rows), count((rows + most - 1) / most) {}
-  int64_t start(int64_t tile) const { return rows * tile / count; }
+  int64_t start(int64_t tile) const {  // in 32 bits it takes a third of the time
+    return static_cast<uint32_t>(rows * tile) / static_cast<uint32_t>(count);
+  }
 };
 
 // All tiles of some quantised rows, for any number of products with them.
@@ -277,10 +279,8 @@ struct Panels {
 
   bool in_pairs() const { return tiles.rows >= kManyRows; }
 
-  int64_t height(int64_t tile) const { return tiles.start(tile + 1) - tiles.start(tile); }
-
-  Panel tile(int64_t tile) const {
-    const int64_t first = tiles.start(tile) * groups;
+  Panel tile(int64_t first_row) const {
+    const int64_t first = first_row * groups;
     return {values.data() + first * 16, scales.data() + first, shifts.data() + first};
   }
 };
@@ -327,12 +327,16 @@ struct Weight {
 template <typename Sums>
 void multiply_pairs(const Panels& x, Block block, const Sums& sums) {
   float* const y = block.y;
-  const auto ahead = [&](int64_t tile) { return static_cast<int>(tile * 2 * kColumns / x.tiles.count); };
-  for (int64_t tile = 0; tile < x.tiles.count; tile++) {
-    block.y = y + x.tiles.start(tile) * block.stride;
-    block.first_ahead = ahead(tile);
-    block.lines_ahead = ahead(tile + 1) - ahead(tile);
-    multiply_pair_any<kPairTile>(x.height(tile), x.tile(tile), block, sums);
+  const auto count = static_cast<int>(x.tiles.count);
+  int64_t first = 0;
+  for (int tile = 1; tile <= count; tile++) {
+    const int64_t next = x.tiles.start(tile);
+    const int next_ahead = tile * 2 * kColumns / count;
+    block.y = y + first * block.stride;
+    block.lines_ahead = next_ahead - block.first_ahead;
+    multiply_pair_any<kPairTile>(next - first, x.tile(first), block, sums);
+    first = next;
+    block.first_ahead = next_ahead;
   }
 }
 
@@ -357,9 +361,11 @@ void multiply(const Panels& x, const Weight& weight, int64_t columns, float* y, 
     }
     block.next = at.block_groups;
     block.columns = static_cast<int>(left < kColumns ? left : kColumns);
-    for (int64_t tile = 0; tile < x.tiles.count; tile++) {
-      block.y = y + x.tiles.start(tile) * stride + column;
-      multiply_any<kMaxTile>(x.height(tile), x.tile(tile), block);
+    for (int64_t tile = 1, first = 0; tile <= x.tiles.count; tile++) {
+      const int64_t next = x.tiles.start(tile);
+      block.y = y + first * stride + column;
+      multiply_any<kMaxTile>(next - first, x.tile(first), block);
+      first = next;
     }
     column += kColumns;
   }
