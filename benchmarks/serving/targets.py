@@ -23,7 +23,7 @@ count that is worked off when nothing comes any more, nor the time until the las
 run of a baseline may be cut soon after the arrivals; ours are waited for, as every admitted
 request is judged.
 
-    python benchmarks/serving/targets.py                       # about 35 minutes
+    python benchmarks/serving/targets.py                       # about 40 minutes
     python benchmarks/serving/targets.py --parts burst,plots   # again; what else there is, stays
     python benchmarks/serving/targets.py --resume              # what is missing
 
