@@ -265,7 +265,7 @@ void multiply_pair_any(int64_t rows, const Panel& x, const Block& b, const Sums&
 struct Tiles {
   int64_t rows, count;
   Tiles(int64_t rows, int64_t most) : rows(rows), count((rows + most - 1) / most) {}
-  int64_t start(int64_t tile) const {  // in 32 bits it takes a third of the time
+  int64_t start(int64_t tile) const {  // of numbers that fit into 32 bits
     return static_cast<uint32_t>(rows * tile) / static_cast<uint32_t>(count);
   }
 };
