@@ -83,6 +83,21 @@ class NativeLayers(NamedTuple):
     owner: object
 
 
+class Progress(NamedTuple):
+    """How far a micro-batch has come and may go, for code outside of Python.
+
+    Attributes:
+        attended: address of an int64, the number of layers whose keys are written.
+        ahead: address of that of another micro-batch, which goes ahead and writes keys that this
+            one sees in each layer; 0 if there is none.
+        end: the layer before which only Python goes on.
+    """
+
+    attended: int
+    ahead: int
+    end: int
+
+
 class Way(NamedTuple):
     """How to go on with the answer to a call, and where to leave what that gives.
 
@@ -90,10 +105,12 @@ class Way(NamedTuple):
         layers: take the steps.
         hidden: [tokens, hidden] float32, the residual behind the attention of the call's layer;
             whoever goes on makes it that of a later layer.
+        progress: is kept up to date.
     """
 
     layers: NativeLayers
     hidden: Tensor
+    progress: Progress
 
 
 class Reached(NamedTuple):

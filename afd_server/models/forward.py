@@ -5,12 +5,12 @@ from collections.abc import Generator, Sequence
 import torch
 from torch import Tensor
 
-from afd_server.models.base import AttentionHalf, FFNCall, MicroBatch, Reached, Way
+from afd_server.models.base import AttentionHalf, FFNCall, MicroBatch, Progress, Reached, Way
 
 Forward = Generator[FFNCall, Tensor | Reached, Tensor | None]
 
 
-def forward(model: AttentionHalf, batch: MicroBatch, may_go_on: bool = False) -> Forward:
+def forward(model: AttentionHalf, batch: MicroBatch, progress: Progress | None = None) -> Forward:
     """Run one micro-batch through every layer, yielding at each A→F boundary.
 
     Who answers a call, this worker or others, is not known here.
@@ -18,7 +18,7 @@ def forward(model: AttentionHalf, batch: MicroBatch, may_go_on: bool = False) ->
     Args:
         model: the attention half.
         batch: its rows.
-        may_go_on: whether calls say how to go on with their answers, where that is possible.
+        progress: with it calls say how to go on with their answers, where that is possible.
 
     Yields:
         The layer's FFN call; resumed with the summed FFN output, [tokens, hidden], of that layer
@@ -28,13 +28,13 @@ def forward(model: AttentionHalf, batch: MicroBatch, may_go_on: bool = False) ->
     Returns:
         Logits of the rows that asked for them, [rows, vocab], float32; None if no row did.
     """
-    layers = model.native_layers(batch) if may_go_on else None
+    layers = None if progress is None else model.native_layers(batch)
     hidden, delta = model.embed(batch.token_ids), None  # [tokens, hidden]
     layer = 0
     while layer < model.num_layers:
         hidden, call = model.attend(layer, hidden, delta, batch)
-        if layers is not None:
-            call = call._replace(way=Way(layers, hidden))
+        if layers is not None and progress is not None:
+            call = call._replace(way=Way(layers, hidden, progress))
         answer = yield call
         layer, delta = answer if isinstance(answer, Reached) else (layer, answer)
         layer += 1

@@ -138,7 +138,7 @@ class NativeWay(ctypes.Structure):
         function: of `kernels.table.NativeAttention`.
         contexts, blocks, seen: addresses of arrays of addresses for it, by layer.
         peers: address of an array from `CallClient.places_of`, by layer.
-        num_layers: of the model.
+        num_layers: that it goes through; it ends before the layer of this number.
         row_bytes: of one row of a call.
         hidden, data: addresses of the residual and of the call's rows; both are replaced.
         live_since_s: since when there has been live work.
@@ -147,6 +147,9 @@ class NativeWay(ctypes.Structure):
         own: address of memory for that.
         second_from: by how much the number of a layer is higher of whose FFN the second half alone
             is asked for.
+        attended: address of the number of layers whose keys are written, which is kept up to date.
+        ahead: address of that of the micro-batch that goes ahead, which this one waits for in each
+            layer; 0 if it follows none.
     """
 
     _fields_ = (
@@ -154,7 +157,7 @@ class NativeWay(ctypes.Structure):
         ("peers", _POINTER), ("num_layers", _INTEGER), ("row_bytes", _INTEGER),
         ("hidden", _POINTER), ("data", _POINTER), ("live_since_s", _DOUBLE),
         ("first_half", _POINTER), ("first_halves", _POINTER), ("own", _POINTER),
-        ("second_from", _INTEGER),
+        ("second_from", _INTEGER), ("attended", _POINTER), ("ahead", _POINTER),
     )  # fmt: skip
 
 
@@ -424,7 +427,7 @@ class CallClient:
         """Send a call, unless the peer cannot be reached this way now.
 
         Args:
-            place: free, and below `MOST_CALLS`.
+            place: free, and below `MOST_CALLS`; of who follows another one, a lower one than that.
             peer: the worker's incarnation.
             stage: of the call.
             live_us: as a `Dispatch` has it.

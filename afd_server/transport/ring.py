@@ -18,7 +18,7 @@ from afd_server.core.errors import ConfigError, TransportError
 from afd_server.transport.messages import Buffer
 
 LIBRARY = Path(__file__).parent / "native" / "libafd_ring.so"
-INTERFACE = 2  # as `afd_ring_interface` of native/ring.cpp
+INTERFACE = 3  # as `afd_ring_interface` of native/ring.cpp
 NOT_BUILT = f"{LIBRARY.name} was not built: the installation found no C++ compiler"
 
 CAPACITY = 16 * 2**20  # of a direction; pages are taken as they are first used

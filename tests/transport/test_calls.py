@@ -562,11 +562,15 @@ class Walk:
         self.hidden = (ctypes.c_float * (MOST_ROWS * WIDTH))()
         self.begun = []
         self.halves = 0, 0, 0, 0
+        self.attended = ctypes.c_int64(1)
+        self.leader = None  # another one, which goes ahead
+        self.behind = []  # by which layer begun, those that the leader had attended
 
         def attend(context, hidden, delta, count, blocks, seen, total, data):
             layer = context or 0
             assert (blocks, seen) == (layer + 10, layer + 20)
             self.begun.append(layer)
+            self.behind += [self.leader.attended.value] if self.leader else []
             if layer == fails_at:
                 return 0
             for i in range(count * WIDTH):
@@ -591,6 +595,8 @@ class Walk:
             ctypes.addressof(rows),
             time.monotonic(),
             *self.halves,
+            ctypes.addressof(self.attended),
+            ctypes.addressof(self.leader.attended) if self.leader else 0,
         )
         self.rows = rows
         return self.way
@@ -734,6 +740,49 @@ def test_lanes_go_on_beside_each_other(all_layers):
     assert sorted(all_layers.await_ready(3)) == [0, 1, 2]
     for answer, walk in zip(answers, walks, strict=True):
         assert list(answer) == expected_values(2, bytes(walk.rows))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_who_follows_attends_each_layer_behind_who_goes_ahead(all_layers, first):
+    leader, follower = Walk(all_layers), Walk(all_layers)
+    follower.leader = leader
+    answers = {
+        place: all_layers.call(place, 2, StageId(11, place, 0), first=place, way=walk)
+        for place, walk in ((0, follower), (1, leader))[:: 1 - 2 * first]
+    }
+    assert sorted(all_layers.await_ready(2)) == [0, 1]
+    assert leader.begun == follower.begun == [1, 2]
+    assert all(map(int.__gt__, follower.behind, follower.begun))
+    assert leader.attended.value == follower.attended.value == 3
+    for answer, walk in zip((answers[0], answers[1]), (follower, leader), strict=True):
+        assert list(answer) == expected_values(2, bytes(walk.rows))
+
+
+def test_who_follows_waits_until_python_has_attended_where_the_other_way_ends(all_layers):
+    both, leader, follower = all_layers, Walk(all_layers, peers=("b", "b")), Walk(all_layers)
+    follower.leader = leader
+    both.call(0, 1, StageId(11, 0, 0), first=0, way=follower)
+    both.call(1, 1, StageId(11, 1, 0), first=1, way=leader)
+    assert both.await_ready(1) == [1]
+    for _ in range(20):
+        assert both.a.receive(0.001) == []
+    both.serve(0)
+    assert follower.begun == [1] and both.client.layer(0) == 1 and both.client.take_ready() == []
+    leader.attended.value = 3
+    assert both.await_ready(1) == [0]
+    assert follower.begun == [1, 2] and both.client.layer(0) == 2
+
+
+def test_who_waits_for_another_one_can_be_given_up(all_layers):
+    both, leader, follower = all_layers, Walk(all_layers), Walk(all_layers)
+    follower.leader = leader
+    both.call(0, 1, StageId(11, 0, 0), way=follower)
+    both.serve()
+    while not both.client._outs[0].is_answered:
+        assert both.a.receive(0.001) == []
+    assert follower.begun == [] and not both.client.give_up(0)
+    leader.attended.value = 3
+    assert both.a.receive(0.001) == [] and follower.begun == []
 
 
 @pytest.mark.parametrize("change", ["give up", "follow", "ways"])

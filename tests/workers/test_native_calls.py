@@ -5,6 +5,7 @@ import torch
 
 from afd_server.core.errors import ProtocolError
 from afd_server.core.request import Request, SamplingParams
+from afd_server.core.stage import AHEAD
 from afd_server.core.topology import FFNParallel, Role
 from afd_server.models.base import Reached
 from afd_server.telemetry.timeline import EventKind, read_events
@@ -217,6 +218,31 @@ def test_the_answer_to_a_half_is_good_when_native_code_has_given_it_up(open_pool
     before = client.counters["stale"], client.num_resends
     assert pools.run(wanted) == expected
     assert (client.counters["stale"], client.num_resends) == before
+
+
+@pytest.mark.parametrize("given_up", ["ahead", "rest", "both", "none"])
+def test_a_prompt_s_parts_go_on_in_native_code_and_in_python(open_pools, given_up):
+    model, wanted = tiny_llama()[0], requests()
+    expected = expected_tokens(open_pools, model, wanted)
+    pools = open_pools(model, num_ffn=1, num_lanes=1, resend_s=3600.0)
+    assert pools.run(requests(2, 101))
+    client = pools.workers[pools.attention()]._ffn
+    reached = count_further(client)
+    for request in wanted:
+        pools.submit(request)
+    num_together = 0
+    for _ in range(60):
+        pools.turn()
+        parts = {pending.stage.lane >= AHEAD: pending for pending in client._calls.values()}
+        if len(parts) < 2:
+            continue
+        num_together += 1
+        for is_ahead, pending in parts.items():
+            if given_up in ("both", "ahead" if is_ahead else "rest"):
+                client._give_up(pending)
+    assert num_together > 2
+    assert pools.run(wanted) == expected
+    assert reached
 
 
 @pytest.mark.parametrize("shares_dense", [False, True])

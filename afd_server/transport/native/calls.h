@@ -313,13 +313,16 @@ void compute(Server& server, std::vector<Call>& calls) {
   calls.swap(others);
 }
 
-// Free; out; complete, and about to go on; the call of a later layer, not sent for want of room.
+// Free; out; complete, and about to go on when it may; the call of a later layer, not sent for want
+// of room.
 enum : int64_t { kFree = 0, kOut = 1, kGoesOn = 2, kUnsent = 3 };
 
 // How a micro-batch goes on from an answer (models/base.py, kernels/table.py). The attention of a
 // layer makes the next residual in `hidden`, and the rows of the next call in `data`. Where the
 // first half of a layer's FFN is held here it may be computed to `own`, while the call asks for the
 // second one alone: its layer's number is then `second_from` higher.
+//
+// A micro-batch may follow another one, whose keys it sees: in each layer it waits for that one.
 struct Way {
   int32_t (*function)(const void* context, const float* hidden, const float* delta, int64_t rows,
                       const void* blocks, const void* seen, float* total, uint8_t* data);
@@ -333,6 +336,10 @@ struct Way {
   const void* const* first_halves;  // contexts by layer, null where it is not held
   float* own;
   int64_t second_from;
+  int64_t* attended;     // layers whose keys are written, for who follows
+  const int64_t* ahead;  // `attended` of the one that goes ahead; null if it follows nobody
+
+  bool may_attend(int64_t layer) const { return ahead == nullptr || *ahead > layer; }
 
   bool holds_half(int64_t layer) const {
     return first_half != nullptr && first_halves[layer] != nullptr;
@@ -443,6 +450,7 @@ void go_on(Client& client, int64_t place) {
     client.ready[client.num_ready++] = place;
     return;
   }
+  *way.attended = layer + 1;
   out.layer = layer;
   out.peer = way.peers[layer];
   out.part = client.peers->table[out.peer].slot;
@@ -531,11 +539,13 @@ int64_t afd_await(Client* client, int64_t longest_ns) {
   return wait(*client->peers, until, [&] {
     const bool others = take_answers(*client);
     bool went_on = false;
-    for (int64_t place = 0; place < client->num_outs; place++)
-      if (client->outs[place].state == kGoesOn) {
+    for (int64_t place = client->num_outs; place-- > 0;) {  // who follows has the lower place
+      const Out& out = client->outs[place];
+      if (out.state == kGoesOn && out.way->may_attend(out.layer + 1)) {
         go_on(*client, place);
         went_on = true;
       }
+    }
     if (went_on && client->num_ready == 0) client->idle_since_s = seconds();
     if (others || client->num_ready > 0 || client->peers->bell != 0 ||
         client->num_events > client->most_events / 2)

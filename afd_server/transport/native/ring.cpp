@@ -113,7 +113,7 @@ extern "C" {
 
 // Raised with every change of what a function of this library takes or gives, or of a struct that it
 // shares with Python: another library is refused.
-int32_t afd_ring_interface() { return 2; }
+int32_t afd_ring_interface() { return 3; }
 
 // Takes one end of zeroed memory of kPage + 2 * capacity bytes; `side` is 0 or 1.
 Ring* afd_ring_open(char* base, uint64_t capacity, int64_t side) {

@@ -391,19 +391,21 @@ class FFNClient:
                 [self._callee(layer, stage.lane) for layer in range(self._spec.num_layers)]
             )
             self._callees[stage.lane] = native.generation, callees
-        layers, hidden = call.way
+        layers, hidden, progress = call.way
         return NativeWay(
             layers.function,
             layers.contexts,
             layers.blocks,
             layers.seen,
             ctypes.addressof(callees),
-            self._spec.num_layers,
+            progress.end,
             call.rows.shape[1],
             hidden.data_ptr(),
             call.rows.data_ptr(),
             pending.live_since_s,
             *self._halves(pending, answer),
+            progress.attended,
+            progress.ahead,
         )
 
     def _holds_half(self, layer: int) -> bool:

@@ -1,10 +1,12 @@
 """The slots of an attention worker, each with one step in flight."""
 
+import ctypes
+
 from torch import Tensor
 
 from afd_server.core.batch import PlannedSequence, Sampled, StepPlan, StepResult
 from afd_server.core.stage import AHEAD, StageId
-from afd_server.models.base import AttentionHalf, FFNCall, Reached
+from afd_server.models.base import AttentionHalf, FFNCall, Progress, Reached
 from afd_server.models.forward import Forward, forward
 from afd_server.policy.ahead import go_ahead
 from afd_server.workers.attention.kv_store import KVStore
@@ -22,7 +24,6 @@ class Part:
         lane: whose step it is.
         index: what stands for the lane in its stages.
         num_rows: of the micro-batch.
-        num_stages: behind it; 0 if it has not begun.
         is_held: it could go on, but for the part that goes ahead.
     """
 
@@ -30,11 +31,16 @@ class Part:
         self.lane = lane
         self.index = index
         self.num_rows = 0
-        self.num_stages = 0
         self.is_held = False
         self._step = 0
+        self._attended = ctypes.c_int64()  # native code counts on
         self._last_layer: int | None = None  # where a part ends that nothing is sampled from
         self._forward: Forward | None = None
+
+    @property
+    def num_stages(self) -> int:
+        """Return the stages behind it; 0 if it has not begun."""
+        return self._attended.value
 
     @property
     def is_over(self) -> bool:
@@ -42,14 +48,19 @@ class Part:
         return self._forward is None
 
     def start(
-        self, plan: StepPlan, model: AttentionHalf, kv: KVStore, may_go_on: bool = False
+        self, plan: StepPlan, model: AttentionHalf, kv: KVStore, ahead: "Part | None" = None
     ) -> None:
-        """Take a micro-batch; see `forward`. Parts of one step wait for each other, in Python."""
+        """Take a micro-batch, which may follow that of another part in each layer."""
         assert self._forward is None, f"part {self.index} is busy"
-        self._step, self.num_rows, self.num_stages = plan.step, plan.num_tokens, 0
+        self._step, self.num_rows, self._attended.value = plan.step, plan.num_tokens, 0
         self._last_layer = model.num_layers - 1 if self.index >= AHEAD else None
         batch = micro_batch(plan, kv.layers, kv.group_of, kv.block_size)
-        self._forward = forward(model, batch, may_go_on)
+        progress = Progress(
+            attended=ctypes.addressof(self._attended),
+            ahead=0 if ahead is None else ctypes.addressof(ahead._attended),
+            end=model.num_layers if self._last_layer is None else self._last_layer,
+        )
+        self._forward = forward(model, batch, progress)
 
     def resume(self, answer: Tensor | Reached | None) -> Outcome:
         """Go on with the answer to its latest call, or begin without one."""
@@ -59,7 +70,7 @@ class Part:
         except StopIteration as stop:
             self._forward = None
             return self.lane.finish(stop.value)
-        self.num_stages += 1
+        self._attended.value = call.layer + 1
         stage = StageId(self._step, self.index, call.layer)
         if call.layer == self._last_layer:
             self._forward = None
@@ -110,10 +121,10 @@ class Lane:
         self.begun_s = begin_s
         plans = go_ahead(plan) if self._is_split else None
         if plans is None:
-            self.rest.start(plan, model, kv, may_go_on=True)
+            self.rest.start(plan, model, kv)
             return [self.rest]
         self._ahead.start(plans[0], model, kv)
-        self.rest.start(plans[1], model, kv)
+        self.rest.start(plans[1], model, kv, self._ahead)
         return [self._ahead, self.rest]
 
     def finish(self, logits: Tensor | None) -> StepResult:
