@@ -117,7 +117,7 @@ def test_the_expected_wait_is_that_for_the_whole_queue_whosever_it_is():
 
 def test_who_fills_the_queue_alone_gets_a_429_and_another_one_is_taken():
     many, few = {"authorization": "Bearer many"}, {"authorization": "Bearer few"}
-    with gateway(max_queued_requests=64, ttft_slo_s=10.0) as service:
+    with gateway(max_queued_requests=64, ttft_slo_s=14.0) as service:
         fill(service, *["Bearer many"] * 5, "Bearer few")
         for path, body in (COMPLETION, MESSAGE):
             answer = post(service, path, body, **many)
