@@ -3,8 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
-from statistics import mean, stdev
+from statistics import mean
 
 from afd_server.workload.report import percentile
 
@@ -88,9 +87,8 @@ def _baselines(
 ) -> Iterator[Verdict]:
     """Compare at each load what had the same arrivals.
 
-    Two are equal if they differ by no more than chance: by one request a run, since which of two
-    ends just before the window does is chance, or by the standard error of the mean difference of
-    runs with the same arrivals, as the machine's pace differs from run to run.
+    Two are equal if they differ by no more than one request a run: which of two ends just before
+    the window does is chance.
     """
     for key, name in (("goodput", "TPOT target"), ("goodput_with_ttft", "both targets")):
         for load, theirs in baselines.items():
@@ -104,12 +102,10 @@ def _baselines(
                 label: mean(_column([p for p in theirs if p["label"] == label], key))
                 for label in labels
             }
-            label = max(rates, key=lambda name: rates[name])
-            behind = _differences([p for p in theirs if p["label"] == label], shared, key)
-            chance = max(mean(_column(shared, "goodput_of_one")), _standard_error(behind))
-            apart = f"{mean(behind):.2f}/s apart, by chance {chance:.2f}"
-            equal = f" (equal: {apart})" if mean(behind) > 0 else ""
-            is_held = mean(behind) <= chance
+            behind = max(rates.values()) - own
+            one = mean(_column(shared, "goodput_of_one"))
+            equal = f" (equal: {behind:.2f}/s apart, one a run is {one:.2f})" if behind > 0 else ""
+            is_held = behind <= one
             yield Verdict(
                 "2" if key == "goodput" else "2+",
                 f"goodput by {name} at {load:g} is at least that of the best baseline",
@@ -117,16 +113,6 @@ def _baselines(
                 f"{equal if is_held else ''}",
                 is_held,
             )
-
-
-def _differences(theirs: Sequence[dict], ours: Sequence[dict], key: str) -> list[float]:
-    """Return by how much more they have than we, for each seed that both had."""
-    own = {point["seed"]: point[key] for point in ours}
-    return [point[key] - own[point["seed"]] for point in theirs if point["seed"] in own]
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    return stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def _burst(point: dict) -> Iterator[Verdict]:
