@@ -459,7 +459,8 @@ class CallClient:
         """Forget a call that is out; its answer is left to Python.
 
         Returns:
-            False if that has come already, for a half whose other one was still to be computed.
+            False if that has come already, while the other half was still to be computed, or
+            another micro-batch was still ahead.
         """
         out = self._outs[place]
         out.state = 0
