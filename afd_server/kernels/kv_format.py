@@ -36,5 +36,11 @@ def restore(stored: Tensor) -> Tensor:
     """Turn what is stored into heads [..., head_dim] float32."""
     if stored.dtype is not torch.int8:
         return stored.float()
+    scales, values = scales_and_values(stored)
+    return values * scales
+
+
+def scales_and_values(stored: Tensor) -> tuple[Tensor, Tensor]:
+    """Take apart what is stored in int8: scales [..., 1] and whole numbers [..., head_dim]."""
     scales = stored[..., :KV_SCALE_BYTES].contiguous().view(torch.float32)
-    return stored[..., KV_SCALE_BYTES:].float() * scales
+    return scales, stored[..., KV_SCALE_BYTES:].float()

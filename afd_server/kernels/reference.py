@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afd_server.kernels import sampling
-from afd_server.kernels.kv_format import restore, store, stored_dim
+from afd_server.kernels.kv_format import restore, scales_and_values, store, stored_dim
 from afd_server.kernels.table import (
     GQAWeights,
     Kernels,
@@ -167,7 +167,8 @@ def paged_attention(
     A row is computed alone, by products of fixed shape [group, head_dim] · [head_dim, 64], so
     decoding, prefill and chunked prefill agree bit for bit (FlashAttention's recurrence,
     arXiv 2205.14135 algorithm 1, with a tile size that never changes). By int8 keys queries are
-    multiplied as int8, quantised as these are.
+    multiplied as int8, quantised as these are; weights of int8 values, times the scales of these,
+    are rounded to 15 bits, of the largest weight and the largest scale that a row sees in the tile.
 
     Args:
         query: [tokens, heads, head_dim]; heads are grouped over the key/value heads.
@@ -207,21 +208,34 @@ def _attend_chunk(
     weighted = torch.zeros(*grouped.shape[:2], stored_dim(layer.values))
     for tile in range(num_tiles):
         blocks = tables[:, tile * blocks_per_tile : (tile + 1) * blocks_per_tile]
-        scores = torch.bmm(grouped, _key_tile(layer.keys, blocks).mT)  # [rows, group, 64]
-        scores.masked_fill_(_hidden_keys(num_keys, window, tile, num_kv_heads), -math.inf)
-        new_highest = torch.maximum(highest, scores.amax(-1, keepdim=True))
-        weights = torch.exp(scores - new_highest)
-        shrink = torch.exp(highest - new_highest)
-        total = total * shrink + weights.sum(-1, keepdim=True)
-        weighted = weighted * shrink + torch.bmm(weights, _key_tile(layer.values, blocks))
+        hidden = _hidden_keys(num_keys, window, tile, num_kv_heads)
+        scores = torch.bmm(grouped, restore(_tile(layer.keys, blocks)).mT)  # [rows, group, 64]
+        scores.masked_fill_(hidden, -math.inf)
+        tile_highest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+        new_highest = torch.maximum(highest, tile_highest)
+        weights = torch.exp(scores - tile_highest)
+        shrink, share = torch.exp(highest - new_highest), torch.exp(tile_highest - new_highest)
+        total = total * shrink + weights.sum(-1, keepdim=True) * share
+        weighted = weighted * shrink + _weigh(weights, _tile(layer.values, blocks), hidden) * share
         highest = new_highest
     return (weighted / total).view(num_rows, num_heads, -1).to(query.dtype)
 
 
-def _key_tile(blocks: Tensor, tables: Tensor) -> Tensor:
-    """Copy one key tile for each row and head together: [rows · kv_heads, 64, head_dim] fp32."""
+def _tile(blocks: Tensor, tables: Tensor) -> Tensor:
+    """Copy one key tile for each row and head together: [rows · kv_heads, 64, stored]."""
     tile = blocks[tables].transpose(1, 2)  # [rows, kv_heads, blocks, block_size, stored]
-    return restore(tile).reshape(-1, KEY_TILE, stored_dim(blocks))
+    return tile.reshape(-1, KEY_TILE, blocks.shape[-1])
+
+
+def _weigh(weights: Tensor, stored: Tensor, hidden: Tensor) -> Tensor:
+    """Sum values times weights [rows · kv_heads, group, 64], in int8 as whole numbers."""
+    if stored.dtype is not torch.int8:
+        return torch.bmm(weights, restore(stored))
+    scales, values = scales_and_values(stored)
+    scales = scales.mT.masked_fill(hidden, 0.0)
+    top = scales.amax(-1, keepdim=True)
+    steps = scales * torch.where(top > 1e-30, 32767 / top, 0.0)
+    return torch.bmm((weights * steps).round().double(), values.double()).float() * (top / 32767)
 
 
 def _hidden_keys(num_keys: Tensor, window: int | None, tile: int, num_kv_heads: int) -> Tensor:

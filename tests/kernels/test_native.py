@@ -181,6 +181,12 @@ class Paged:
         return query, self.layer, plan
 
 
+def is_near(attended, expected, dtype):
+    """Allow weights of int8 values, of 15 bits, to be rounded the other way now and then."""
+    distance = (attended - expected).abs()
+    return distance.max() < (2e-4 if dtype is torch.int8 else 3e-6) and distance.mean() < 3e-6
+
+
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("dtype", KV_FORMATS.values(), ids=KV_FORMATS)
 @pytest.mark.parametrize("block_size", [1, 16, 64])
@@ -194,7 +200,7 @@ def test_native_attention_is_the_references(build, dtype, block_size, heads, kv_
     for window in (None, 1, 16, 23, 64):
         got = native(build).paged_attention(*call, window)
         expected = paged_attention(*call, window)
-        assert (got - expected).abs().max() < 3e-6
+        assert is_near(got, expected, dtype)
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -227,7 +233,7 @@ def test_attention_of_no_row_of_512_and_over_1000_keys_is_the_references(dtype):
         expected = paged_attention(query, layer, plan, window)
         for kernels in map(native, BUILDS):
             got = kernels.paged_attention(query, layer, plan, window)
-            assert (got - expected).abs().max() < 3e-6
+            assert is_near(got, expected, dtype)
             for row, run in [(0, (1, 0, 1)), (300, (1, 300, 1)), (511, (1, 511, 1))]:
                 alone = kernels.paged_attention(*paged.call(run), window)
                 assert torch.equal(alone[0], got[row])

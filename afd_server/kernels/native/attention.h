@@ -9,6 +9,8 @@ namespace afd {
 
 // For what takes addresses of local arrays: compiled apart it would keep them out of registers.
 #define ALWAYS_INLINE __attribute__((always_inline)) inline
+// A function that only prefetches has no effect to GCC 12, which leaves calls of it out.
+#define INLINED __attribute__((always_inline))
 
 constexpr int kKeyTile = 16;
 constexpr int kTiles = 4;  // share a maximum: what is done once for them makes the core wait
@@ -17,7 +19,14 @@ constexpr int64_t kManyQueries = 24;  // from so many on it pays to turn keys
 
 // Query heads that share a key/value head and read its keys together. Their sums, head_dim / 16
 // registers each, should stay in registers.
-constexpr int most_queries(int vectors) { return vectors >= 16 ? 1 : 24 / vectors < 6 ? 24 / vectors : 6; }
+// Of int8 values 32 dimensions are summed together.
+template <typename KV>
+constexpr int sums_of(int vectors) { return kScaleElements<KV> > 0 ? (vectors + 1) / 2 * 2 : vectors; }
+template <typename KV>
+constexpr int most_queries(int vectors) {
+  const int sums = sums_of<KV>(vectors);
+  return sums >= 16 ? 1 : 24 / sums < 6 ? 24 / sums : 6;
+}
 
 struct Query {
   const float* from;   // [head_dim]
@@ -73,36 +82,30 @@ inline int tiles_until(int64_t stop, int64_t begin) {
 
 // The hardware does not know which block comes next.
 template <typename KV>
-void prefetch(const KV* at, int head_dim) {
+ALWAYS_INLINE void prefetch(const KV* at, int head_dim) {
   for (int i = 0; i < head_dim; i += 64 / static_cast<int>(sizeof(KV))) __builtin_prefetch(at + i);
 }
 
-// Weighs the values of a span by a query's scores: one step of an online softmax.
+// Weighs the values of a span by a query's scores: one step of an online softmax. Hardly any span has
+// a new maximum, so what comes of one is left out else (FlashAttention-4), and nothing waits for it.
 template <int kVectors>
-ALWAYS_INLINE void weigh(const v16* scores, int tiles, float& highest, float& total, v16* weighted,
+ALWAYS_INLINE void weigh(const v16* scores, int tiles, float& highest, v16& total, v16* weighted,
                          float* weights) {
   v16 largest = scores[0];
   for (int tile = 1; tile < tiles; tile++) largest = larger(largest, scores[tile]);
-  const float span_highest = largest_lane(largest);
-  const float peak = span_highest > highest ? span_highest : highest;
-  v16 sum = {};
+  if (any(largest > highest)) {
+    const float peak = largest_lane(largest);
+    const float shrink = exp2_nonpositive(splat(highest - peak))[0];
+    total *= shrink;
+    highest = peak;
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; i++) weighted[i] *= shrink;
+  }
   for (int tile = 0; tile < tiles; tile++) {
-    const v16 weight = exp_nonpositive(scores[tile] - peak);
-    sum += weight;
+    const v16 weight = exp2_nonpositive(scores[tile] - highest);
+    total += weight;
     store(weights + kKeyTile * tile, weight);
   }
-  const float shrink = exp_nonpositive(splat(highest - peak))[0];
-  total = total * shrink + sum_lanes(sum);
-  highest = peak;
-#pragma GCC unroll 16
-  for (int i = 0; i < kVectors; i++) weighted[i] *= shrink;
-}
-
-template <typename KV, int kVectors>
-ALWAYS_INLINE void end(v16* weighted, float total, float* to) {
-  put_together<KV, kVectors>(weighted);
-  for (int i = 0; i < kVectors; i++)  // adding 0 makes a zero's sign the same in any company
-    store(to + 16 * i, weighted[i] / total + 0.0f);
 }
 
 // Scores of sixteen keys from `begin` on; what the query does not see is hidden.
@@ -155,6 +158,206 @@ ALWAYS_INLINE __m512i load_shifted(const int8_t* from, int left) {
 }
 #endif
 
+// The values of a span of int8 as int16: a lane of a vector has one dimension of two keys.
+template <int kVectors>
+struct alignas(64) SpanValues {
+  static constexpr int kSums = sums_of<int8_t>(kVectors);
+  int16_t pairs[kSpan / 2][16 * kSums][2];
+
+  ALWAYS_INLINE void take(const int8_t* values, const int64_t* at, int pair) {
+    const int8_t *even = values + at[2 * pair], *odd = values + at[2 * pair + 1];
+#ifdef __AVX512VNNI__
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; i += 2) {  // 32 dimensions, of which the last 16 may be missing
+      const __mmask32 there = i + 2 <= kVectors ? -1 : 0xffff;
+      const __m512i a = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(there, even + 16 * i));
+      const __m512i b = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(there, odd + 16 * i));
+      _mm512_store_si512(pairs[pair][16 * i], _mm512_unpacklo_epi16(a, b));
+      _mm512_store_si512(pairs[pair][16 * i + 16], _mm512_unpackhi_epi16(a, b));
+    }
+#else
+    for (int i = 0; i < 16 * kVectors; i++) {
+      pairs[pair][i][0] = even[i];
+      pairs[pair][i][1] = odd[i];
+    }
+#endif
+  }
+
+  // Undoes the order of `take`: four of each eight dimensions are in the first vector of two.
+  static ALWAYS_INLINE void put_in_order(v16* x) {
+#ifdef __AVX512VNNI__
+    float apart[16 * kSums], together[16 * kSums];
+    memcpy(apart, x, sizeof apart);
+    for (int from = 0; from < 16 * kSums; from += 4) {
+      const int to = from / 32 * 32 + from % 16 * 2 + from % 32 / 16 * 4;
+      memcpy(together + to, apart + from, 4 * sizeof(float));
+    }
+    memcpy(x, together, sizeof together);
+#endif
+  }
+};
+
+// Sums values times weights of 15 bits; a sum has less than 29 bits. Calls `between` for each two keys.
+template <int kVectors, int kQueries, typename Between>
+ALWAYS_INLINE void sum_values(const SpanValues<kVectors>& values, int tiles,
+                              const int16_t (*weights)[kSpan],
+                              i16 (*sums)[SpanValues<kVectors>::kSums], Between between) {
+  constexpr int kSums = SpanValues<kVectors>::kSums;
+#ifdef __AVX512VNNI__
+  __m512i sum[kQueries][kSums];
+#pragma GCC unroll 6
+  for (int q = 0; q < kQueries; q++)
+#pragma GCC unroll 16
+    for (int i = 0; i < kSums; i++) sum[q][i] = _mm512_setzero_si512();
+  for (int pair = 0; pair < kKeyTile / 2 * tiles; pair++) {
+    const __m512i* both = reinterpret_cast<const __m512i*>(values.pairs[pair]);
+#pragma GCC unroll 6
+    for (int q = 0; q < kQueries; q++) {
+      int32_t two;
+      memcpy(&two, weights[q] + 2 * pair, sizeof two);
+      const __m512i weight = _mm512_set1_epi32(two);
+#pragma GCC unroll 16
+      for (int i = 0; i < kSums; i++)  // as in `add_products`
+        asm("vpdpwssd %2, %1, %0" : "+v"(sum[q][i]) : "v"(weight), "v"(both[i]));
+    }
+    between(2 * pair);
+  }
+#pragma GCC unroll 6
+  for (int q = 0; q < kQueries; q++)
+#pragma GCC unroll 16
+    for (int i = 0; i < kSums; i++) sums[q][i] = (i16)sum[q][i];
+#else
+  for (int q = 0; q < kQueries; q++) {
+    i16 sum[kSums] = {};
+    for (int pair = 0; pair < kKeyTile / 2 * tiles; pair++) {
+      const int16_t *weight = weights[q] + 2 * pair, *from = values.pairs[pair][0];
+      for (int i = 0; i < kVectors; i++, from += 32) {
+#ifdef __AVX2__
+        __m256i part[2];
+        int32_t two;
+        memcpy(&two, weight, sizeof two);
+        memcpy(part, &sum[i], sizeof part);
+        for (int half = 0; half < 2; half++) {
+          const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 16 * half));
+          part[half] = _mm256_add_epi32(part[half], _mm256_madd_epi16(value, _mm256_set1_epi32(two)));
+        }
+        memcpy(&sum[i], part, sizeof part);
+#else
+        for (int lane = 0; lane < 16; lane++)
+          sum[i][lane] += from[2 * lane] * weight[0] + from[2 * lane + 1] * weight[1];
+#endif
+      }
+    }
+    memcpy(sums[q], sum, sizeof sum);
+  }
+  for (int pair = 0; pair < kKeyTile / 2 * tiles; pair++) between(2 * pair);
+#endif
+}
+
+// What a span's values count in: weights times `steps` are rounded to integers, of which `unit` is one.
+struct alignas(64) Measures {
+  float steps[kSpan];
+  float unit;
+
+  // Of scales, zeros for what is not seen.
+  ALWAYS_INLINE void take(const v16* scales) {
+    const float top = largest_lane(larger(larger(scales[0], scales[1]), larger(scales[2], scales[3])));
+    const float inverse = top > 1e-30f ? 32767.0f / top : 0.0f;
+    unit = top / 32767.0f;
+#pragma GCC unroll 4
+    for (int tile = 0; tile < kTiles; tile++) store(steps + kKeyTile * tile, scales[tile] * inverse);
+  }
+};
+
+// `weigh` for int8 values and several queries: a weight, of the span's largest, times its value's scale is
+// rounded to 15 bits, so that a sum over the span is one of integers. Scores behind the last tile are
+// -infinity.
+template <int kVectors, int kQueries, typename Between>
+ALWAYS_INLINE void weigh_values(v16 (*scores)[kTiles], const Measures* const* measures,
+                                const SpanValues<kVectors>& values, int tiles, float* highest,
+                                v16* total, v16* const* weighted, Between between) {
+  constexpr int kSums = SpanValues<kVectors>::kSums;
+  v16 largest[8];
+#pragma GCC unroll 8
+  for (int q = 0; q < 8; q++) {
+    const v16* of = scores[q < kQueries ? q : 0];
+    largest[q] = larger(larger(of[0], of[1]), larger(of[2], of[3]));
+  }
+  v16 before = {};
+  memcpy(&before, highest, kQueries * sizeof(float));
+  const v16 tops = larger(splat(-FLT_MAX), largest_of_eight(largest)), peaks = larger(before, tops);
+  alignas(64) float top[16], shrink[16], share[16];
+  store(top, tops);
+  store(shrink, exp2_nonpositive(before - peaks));
+  store(share, exp2_nonpositive(tops - peaks));
+  memcpy(highest, &peaks, kQueries * sizeof(float));
+  alignas(64) int16_t weights[kQueries][kSpan];
+#pragma GCC unroll 6
+  for (int q = 0; q < kQueries; q++) {
+    v16 sum = {};
+#pragma GCC unroll 4
+    for (int tile = 0; tile < kTiles; tile++) {
+      const v16 weight = exp2_nonpositive(scores[q][tile] - top[q]);
+      sum += weight;  // 1.5 · 2^23: the integer is in the lowest bits
+      const v16 rounded = fma(weight, load(measures[q]->steps + kKeyTile * tile), splat(12582912.0f));
+      const h16 low = __builtin_convertvector((u16)rounded, h16);
+      memcpy(weights[q] + kKeyTile * tile, &low, sizeof low);
+    }
+    total[q] = total[q] * shrink[q] + sum * share[q];
+  }
+  i16 sums[kQueries][kSums];
+  sum_values<kVectors, kQueries>(values, tiles, weights, sums, between);
+#pragma GCC unroll 6
+  for (int q = 0; q < kQueries; q++)
+#pragma GCC unroll 16
+    for (int i = 0; i < kSums; i++)
+      weighted[q][i] = fma(__builtin_convertvector(sums[q][i], v16), splat(measures[q]->unit * share[q]),
+                           weighted[q][i] * shrink[q]);
+}
+
+template <typename KV, int kVectors>
+ALWAYS_INLINE void end(v16* weighted, v16 total, float* to) {
+  if constexpr (kScaleElements<KV> > 0)
+    SpanValues<kVectors>::put_in_order(weighted);
+  else
+    put_together<KV, kVectors>(weighted);
+  const float all = sum_lanes(total);
+  for (int i = 0; i < kVectors; i++)  // adding 0 makes a zero's sign the same in any company
+    store(to + 16 * i, weighted[i] / all + 0.0f);
+}
+
+ALWAYS_INLINE bool sees_all(const Query& query, int64_t begin) {
+  return query.first <= begin && begin + kSpan <= query.stop;
+}
+
+// Measures for each of some queries: those of the whole span, or of what it sees, so that nobody else's
+// keys count.
+template <int kQueries>
+struct MeasuresOfEach {
+  Measures measures[kQueries];
+  const Measures* of[kQueries];
+
+  template <typename QueryOf>
+  ALWAYS_INLINE void take(const float* scales, const Measures* whole, int64_t begin, QueryOf query_of) {
+    for (int q = 0; q < kQueries; q++) {
+      const Query& query = query_of(q);
+      if (whole != nullptr && sees_all(query, begin)) {
+        of[q] = whole;
+      } else if (q > 0 && query.first == query_of(q - 1).first && query.stop == query_of(q - 1).stop) {
+        of[q] = of[q - 1];
+      } else {
+        v16 seen[kTiles];
+        for (int tile = 0; tile < kTiles; tile++) {
+          const v16 score = hide(splat(0.0f), query, begin + kKeyTile * tile);
+          seen[tile] = score == 0.0f ? load(scales + kKeyTile * tile) : splat(0.0f);
+        }
+        measures[q].take(seen);
+        of[q] = measures + q;
+      }
+    }
+  }
+};
+
 // Attends with an online softmax over spans of 64 keys, in order, each of four tiles. Spans start at
 // multiples of 64 and hidden keys weigh exactly nothing, so a query's bits do not depend on the
 // others. Tiles behind the last seen key are left out. (What `attend_many` has functions for stands
@@ -164,7 +367,8 @@ void attend(const KVHead<KV>& kv, const Query* queries, float scale) {
   constexpr int kHeadDim = 16 * kVectors;
   Prepared<KV, kVectors> query[kQueries];
   v16 weighted[kQueries][kVectors] = {};
-  float highest[kQueries], total[kQueries] = {};
+  v16 total[kQueries] = {};
+  float highest[kQueries];
   const auto [first, stop] = seen_by(queries, kQueries);
   for (int q = 0; q < kQueries; q++) {
     query[q].take(queries[q].from, scale);
@@ -185,35 +389,25 @@ void attend(const KVHead<KV>& kv, const Query* queries, float scale) {
     v16 scores[kQueries][kTiles];
     for (int tile = 0; tile < tiles; tile++) {
       v16 score[kQueries];
-      if constexpr (kScaleElements<KV> > 0) {
-        for (int q = 0; q < kQueries; q++)
-          for (int j = 0; j < kKeyTile; j++) {
-            const int8_t* key = kv.keys + at[kKeyTile * tile + j];
-            int32_t sum = 0;
-            for (int i = 0; i < kHeadDim; i++) sum += key[i] * query[q].values[i];
-            score[q][j] = static_cast<float>(sum) * query[q].factor * scale_of(key);
-          }
-      } else {
-        v16 product[kQueries][kKeyTile];
-        for (int j = 0; j < kKeyTile; j++) {
-          const int64_t place = at[kKeyTile * tile + j];
-          v16 key[kVectors], sum[kQueries];
-          load_apart<KV, kVectors>(kv.keys + place, key);
+      v16 product[kQueries][kKeyTile];
+      for (int j = 0; j < kKeyTile; j++) {
+        const int64_t place = at[kKeyTile * tile + j];
+        v16 key[kVectors], sum[kQueries];
+        load_apart<KV, kVectors>(kv.keys + place, key);
 #pragma GCC unroll 16
-          for (int i = 0; i < kVectors; i++) {
+        for (int i = 0; i < kVectors; i++) {
 #pragma GCC unroll 6
-            for (int q = 0; q < kQueries; q++) {
-              const v16 part = load(query[q].values + 16 * i);
-              sum[q] = i == 0 ? part * key[i] : fma(part, key[i], sum[q]);
-            }
+          for (int q = 0; q < kQueries; q++) {
+            const v16 part = load(query[q].values + 16 * i);
+            sum[q] = i == 0 ? part * key[i] : fma(part, key[i], sum[q]);
           }
-          prefetch(kv.values + place, kHeadDim);  // a few at a time: the core waits for few lines at once
-#pragma GCC unroll 6
-          for (int q = 0; q < kQueries; q++) product[q][j] = sum[q];
         }
+        prefetch(kv.values + place, kHeadDim);  // a few at a time: the core waits for few lines at once
 #pragma GCC unroll 6
-        for (int q = 0; q < kQueries; q++) score[q] = sum_each(product[q]);
+        for (int q = 0; q < kQueries; q++) product[q][j] = sum[q];
       }
+#pragma GCC unroll 6
+      for (int q = 0; q < kQueries; q++) score[q] = sum_each(product[q]);
 #pragma GCC unroll 6
       for (int q = 0; q < kQueries; q++) {
         const v16 position = lanes + static_cast<float>(begin + kKeyTile * tile - queries[q].first);
@@ -223,11 +417,8 @@ void attend(const KVHead<KV>& kv, const Query* queries, float scale) {
       }
     }
     alignas(64) float weights[kQueries][kSpan];
-    for (int q = 0; q < kQueries; q++) {
+    for (int q = 0; q < kQueries; q++)
       weigh<kVectors>(scores[q], tiles, highest[q], total[q], weighted[q], weights[q]);
-      if constexpr (kScaleElements<KV> > 0)
-        for (int j = 0; j < kKeyTile * tiles; j++) weights[q][j] *= scale_of(kv.values + at[j]);
-    }
     for (int j = 0; j < kKeyTile * tiles; j++) {
       v16 value[kVectors];
       load_apart<KV, kVectors>(kv.values + at[j], value);
@@ -240,14 +431,9 @@ void attend(const KVHead<KV>& kv, const Query* queries, float scale) {
       prefetch(kv.keys + next[j], kHeadDim);
     }
   }
-  for (int q = 0; q < kQueries; q++) {
-    put_together<KV, kVectors>(weighted[q]);
-    for (int i = 0; i < kVectors; i++)  // adding 0 makes a zero's sign the same in any company
-      store(queries[q].to + 16 * i, weighted[q][i] / total[q] + 0.0f);
-  }
+  for (int q = 0; q < kQueries; q++) end<KV, kVectors>(weighted[q], total[q], queries[q].to);
 }
 
-#ifdef __AVX512VNNI__  // elsewhere 16 registers of half the size are too few for what follows
 // Finds the keys of a tile; those outside of what is seen are seen ones instead, and hidden later.
 ALWAYS_INLINE void locate_tile(const KVHead<int8_t>& kv, int64_t begin, int64_t first, int64_t stop,
                                int64_t* at) {
@@ -264,6 +450,7 @@ ALWAYS_INLINE void collect_scales(const int8_t* from, const int64_t* at, int cou
   for (int j = 0; j < count; j++) scales[j] = scale_of(from + at[j]);
 }
 
+#ifdef __AVX512VNNI__
 // Integer products of queries with eight keys, summed by `sum_eight`.
 template <int kVectors, int kQueries>
 ALWAYS_INLINE void multiply_eight(const int8_t* keys, const int64_t* at,
@@ -289,19 +476,59 @@ ALWAYS_INLINE void multiply_eight(const int8_t* keys, const int64_t* at,
   }
 }
 
-// `attend` for int8 keys and values: the same bits, since sums of integers are exact. Each span asks for
-// the memory of the next one, the last for that of the first span of `following`.
+// Sums of products of queries with sixteen keys; calls `between` for each half of these.
+template <int kVectors, int kQueries, typename Between>
+ALWAYS_INLINE void multiply_tile(const int8_t* keys, const int64_t* at,
+                                 const Prepared<int8_t, kVectors>* queries, i16* sums, Between between) {
+  constexpr int kAtOnce = kQueries < 3 ? kQueries : 3;
+#pragma GCC unroll 2
+  for (int from = 0; from < kQueries; from += kAtOnce) {
+    constexpr int kLeft = kQueries % kAtOnce == 0 ? kAtOnce : kQueries % kAtOnce;
+    i16 halves[2][kAtOnce];
+    for (int half = 0; half < 2; half++) {
+      if (from + kAtOnce <= kQueries)
+        multiply_eight<kVectors, kAtOnce>(keys, at + 8 * half, queries + from, halves[half]);
+      else
+        multiply_eight<kVectors, kLeft>(keys, at + 8 * half, queries + from, halves[half]);
+      if (from == 0) between(8 * half);
+    }
+    for (int q = from; q < kQueries && q < from + kAtOnce; q++)
+      sums[q] = sum_both(halves[0][q - from], halves[1][q - from]) + queries[q].shift;
+  }
+}
+#else
+template <int kVectors, int kQueries, typename Between>
+ALWAYS_INLINE void multiply_tile(const int8_t* keys, const int64_t* at,
+                                 const Prepared<int8_t, kVectors>* queries, i16* sums, Between between) {
+  for (int q = 0; q < kQueries; q++)
+    for (int j = 0; j < kKeyTile; j++) {
+      const int8_t* key = keys + at[j];
+      int32_t sum = 0;
+      for (int i = 0; i < 16 * kVectors; i++) sum += key[i] * queries[q].values[i];
+      sums[q][j] = sum;
+    }
+  between(0);
+  between(8);
+}
+#endif
+
+// `attend` for int8 keys and values, whose products are sums of integers. Each span asks for the memory
+// of the next one, the last for that of the first span of `following`.
 template <int kVectors, int kQueries>
 void attend_int8(const KVHead<int8_t>& kv, const Query* queries, float scale,
                  const Following<int8_t>& following) {
-  constexpr int kAtOnce = kQueries < 3 ? kQueries : 3;
+  constexpr int kSums = SpanValues<kVectors>::kSums;
   Prepared<int8_t, kVectors> query[kQueries];
-  v16 weighted[kQueries][kVectors] = {};
-  float highest[kQueries], total[kQueries] = {};
+  SpanValues<kVectors> values;
+  MeasuresOfEach<kQueries> measures;
+  v16 weighted[kQueries][kSums] = {}, total[kQueries] = {};
+  v16* to[kQueries];
+  float highest[kQueries];
   const auto [first, stop] = seen_by(queries, kQueries);
   for (int q = 0; q < kQueries; q++) {
     query[q].take(queries[q].from, scale);
     highest[q] = -FLT_MAX;
+    to[q] = weighted[q];
   }
   int64_t begin = first / kSpan * kSpan;
   alignas(64) int64_t places[2][kSpan];
@@ -317,60 +544,38 @@ void attend_int8(const KVHead<int8_t>& kv, const Query* queries, float scale,
     for (int tile = 0; tile < next_tiles; tile++)
       locate_tile(then, next_begin + kKeyTile * tile, seen.first, seen.stop,
                   places[span ^ 1] + kKeyTile * tile);
-    const auto ask_for = [&](const int8_t* from, int begun, int ended) {
+    const auto ask_for = [&](const int8_t* from, int begun, int ended) INLINED {
       for (int j = begun; j < ended && j < kKeyTile * next_tiles; j++)
         prefetch(from + next[j], 16 * kVectors);
     };
     v16 scores[kQueries][kTiles];
-    alignas(64) float scales[2][kSpan];
+    alignas(64) float scales[2][kSpan] = {};
     collect_scales(kv.keys, at, kKeyTile * tiles, scales[0]);
-    for (int tile = 0; tile < tiles; tile++) {
-      const int64_t* keys = at + kKeyTile * tile;
-#pragma GCC unroll 2
-      for (int from = 0; from < kQueries; from += kAtOnce) {
-        constexpr int kLeft = kQueries % kAtOnce == 0 ? kAtOnce : kQueries % kAtOnce;
-        i16 sums[2][kAtOnce];
-        for (int half = 0; half < 2; half++) {
-          if (from + kAtOnce <= kQueries)
-            multiply_eight<kVectors, kAtOnce>(kv.keys, keys + 8 * half, query + from, sums[half]);
-          else
-            multiply_eight<kVectors, kLeft>(kv.keys, keys + 8 * half, query + from, sums[half]);
-          const int begun = kKeyTile * tile + 8 * half;
-          if (from == 0) ask_for(then.keys, begun, begun + 8);
-        }
-        for (int q = from; q < kQueries && q < from + kAtOnce; q++) {
-          const i16 sum = sum_both(sums[0][q - from], sums[1][q - from]) + query[q].shift;
-          const v16 key_scales = load(scales[0] + kKeyTile * tile);
-          const v16 score = __builtin_convertvector(sum, v16) * query[q].factor * key_scales;
-          scores[q][tile] = hide(score, queries[q], begin + kKeyTile * tile);
-        }
+    for (int tile = 0; tile < kTiles; tile++) {
+      i16 sums[kQueries];
+      if (tile < tiles)
+        multiply_tile<kVectors, kQueries>(
+            kv.keys, at + kKeyTile * tile, query, sums,
+            [&](int key) INLINED { ask_for(then.keys, kKeyTile * tile + key, kKeyTile * tile + key + 8); });
+      for (int q = 0; q < kQueries; q++) {
+        const v16 score = __builtin_convertvector(sums[q], v16) * query[q].factor;
+        scores[q][tile] = tile < tiles ? hide(score * load(scales[0] + kKeyTile * tile), queries[q],
+                                              begin + kKeyTile * tile)
+                                       : splat(-INFINITY);
       }
     }
     ask_for(then.keys, kKeyTile * tiles, kSpan);
-    alignas(64) float weights[kQueries][kSpan];
     collect_scales(kv.values, at, kKeyTile * tiles, scales[1]);
-    for (int q = 0; q < kQueries; q++) {
-      weigh<kVectors>(scores[q], tiles, highest[q], total[q], weighted[q], weights[q]);
-      for (int tile = 0; tile < tiles; tile++)
-        store(weights[q] + kKeyTile * tile,
-              load(weights[q] + kKeyTile * tile) * load(scales[1] + kKeyTile * tile));
-    }
-    for (int j = 0; j < kKeyTile * tiles; j++) {
-      v16 value[kVectors];
-      load_apart<int8_t, kVectors>(kv.values + at[j], value);
-#pragma GCC unroll 16
-      for (int i = 0; i < kVectors; i++) {
-#pragma GCC unroll 6
-        for (int q = 0; q < kQueries; q++)
-          weighted[q][i] = fma(splat(weights[q][j]), value[i], weighted[q][i]);
-      }
-      ask_for(then.values, j, j + 1);
-    }
+    measures.take(scales[1], nullptr, begin, [&](int q) -> const Query& { return queries[q]; });
+    for (int pair = 0; pair < kKeyTile / 2 * tiles; pair++) values.take(kv.values, at, pair);
+    weigh_values<kVectors, kQueries>(scores, measures.of, values, tiles, highest, total, to,
+                                     [&](int key) INLINED { ask_for(then.values, key, key + 2); });
     ask_for(then.values, kKeyTile * tiles, kSpan);
   }
   for (int q = 0; q < kQueries; q++) end<int8_t, kVectors>(weighted[q], total[q], queries[q].to);
 }
 
+#ifdef __AVX512VNNI__  // elsewhere 16 registers of half the size are too few for what follows
 // A span as many queries read it: keys turned, so that a row has a lane for each of them; values in
 // float32. Row i · kVectors + v has dimension v of lane i, in float32.
 template <typename KV, int kVectors>
@@ -412,7 +617,6 @@ template <typename KV, int kVectors>
 struct alignas(64) SpanOfMany {
   TurnedKeys<KV, kVectors> keys;
   float values[kSpan][16 * kVectors];
-  float key_scales[kSpan], value_scales[kSpan];
 
   void lay_out(const KVHead<KV>& kv, int64_t begin, int tiles, int64_t first, int64_t stop) {
     for (int tile = 0; tile < tiles; tile++) {
@@ -423,22 +627,42 @@ struct alignas(64) SpanOfMany {
         v16 part[kVectors];
         load_apart<KV, kVectors>(kv.values + at[j], part);
         for (int v = 0; v < kVectors; v++) store(values[key] + 16 * v, part[v]);
-        if constexpr (kScaleElements<KV> > 0) {
-          key_scales[key] = scale_of(kv.keys + at[j]);
-          value_scales[key] = scale_of(kv.values + at[j]);
-        }
       }
       keys.take(kv, at, tile);
     }
   }
 };
 
+template <int kVectors>
+struct alignas(64) SpanOfMany<int8_t, kVectors> {
+  TurnedKeys<int8_t, kVectors> keys;
+  SpanValues<kVectors> values;
+  float key_scales[kSpan], value_scales[kSpan];  // zeros behind the last tile
+  Measures measures;                             // where all keys are seen
+
+  void lay_out(const KVHead<int8_t>& kv, int64_t begin, int tiles, int64_t first, int64_t stop) {
+    int64_t at[kSpan];
+    memset(key_scales, 0, sizeof key_scales);
+    memset(value_scales, 0, sizeof value_scales);
+    for (int tile = 0; tile < tiles; tile++) {
+      locate_tile(kv, begin + kKeyTile * tile, first, stop, at + kKeyTile * tile);
+      keys.take(kv, at + kKeyTile * tile, tile);
+    }
+    for (int pair = 0; pair < kKeyTile / 2 * tiles; pair++) values.take(kv.values, at, pair);
+    collect_scales(kv.keys, at, kKeyTile * tiles, key_scales);
+    collect_scales(kv.values, at, kKeyTile * tiles, value_scales);
+    v16 scales[kTiles];
+    for (int tile = 0; tile < kTiles; tile++) scales[tile] = load(value_scales + kKeyTile * tile);
+    measures.take(scales);
+  }
+};
+
 template <typename KV, int kVectors>
 struct alignas(64) RunningQuery {  // an online softmax between two spans
   Prepared<KV, kVectors> prepared;
-  float weighted[16 * kVectors];
+  v16 weighted[sums_of<KV>(kVectors)], total;
   const Query* query;
-  float highest, total;
+  float highest;
 };
 
 // Products of queries with 32 keys from `column` on, summed over the dimensions of `count` lanes from
@@ -498,7 +722,8 @@ ALWAYS_INLINE void score_keys(const SpanOfMany<KV, kVectors>& span,
       for (int t = 0; t < kTiles; t++) {
         const v16 score = __builtin_convertvector((i16)sum[q][t], v16) * queries[q].prepared.factor;
         const int column = kKeyTile * t;
-        scores[q][t] = hide(score * load(span.key_scales + column), *queries[q].query, begin + column);
+        scores[q][t] = score * load(span.key_scales + column);
+        if (!sees_all(*queries[q].query, begin)) scores[q][t] = hide(scores[q][t], *queries[q].query, begin + column);
       }
   } else {
     for (int tile = 0; tile < tiles; tile += 2) {
@@ -512,36 +737,53 @@ ALWAYS_INLINE void score_keys(const SpanOfMany<KV, kVectors>& span,
 }
 
 // Takes up to kQueries queries through a span; returns how many.
-template <typename KV, int kVectors, int kQueries = most_queries(kVectors)>
+template <typename KV, int kVectors, int kQueries = most_queries<KV>(kVectors)>
 int64_t take_through(const SpanOfMany<KV, kVectors>& span, int64_t begin, int tiles, int64_t count,
                      RunningQuery<KV, kVectors>* queries) {
   if constexpr (kQueries > 1) {
     if (count < kQueries)
       return take_through<KV, kVectors, kQueries - 1>(span, begin, tiles, count, queries);
   }
-  v16 scores[kQueries][kTiles], weighted[kQueries][kVectors];
-  alignas(64) float weights[kQueries][kSpan];
+  v16 scores[kQueries][kTiles];
   for (int q = 0; q + 1 < kQueries; q += 2)
     score_keys<KV, kVectors, 2>(span, queries + q, begin, tiles, scores + q);
   if constexpr (kQueries % 2 == 1)
     score_keys<KV, kVectors, 1>(span, queries + kQueries - 1, begin, tiles, scores + kQueries - 1);
-  for (int q = 0; q < kQueries; q++) {
-    for (int i = 0; i < kVectors; i++) weighted[q][i] = load(queries[q].weighted + 16 * i);
-    weigh<kVectors>(scores[q], tiles, queries[q].highest, queries[q].total, weighted[q], weights[q]);
-    if constexpr (kScaleElements<KV> > 0)
-      for (int j = 0; j < kKeyTile * tiles; j++) weights[q][j] *= span.value_scales[j];
-  }
-  for (int j = 0; j < kKeyTile * tiles; j++) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kVectors; i++) {
-      const v16 value = load(span.values[j] + 16 * i);
-#pragma GCC unroll 6
-      for (int q = 0; q < kQueries; q++)
-        weighted[q][i] = fma(splat(weights[q][j]), value, weighted[q][i]);
+  if constexpr (kScaleElements<KV> > 0) {
+    float highest[kQueries];
+    v16 total[kQueries], *to[kQueries];
+    for (int q = 0; q < kQueries; q++) {
+      highest[q] = queries[q].highest;
+      total[q] = queries[q].total;
+      to[q] = queries[q].weighted;
     }
+    MeasuresOfEach<kQueries> measures;
+    measures.take(span.value_scales, &span.measures, begin,
+                  [&](int q) -> const Query& { return *queries[q].query; });
+    weigh_values<kVectors, kQueries>(scores, measures.of, span.values, tiles, highest, total, to, [](int) {});
+    for (int q = 0; q < kQueries; q++) {
+      queries[q].highest = highest[q];
+      queries[q].total = total[q];
+    }
+  } else {
+    v16 weighted[kQueries][kVectors];
+    alignas(64) float weights[kQueries][kSpan];
+    for (int q = 0; q < kQueries; q++) {
+      for (int i = 0; i < kVectors; i++) weighted[q][i] = queries[q].weighted[i];
+      weigh<kVectors>(scores[q], tiles, queries[q].highest, queries[q].total, weighted[q], weights[q]);
+    }
+    for (int j = 0; j < kKeyTile * tiles; j++) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kVectors; i++) {
+        const v16 value = load(span.values[j] + 16 * i);
+#pragma GCC unroll 6
+        for (int q = 0; q < kQueries; q++)
+          weighted[q][i] = fma(splat(weights[q][j]), value, weighted[q][i]);
+      }
+    }
+    for (int q = 0; q < kQueries; q++)
+      for (int i = 0; i < kVectors; i++) queries[q].weighted[i] = weighted[q][i];
   }
-  for (int q = 0; q < kQueries; q++)
-    for (int i = 0; i < kVectors; i++) store(queries[q].weighted + 16 * i, weighted[q][i]);
   return kQueries;
 }
 
@@ -551,7 +793,8 @@ template <typename KV, int kVectors>
 void attend_many(const KVHead<KV>& kv, const Query* queries, int64_t count, float scale) {
   thread_local std::vector<SpanOfMany<KV, kVectors>> spans(1);
   thread_local std::vector<RunningQuery<KV, kVectors>> running;
-  running.assign(count, {});
+  running.clear();
+  running.resize(count);  // zeros
   const auto [first, stop] = seen_by(queries, count);
   for (int64_t q = 0; q < count; q++) {
     running[q].prepared.take(queries[q].from, scale);
@@ -568,21 +811,17 @@ void attend_many(const KVHead<KV>& kv, const Query* queries, int64_t count, floa
     for (int64_t q = begun; q < ended;)
       q += take_through<KV, kVectors>(spans[0], begin, tiles, ended - q, running.data() + q);
   }
-  for (RunningQuery<KV, kVectors>& r : running) {
-    v16 weighted[kVectors];
-    for (int i = 0; i < kVectors; i++) weighted[i] = load(r.weighted + 16 * i);
-    end<KV, kVectors>(weighted, r.total, r.query->to);
-  }
+  for (RunningQuery<KV, kVectors>& r : running) end<KV, kVectors>(r.weighted, r.total, r.query->to);
 }
 
 #endif
 
 // Attends for some of `count` queries and returns for how many.
-template <typename KV, int kVectors, int kQueries = most_queries(kVectors)>
+template <typename KV, int kVectors, int kQueries = most_queries<KV>(kVectors)>
 int64_t attend_some(int64_t count, const KVHead<KV>& kv, const Query* queries, float scale,
                     const Following<KV>& following) {
 #ifdef __AVX512VNNI__
-  if constexpr (kQueries == most_queries(kVectors)) {
+  if constexpr (kQueries == most_queries<KV>(kVectors)) {
     if (count >= kManyQueries) {
       attend_many<KV, kVectors>(kv, queries, count, scale);
       return count;
@@ -593,11 +832,9 @@ int64_t attend_some(int64_t count, const KVHead<KV>& kv, const Query* queries, f
     if (count < kQueries)
       return attend_some<KV, kVectors, kQueries - 1>(count, kv, queries, scale, following);
   }
-#ifdef __AVX512VNNI__
   if constexpr (std::is_same_v<KV, int8_t>)
     attend_int8<kVectors, kQueries>(kv, queries, scale, following);
   else
-#endif
     attend<KV, kVectors, kQueries>(kv, queries, scale);
   return kQueries;
 }
@@ -640,7 +877,7 @@ int32_t attend_all(const float* query, int64_t heads, int64_t head_dim, const KV
                    const KV* values, int64_t block_size, int64_t kv_heads, const Sequences& s,
                    float* out) {
   const int64_t group = heads / kv_heads;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+  const float scale = 1.44269504f / std::sqrt(static_cast<float>(head_dim));  // powers of two are cheaper
   const int block_bits = __builtin_ctzll(block_size);
   const int64_t stored = head_dim + kScaleElements<KV>;
   const auto head_of = [&](int64_t sequence, int64_t kv_head) {

@@ -63,6 +63,16 @@ inline float sum_lanes(v16 x) {
   return (b[0] + b[2]) + (b[1] + b[3]);
 }
 
+inline bool any(i16 lanes) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)lanes) != 0;
+#else
+  int32_t found = 0;
+  for (int j = 0; j < 16; j++) found |= lanes[j];
+  return found != 0;
+#endif
+}
+
 inline float largest_lane(v16 x) {
   v8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
   v8 b = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -73,25 +83,40 @@ inline float largest_lane(v16 x) {
   return even > odd ? even : odd;
 }
 
-// Sums the lanes of each of sixteen vectors: lane j of the result is the sum of x[j]. A tree of
-// neighbours, which costs three operations a vector where `sum_lanes` costs ten. First those of eight,
-// in two parts each, then two such together.
-template <typename V>
-inline V sum_eight(V* x) {
+// Combines the lanes of each of eight vectors, in two parts each: lanes j and j + 8 of the result are of
+// x[j]. A tree of neighbours, which costs three operations a vector where `sum_lanes` costs ten.
+template <typename V, typename Combine>
+inline V combine_eight(V* x, Combine combine) {
   for (int i = 0; i < 4; i++) {
     const V a = x[2 * i], b = x[2 * i + 1];
-    x[i] = __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-           __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    x[i] = combine(
+        __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+        __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31));
   }
   for (int i = 0; i < 2; i++) {
     const V a = x[2 * i], b = x[2 * i + 1];
-    x[i] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-           __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    x[i] = combine(
+        __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+        __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
   }
-  return __builtin_shufflevector(x[0], x[1], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-         __builtin_shufflevector(x[0], x[1], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  return combine(
+      __builtin_shufflevector(x[0], x[1], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+      __builtin_shufflevector(x[0], x[1], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31));
 }
 
+template <typename V>
+inline V sum_eight(V* x) {
+  return combine_eight(x, [](V a, V b) { return a + b; });
+}
+
+// The largest lane of each of eight vectors: lane j is of x[j].
+inline v16 largest_of_eight(v16* x) {
+  const v16 parts = combine_eight(x, larger);
+  return larger(parts, __builtin_shufflevector(parts, parts, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3,
+                                               4, 5, 6, 7));
+}
+
+// Sums those of two times eight: lane j is the sum of the j-th.
 template <typename V>
 inline V sum_both(V a, V b) {
   return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
@@ -140,6 +165,31 @@ inline v16 exp_nonpositive(v16 x) {
   p = fma(p, r * r, r) + 1.0f;
   const v16 power = (v16)((n + 127) << 23);
   return alive ? p * power : splat(0.0f);
+}
+
+// 2^x for x <= 0, to about 2 units in the last place; 0 below -125.
+inline v16 exp2_nonpositive(v16 x) {
+#if defined(__AVX512F__)
+  const __mmask16 alive = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-125.0f), _CMP_GT_OQ);
+  const v16 whole = (v16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const i16 alive = x > -125.0f;
+  x = alive ? x : splat(0.0f);
+  const v16 whole = (x + 12582912.0f) - 12582912.0f;  // 1.5 · 2^23: rounded to the nearest integer
+#endif
+  const v16 r = x - whole;
+  v16 p = splat(1.328743179e-3f);  // least relative error of all of this degree, found by least squares
+  p = fma(p, r, splat(9.671507403e-3f));
+  p = fma(p, r, splat(5.550655723e-2f));
+  p = fma(p, r, splat(2.402224243e-1f));
+  p = fma(p, r, splat(6.931470633e-1f));
+  p = fma(p, r, splat(1.0f));
+#if defined(__AVX512F__)
+  return (v16)_mm512_maskz_scalef_ps(alive, (__m512)p, (__m512)whole);
+#else
+  const v16 power = (v16)((__builtin_convertvector(whole, i16) + 127) << 23);
+  return alive ? p * power : splat(0.0f);
+#endif
 }
 
 // silu(gate) · up, the first at most `limit`, the second within ±limit; infinity for neither.
