@@ -98,13 +98,14 @@ def admit(service: Service, request: Request, body: GenerationBody, num_new: int
         InvalidRequest: their targets are nonsense, or they are more than may ever wait.
     """
     asker = service.asker_of(request.headers, body.cache_salt, body.priority)
-    admission, generations = service.admission, service.generations
+    admission, generations, now_s = service.admission, service.generations, service.clock.now()
     try:
-        check_capacity(admission, generations.num_live, num_new, generations.queue.retry_after_s)
+        retry_after_s = generations.queue.retry_after_s(now_s)
+        check_capacity(admission, generations.num_live, num_new, retry_after_s)
         if admission.slo_mode == "enforce":
             service.check_reachable(asker.slo)
             generations.queue.check(
-                admission, asker.slo.ttft_s, asker.priority, asker.tenant, num_new
+                admission, asker.slo.ttft_s, asker.priority, asker.tenant, num_new, now_s
             )
     except (Overloaded, TargetOutOfReach) as error:
         service.metrics.refused(error.reason)

@@ -345,7 +345,7 @@ class Generations:
         self._end(entry, "refused")  # before the others are counted
         error = Overloaded(
             f"the request waited for {waited_s:.1f} s and was not begun; try again later",
-            self.queue.retry_after_s,
+            self.queue.retry_after_s(self._clock.now()),
             "queue_timeout",
         )
         entry.events.put_nowait(FailureEvent(entry.choice, error))

@@ -51,7 +51,7 @@ class Service:
 
     def __init__(self, spec: GatewaySpec, clock: Clock | None = None) -> None:
         self._spec = spec
-        clock = clock or MonotonicClock()
+        self.clock = clock = clock or MonotonicClock()
         model = read_model_spec(spec.model_directory)
         self.codec = _codec(spec, model.vocab_size)
         self.model_name = spec.served_model_name
@@ -162,7 +162,7 @@ class Service:
         for member in self.pools.workers():
             self._endpoint.try_send(member.incarnation, beat)
         queue = self.generations.queue
-        self.metrics.queue(queue.num_waiting, queue.drain_s)
+        self.metrics.queue(queue.num_waiting, queue.drain_s(self.clock.now()))
         self.metrics.topology(
             self.pools.topology.epoch,
             len(self.pools.topology.pool(Role.ATTENTION)),

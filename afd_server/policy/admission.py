@@ -57,15 +57,20 @@ class FirstTokenQueue:
         """Return the requests without a first token."""
         return len(self._waiting)
 
-    @property
-    def drain_s(self) -> float:
-        """Return how long it takes until all who wait have their first token."""
-        return self._interval_s * len(self._waiting)
+    def silence_s(self, now_s: float) -> float:
+        """Return since when somebody waits and nobody has had a first token."""
+        return max(0.0, now_s - self._since_s) if self._waiting else 0.0
 
-    @property
-    def retry_after_s(self) -> float:
+    def drain_s(self, now_s: float) -> float:
+        """Return how long it takes until all who wait have their first token.
+
+        At least as long as nobody has had one by now: what stands still is not said to move soon.
+        """
+        return max(self._interval_s * len(self._waiting), self.silence_s(now_s))
+
+    def retry_after_s(self, now_s: float) -> float:
         """Return when to come back for those who are refused though few are ahead of them."""
-        return min(LONGEST_RETRY_S, max(RETRY_AFTER_S, self.drain_s))
+        return min(LONGEST_RETRY_S, max(RETRY_AFTER_S, self.drain_s(now_s)))
 
     def enter(self, key: int, priority: int, tenant: str, now_s: float) -> None:
         """Add a request that was admitted."""
@@ -96,8 +101,11 @@ class FirstTokenQueue:
         priority: int,
         tenant: str,
         num_new: int,
+        now_s: float,
     ) -> None:
         """Refuse what could not begin in time; needs no knowledge of the prompt.
+
+        Who is refused is not told to come back sooner than after as long a silence as there was.
 
         Nobody who waits is sent away for somebody more urgent. So a crowd that all the others
         overtake, of low priority or of one tenant, does not get every place.
@@ -113,15 +121,16 @@ class FirstTokenQueue:
             )
         num_ahead = self._num_ahead(priority, tenant)
         most_s = inf if ttft_s is None else WAIT_SHARE * ttft_s
-        wait_s = self.expected_wait_s(priority, tenant) + self._interval_s * (num_new - 1)
+        wait_s = self._interval_s * (num_ahead + num_new - 1)
         places = config.max_queued_requests
         is_full = self.num_waiting + num_new > places or num_ahead >= places - places // KEPT_SHARE
         if not is_full and wait_s <= most_s:
             return
+        silence_s = self.silence_s(now_s)
         raise Overloaded(
             f"{self.num_waiting} requests wait for their first token, {num_ahead} of them before "
-            f"this one, for some {wait_s:.1f} s; try again later",
-            min(LONGEST_RETRY_S, max(wait_s - most_s, self._interval_s, 0.05)),
+            f"this one, for some {max(wait_s, silence_s):.1f} s; try again later",
+            min(LONGEST_RETRY_S, max(wait_s - most_s, self._interval_s, silence_s, 0.05)),
             "queue_full" if is_full else "expected_wait",
             is_own_doing=self._is_own_doing(priority, tenant, most_s, is_full),
         )

@@ -99,10 +99,12 @@ class ServingSimulation:
             self.scheduler.submit(_request(key, arrival), now_s)
             return
         try:
-            check_capacity(self._admission, len(self._live), 1, self.queue.retry_after_s)
+            check_capacity(self._admission, len(self._live), 1, self.queue.retry_after_s(now_s))
             if self._admission.slo_mode == "enforce":
                 ttft_s = arrival.slo.ttft_s
-                self.queue.check(self._admission, ttft_s, arrival.priority, arrival.tenant, 1)
+                self.queue.check(
+                    self._admission, ttft_s, arrival.priority, arrival.tenant, 1, now_s
+                )
         except Overloaded as error:
             outcome.refusal, outcome.refused_s = error.reason, now_s
             return

@@ -438,7 +438,7 @@ def test_a_request_that_was_not_begun_in_time_is_refused_as_overload():
     bench.chunk((bench.key, 1, 0, 0, 0, FinishReason.REFUSED, 0, 0, 0))
     event = own.get_nowait()
     assert isinstance(event.error, Overloaded)
-    assert (event.error.reason, event.error.retry_after_s) == ("queue_timeout", 4.0)
+    assert (event.error.reason, event.error.retry_after_s) == ("queue_timeout", 60.0)
     refused = bench.metrics.registry.get_sample_value
     assert refused("afd_refused_requests_total", {"reason": "queue_timeout"}) == 1
     assert bench.generations.queue.num_waiting == 2

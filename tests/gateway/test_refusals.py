@@ -9,6 +9,7 @@ import pytest
 from starlette.requests import Request
 
 from afd_server.api.openai import CompletionRequest
+from afd_server.core.clock import ManualClock
 from afd_server.core.request import SLO
 from afd_server.core.topology import Member, Role, Topology
 from afd_server.gateway.app import create_app
@@ -43,7 +44,7 @@ def gateway(slo_mode="enforce", **changes):
         log_level="warning", load_format="dummy", tpot_slo_s=0.05, slo_mode=slo_mode,
         **{"max_live_requests": 100, "max_queued_requests": 8, "ttft_slo_s": 4.0, **changes},
     )  # fmt: skip
-    service = Service(spec)
+    service = Service(spec, ManualClock(1.0))
     service.pools.follow(Topology(1, (WORKER,)))
     try:
         yield service
@@ -113,6 +114,16 @@ def test_the_expected_wait_is_that_for_the_whole_queue_whosever_it_is():
         service._beat()
         assert metric(service, "afd_queued_requests") == 4
         assert metric(service, "afd_expected_wait_seconds") == 4.0
+
+
+def test_a_full_queue_that_stands_still_is_not_said_to_move_soon():
+    with gateway(max_queued_requests=4, ttft_slo_s=None) as service:
+        fill(service, "Bearer a", "Bearer b", "Bearer c", "Bearer d")
+        service.clock.advance(20.0)
+        answer = post(service, *COMPLETION)
+        assert answer.headers["x-afd-reject-reason"] == "queue_full"
+        assert int(answer.headers["retry-after-ms"]) >= 20_000
+        assert "for some 0.0 s" not in answer.json()["error"]["message"]
 
 
 def test_who_fills_the_queue_alone_gets_a_429_and_another_one_is_taken():

@@ -61,10 +61,10 @@ def test_a_full_gateway_refuses_and_says_when_to_come_back():
 
 
 def test_who_is_refused_comes_back_when_the_queue_is_drained_but_within_the_patience_of_clients():
-    assert queue_of().retry_after_s == 1.0
+    assert queue_of().retry_after_s(NOW) == 1.0
     waiting = [(0, "a")] * 6
-    assert queue_of(*waiting).retry_after_s == pytest.approx(3.0, rel=0.01)
-    assert queue_of(*waiting, interval_s=60.0).retry_after_s == 60.0
+    assert queue_of(*waiting).retry_after_s(NOW) == pytest.approx(3.0, rel=0.01)
+    assert queue_of(*waiting, interval_s=60.0).retry_after_s(NOW) == 60.0
 
 
 def test_max_tokens_defaults_to_what_the_context_leaves():
@@ -81,6 +81,7 @@ def test_what_does_not_fit_the_context_is_refused_by_name(prompt, wanted, param)
     assert refusal.value.param == param
 
 
+NOW = 100.0
 ENFORCED = AdmissionConfig(100, 100, max_queued_requests=8, slo_mode="enforce")
 
 
@@ -93,25 +94,25 @@ def queue_of(*waiting, interval_s=0.5):
         queue.serve(turn - 1, turn * interval_s)
     queue.leave(199)
     for key, (priority, tenant) in enumerate(waiting, 1000):
-        queue.enter(key, priority, tenant, 100.0)
+        queue.enter(key, priority, tenant, NOW)
     return queue
 
 
 def test_who_would_wait_for_too_much_of_its_first_target_is_refused_at_once():
     queue = queue_of(*[(0, "a")] * 4)
     longest_s = 2.0 / WAIT_SHARE
-    queue.check(ENFORCED, 1.01 * longest_s, 0, "a", 1)
-    queue.check(ENFORCED, None, 0, "a", 4)
+    queue.check(ENFORCED, 1.01 * longest_s, 0, "a", 1, NOW)
+    queue.check(ENFORCED, None, 0, "a", 4, NOW)
     with pytest.raises(Overloaded, match=r"4 requests wait .* 2\.0 s") as refusal:
-        queue.check(ENFORCED, 0.75 * longest_s, 0, "a", 1)
+        queue.check(ENFORCED, 0.75 * longest_s, 0, "a", 1, NOW)
     assert refusal.value.reason == "expected_wait"
     assert refusal.value.retry_after_s == pytest.approx(0.5, rel=0.01)
     with pytest.raises(Overloaded):
-        queue.check(ENFORCED, 1.01 * longest_s, 0, "a", 2)  # the second would wait too long
+        queue.check(ENFORCED, 1.01 * longest_s, 0, "a", 2, NOW)  # the second would wait too long
 
 
 def test_an_empty_queue_takes_anybody_however_slow_it_was():
-    queue_of(interval_s=60.0).check(ENFORCED, 0.001, 0, "a", 1)
+    queue_of(interval_s=60.0).check(ENFORCED, 0.001, 0, "a", 1, NOW)
 
 
 def test_the_pace_is_known_from_the_first_tokens_on():
@@ -124,12 +125,23 @@ def test_the_pace_is_known_from_the_first_tokens_on():
     assert queue.expected_wait_s(0, "a") == pytest.approx(2 * 1.5)
 
 
+def test_nobody_is_told_to_come_back_sooner_than_after_as_long_a_silence_as_there_was():
+    queue = queue_of((0, "a"), interval_s=0.01)
+    assert queue.drain_s(NOW + 5.0) == queue.retry_after_s(NOW + 5.0) == 5.0
+    queue.check(ENFORCED, 1.0, 0, "a", 1, NOW + 5.0)
+    with pytest.raises(Overloaded, match=r"1 requests wait .* 5\.0 s") as refusal:
+        queue.check(ENFORCED, 1.0, 0, "a", 8, NOW + 5.0)
+    assert refusal.value.retry_after_s == 5.0
+    queue.serve(1000, NOW + 5.0)
+    assert queue.silence_s(NOW + 1000.0) == 0.0, "nobody waits"
+
+
 def test_the_queue_is_bounded_even_when_nothing_is_known_of_its_pace():
     queue = FirstTokenQueue()
     for key in range(8):
         queue.enter(key, 0, "a", 0.0)
     with pytest.raises(Overloaded) as refusal:
-        queue.check(ENFORCED, 4.0, 0, "a", 1)
+        queue.check(ENFORCED, 4.0, 0, "a", 1, NOW)
     assert refusal.value.reason == "queue_full"
 
 
@@ -145,7 +157,7 @@ def test_no_mixture_of_priorities_and_tenants_gets_more_places_than_there_are(as
     queue = queue_of()
     for key, (priority, tenant) in enumerate(askers):
         with contextlib.suppress(Overloaded):
-            queue.check(ENFORCED, None, priority, tenant, 1)
+            queue.check(ENFORCED, None, priority, tenant, 1, NOW)
             queue.enter(key, priority, tenant, 100.0)
     assert 6 <= queue.num_waiting <= 8
 
@@ -153,15 +165,15 @@ def test_no_mixture_of_priorities_and_tenants_gets_more_places_than_there_are(as
 def test_a_crowd_that_others_overtake_leaves_a_quarter_of_the_places_to_them():
     queue = queue_of(*[(0, "many")] * 6)
     with pytest.raises(Overloaded) as refusal:
-        queue.check(ENFORCED, None, 0, "many", 1)
+        queue.check(ENFORCED, None, 0, "many", 1, NOW)
     assert (refusal.value.reason, refusal.value.is_own_doing) == ("queue_full", False)
-    queue.check(ENFORCED, None, 0, "few", 2)
-    queue.check(ENFORCED, None, -1, "many", 2)
+    queue.check(ENFORCED, None, 0, "few", 2, NOW)
+    queue.check(ENFORCED, None, -1, "many", 2, NOW)
     queue.enter(1, 0, "few", 100.0)
     queue.enter(2, -1, "few", 100.0)
     for priority, tenant, is_own_doing in [(-1, "few", False), (-1, "many", True)]:
         with pytest.raises(Overloaded, match="8 requests wait .* 1 of them before") as refusal:
-            queue.check(ENFORCED, None, priority, tenant, 1)
+            queue.check(ENFORCED, None, priority, tenant, 1, NOW)
         assert refusal.value.reason == "queue_full"
         assert refusal.value.is_own_doing == is_own_doing
 
@@ -177,11 +189,11 @@ def test_the_more_urgent_and_those_who_ask_little_do_not_wait_for_the_rest():
 def test_who_alone_is_too_many_is_told_to_slow_down():
     queue = queue_of(*[(0, "many")] * 6, (0, "few"))
     with pytest.raises(Overloaded) as refusal:
-        queue.check(ENFORCED, 4.0, 0, "many", 1)
+        queue.check(ENFORCED, 4.0, 0, "many", 1, NOW)
     assert refusal.value.is_own_doing
     crowd = queue_of(*[(0, str(tenant)) for tenant in range(7)])
     with pytest.raises(Overloaded) as refusal:
-        crowd.check(ENFORCED, 4.0, 0, "new", 1)
+        crowd.check(ENFORCED, 4.0, 0, "new", 1, NOW)
     assert not refusal.value.is_own_doing
 
 
