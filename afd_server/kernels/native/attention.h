@@ -175,6 +175,17 @@ struct alignas(64) SpanValues {
       _mm512_store_si512(pairs[pair][16 * i], _mm512_unpacklo_epi16(a, b));
       _mm512_store_si512(pairs[pair][16 * i + 16], _mm512_unpackhi_epi16(a, b));
     }
+#elif defined(__AVX2__)
+    for (int i = 0; i < kVectors; i++) {
+      const auto load_wide = [i](const int8_t* from) INLINED {
+        return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16 * i)));
+      };
+      const __m256i a = load_wide(even), b = load_wide(odd);
+      const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
+      __m256i* to = reinterpret_cast<__m256i*>(pairs[pair][16 * i]);
+      _mm256_store_si256(to, _mm256_permute2x128_si256(low, high, 0x20));
+      _mm256_store_si256(to + 1, _mm256_permute2x128_si256(low, high, 0x31));
+    }
 #else
     for (int i = 0; i < 16 * kVectors; i++) {
       pairs[pair][i][0] = even[i];
@@ -196,6 +207,19 @@ struct alignas(64) SpanValues {
 #endif
   }
 };
+
+// Stores the lower half of each lane.
+ALWAYS_INLINE void store_low(int16_t* to, v16 lanes) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  __m256i half[2];
+  memcpy(half, &lanes, sizeof half);
+  for (__m256i& part : half) part = _mm256_srai_epi32(_mm256_slli_epi32(part, 16), 16);
+  const __m256i low = _mm256_permute4x64_epi64(_mm256_packs_epi32(half[0], half[1]), 0xd8);
+#else
+  const h16 low = __builtin_convertvector((u16)lanes, h16);
+#endif
+  memcpy(to, &low, sizeof low);
+}
 
 // Sums values times weights of 15 bits; a sum has less than 29 bits. Calls `between` for each two keys.
 template <int kVectors, int kQueries, typename Between>
@@ -226,27 +250,36 @@ ALWAYS_INLINE void sum_values(const SpanValues<kVectors>& values, int tiles,
   for (int q = 0; q < kQueries; q++)
 #pragma GCC unroll 16
     for (int i = 0; i < kSums; i++) sums[q][i] = (i16)sum[q][i];
+#elif defined(__AVX2__)
+  for (int i = 0; i < kVectors; i++) {
+    __m256i sum[kQueries][2];
+#pragma GCC unroll 6
+    for (int q = 0; q < kQueries; q++) sum[q][0] = sum[q][1] = _mm256_setzero_si256();
+    for (int pair = 0; pair < kKeyTile / 2 * tiles; pair++) {
+      const __m256i* both = reinterpret_cast<const __m256i*>(values.pairs[pair][16 * i]);
+#pragma GCC unroll 6
+      for (int q = 0; q < kQueries; q++) {
+        int32_t two;
+        memcpy(&two, weights[q] + 2 * pair, sizeof two);
+        const __m256i weight = _mm256_set1_epi32(two);
+        for (int half = 0; half < 2; half++)
+          sum[q][half] = _mm256_add_epi32(sum[q][half], _mm256_madd_epi16(both[half], weight));
+      }
+      if (i == 0) between(2 * pair);
+    }
+#pragma GCC unroll 6
+    for (int q = 0; q < kQueries; q++) memcpy(&sums[q][i], sum[q], sizeof sum[q]);
+  }
+  for (int q = 0; q < kQueries; q++)
+    for (int i = kVectors; i < kSums; i++) sums[q][i] = i16{};
 #else
   for (int q = 0; q < kQueries; q++) {
     i16 sum[kSums] = {};
     for (int pair = 0; pair < kKeyTile / 2 * tiles; pair++) {
       const int16_t *weight = weights[q] + 2 * pair, *from = values.pairs[pair][0];
-      for (int i = 0; i < kVectors; i++, from += 32) {
-#ifdef __AVX2__
-        __m256i part[2];
-        int32_t two;
-        memcpy(&two, weight, sizeof two);
-        memcpy(part, &sum[i], sizeof part);
-        for (int half = 0; half < 2; half++) {
-          const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 16 * half));
-          part[half] = _mm256_add_epi32(part[half], _mm256_madd_epi16(value, _mm256_set1_epi32(two)));
-        }
-        memcpy(&sum[i], part, sizeof part);
-#else
+      for (int i = 0; i < kVectors; i++, from += 32)
         for (int lane = 0; lane < 16; lane++)
           sum[i][lane] += from[2 * lane] * weight[0] + from[2 * lane + 1] * weight[1];
-#endif
-      }
     }
     memcpy(sums[q], sum, sizeof sum);
   }
@@ -300,8 +333,7 @@ ALWAYS_INLINE void weigh_values(v16 (*scores)[kTiles], const Measures* const* me
       const v16 weight = exp2_nonpositive(scores[q][tile] - top[q]);
       sum += weight;  // 1.5 · 2^23: the integer is in the lowest bits
       const v16 rounded = fma(weight, load(measures[q]->steps + kKeyTile * tile), splat(12582912.0f));
-      const h16 low = __builtin_convertvector((u16)rounded, h16);
-      memcpy(weights[q] + kKeyTile * tile, &low, sizeof low);
+      store_low(weights[q] + kKeyTile * tile, rounded);
     }
     total[q] = total[q] * shrink[q] + sum * share[q];
   }
