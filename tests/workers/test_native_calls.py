@@ -226,13 +226,17 @@ def test_a_prompt_s_parts_go_on_in_native_code_and_in_python(open_pools, given_u
     expected = expected_tokens(open_pools, model, wanted)
     pools = open_pools(model, num_ffn=1, num_lanes=1, resend_s=3600.0)
     assert pools.run(requests(2, 101))
-    client = pools.workers[pools.attention()]._ffn
+    worker = pools.workers[pools.attention()]
+    client = worker._ffn
     reached = count_further(client)
     for request in wanted:
         pools.submit(request)
     num_together = 0
     for _ in range(60):
         pools.turn()
+        for lane in worker._lanes:
+            ahead = lane.part(AHEAD)
+            assert ahead.is_over or lane.rest.num_stages <= ahead.num_stages, "its keys are needed"
         parts = {pending.stage.lane >= AHEAD: pending for pending in client._calls.values()}
         if len(parts) < 2:
             continue

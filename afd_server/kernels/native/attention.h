@@ -87,7 +87,7 @@ ALWAYS_INLINE void prefetch(const KV* at, int head_dim) {
 }
 
 // Weighs the values of a span by a query's scores: one step of an online softmax. Hardly any span has
-// a new maximum, so what comes of one is left out else (FlashAttention-4), and nothing waits for it.
+// a new maximum; where there is none nothing is scaled, and nothing waits for the maximum.
 template <int kVectors>
 ALWAYS_INLINE void weigh(const v16* scores, int tiles, float& highest, v16& total, v16* weighted,
                          float* weights) {
