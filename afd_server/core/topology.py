@@ -44,6 +44,11 @@ class Member:
         """Return the short form used in logs and status, such as `ffn/1`."""
         return f"{self.role.name.lower()}/{self.slot}"
 
+    @property
+    def is_on_one_host(self) -> bool:
+        """Tell whether only processes of its host can reach it: their clock is its clock."""
+        return self.address.startswith("ipc://")
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from afd_server.api import anthropic, openai
 from afd_server.api.body import validation_error
@@ -24,6 +25,7 @@ from afd_server.core.errors import (
 
 log = logging.getLogger(__name__)
 
+CLIENT_GONE = 499  # no standard: what proxies log for it
 START_AGAIN_S = 1.0  # of those who come while the server starts or stops
 REPLACE_AGAIN_S = 5.0  # a small model's worker is replaced and calibrated by then
 
@@ -67,6 +69,8 @@ def describe(error: Exception) -> Failure:
             return Failure(503, str(error), "worker_failed")
         case HTTPException():
             return Failure(error.status_code, str(error.detail))
+        case ClientDisconnect():  # before its request was whole; nobody reads this
+            return Failure(CLIENT_GONE, "the client has left")
     log.exception("unexpected error", exc_info=error)
     return Failure(500, "the server failed on this request", "internal")
 
@@ -143,5 +147,5 @@ async def end_openly(
 
 def install(app: FastAPI) -> None:
     """Make `answer` the only way in which errors leave the app."""
-    for kind in (AFDError, ValidationError, HTTPException, Exception):
+    for kind in (AFDError, ValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, answer)

@@ -19,7 +19,7 @@ from afd_server.api.body import Body, GenerationBody, check_token_ids, sampling_
 from afd_server.core.errors import Overloaded, TargetOutOfReach
 from afd_server.gateway.asker import Asker
 from afd_server.gateway.choices import ChoicePlan, Choices, ChoiceState, Piece, run_to_end
-from afd_server.gateway.errors import ModelNotFound, NotReady, end_openly
+from afd_server.gateway.errors import CLIENT_GONE, ModelNotFound, NotReady, end_openly
 from afd_server.gateway.service import Service
 from afd_server.policy.admission import check_capacity, fit_max_tokens
 
@@ -66,6 +66,7 @@ async def read_body(service: Service, request: Request, kind: type[BodyType]) ->
     Raises:
         NotReady: the server is starting or stopping.
         HTTPException: the body is too large.
+        ClientDisconnect: the client has left before it was whole.
         ValidationError, InvalidRequest: it is not of this kind.
     """
     if service.is_draining or not service.is_ready:
@@ -169,7 +170,7 @@ async def answer(
     with choices:
         states = await _unless_disconnected(request, lambda: run_to_end(choices))
     if states is None:
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=CLIENT_GONE)
     return JSONResponse(writer.whole(states), headers=headers)
 
 

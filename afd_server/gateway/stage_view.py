@@ -14,8 +14,8 @@ from afd_server.transport.messages import DType, LoadReport
 
 KEPT_S = 30.0  # some 12 MB for a busy 1A1F
 BUSY_REPORTS = 20  # make a busy ratio: 5 s, less than between two scrapes
-# Clocks of one host are the same clock; those of two hosts count from their starts, which are
-# further apart than a report takes.
+# Clocks of one host are the same clock. Whoever can be reached by TCP may be on another: clocks of
+# two hosts count from their starts, which are further apart than a report takes.
 SAME_CLOCK_S = 0.005
 
 COMPUTES = frozenset({EventKind.ATTENTION, EventKind.SAMPLE, EventKind.FFN})
@@ -120,7 +120,8 @@ class StageView:
 
 def _on_our_clock(report: _Report) -> Iterator[Event]:
     behind_s = report.worker.behind_s
-    shift_s = 0.0 if 0 <= behind_s < SAME_CLOCK_S else behind_s
+    is_same = report.worker.member.is_on_one_host or 0 <= behind_s < SAME_CLOCK_S
+    shift_s = 0.0 if is_same else behind_s
     for event in read_events(report.events):
         begin_s, end_s = event.begin_s + shift_s, event.end_s + shift_s
         yield event._replace(begin_s=begin_s, end_s=end_s)

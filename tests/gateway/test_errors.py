@@ -5,7 +5,7 @@ import json
 
 import pytest
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from afd_server.core.errors import InvalidRequest, Overloaded, TargetOutOfReach, WorkerFailed
 from afd_server.gateway.errors import (
@@ -28,6 +28,7 @@ from afd_server.gateway.errors import (
         (NotReady("soon"), 503, "server_is_starting"),
         (WorkerFailed("gone"), 503, "worker_failed"),
         (HTTPException(405, "Method Not Allowed"), 405, None),
+        (ClientDisconnect(), 499, None),
         (RuntimeError("secret at 0x7fff"), 500, "internal"),
     ],
 )

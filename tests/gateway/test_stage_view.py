@@ -126,6 +126,9 @@ def test_on_one_host_the_delay_of_a_report_shifts_nothing():
     bench = Bench()
     bench.report(FFN, (EventKind.FFN, 999.0, 999.5), delay_s=0.001)
     assert bench.spans(2)[0]["ts"] == 1_000_000
+    local = Member(Role.FFN, 1, "f1", "ipc:///run/f1", "")
+    bench.report(local, (EventKind.FFN, 999.0, 999.5), delay_s=0.2)  # nothing more is known of it
+    assert bench.spans(2)[1]["ts"] == 1_000_000
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import socket
 
 import httpx
 import openai
@@ -297,6 +298,18 @@ def test_a_client_that_leaves_before_a_whole_answer_frees_its_blocks(server):
     server.wait_for(lambda: aborted(server) == before + 1)
     server.wait_for(server.all_blocks_free)
     assert server.status()["live_requests"] == 0
+
+
+def test_a_client_that_leaves_before_its_request_is_whole_is_no_error(server, client):
+    """The log is read at the end: it must not speak of an unexpected error."""
+    address = (server.http.base_url.host, server.http.base_url.port)
+    with socket.create_connection(address) as connection:
+        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n"
+        connection.sendall(f"{head}{{".encode())
+        with pytest.raises(TimeoutError):
+            connection.settimeout(0.2)
+            connection.recv(1)
+    assert chat(client).choices[0].finish_reason
 
 
 def test_clients_that_leave_while_queued_are_forgotten(server):
