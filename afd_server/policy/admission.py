@@ -11,7 +11,7 @@ from afd_server.core.request import SLO
 RETRY_AFTER_S = 1.0  # at least, where it is not known what will be free by then
 LONGEST_RETRY_S = 60.0  # clients give up on servers that say much more
 KEPT_SHARE = 4  # one in so many places in the queue is for those who overtake somebody there
-WAIT_SHARE = 0.25  # of the TTFT target that may be spent on waiting for others
+WAIT_SHARE = 0.35  # of the TTFT target that may be spent on waiting for others
 FADING = 0.03  # weight of the newest first token in the estimate of their pace; of the first ones
 # more, so that they are averaged
 
