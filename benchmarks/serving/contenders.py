@@ -94,7 +94,6 @@ async def put(
     begin_s = first.intended_s - (load.offers[0].at_s or 0.0)
     result = await _result(contender, load, run)
     slo, length_s = load.config.slo, load.duration_s
-    both = replace(slo, ttft_s=TTFT_S)
     point = {
         "label": contender.label,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -102,8 +101,7 @@ async def put(
         "seed": load.config.seed,
         "offered": len(load.offers),  # more than were sent, where the run was cut
         "goodput": _goodput(run.records, begin_s, length_s, slo),
-        "goodput_with_ttft": _goodput(run.records, begin_s, length_s, both),
-        "good_with_ttft": sum(record.is_good(both) for record in run.records),
+        "goodput_with_ttft": _goodput(run.records, begin_s, length_s, replace(slo, ttft_s=TTFT_S)),
         "goodput_of_one": 1 / ((1 - WARM_SHARE) * length_s),
         "tpot_slo_ms": load.config.tpot_slo_ms,
         **({} if limit is None else {"last_width": limit.width}),
