@@ -11,9 +11,11 @@ from afd_server.core.request import SLO
 RETRY_AFTER_S = 1.0  # at least, where it is not known what will be free by then
 LONGEST_RETRY_S = 60.0  # clients give up on servers that say much more
 KEPT_SHARE = 4  # one in so many places in the queue is for those who overtake somebody there
-WAIT_SHARE = 0.35  # of the TTFT target that may be spent on waiting for others
-FADING = 0.03  # weight of the newest first token in the estimate of their pace; of the first ones
-# more, so that they are averaged
+LONGEST_WAIT = 0.5  # of the TTFT target may be spent on waiting for others: a wait passes
+SHORTEST_WAIT = 0.25  # the same in an overload that lasts, where it only makes everybody late
+LASTING = 1 / 3  # of the latest requests are refused then; the less, the longer one may wait
+FADING = 0.03  # weight of the newest request in such a share, and of the newest first token in the
+# estimate of their pace; of the first ones more, so that they are averaged
 
 SLOMode = Literal["enforce", "best-effort", "off"]
 
@@ -51,6 +53,18 @@ class FirstTokenQueue:
         self._num_served = 0
         self._interval_s = 0.0  # between first tokens while somebody waits for one
         self._since_s = 0.0  # the latest first token, or when the queue was last empty
+        self._refused_share = 0.0  # of the latest requests
+
+    @property
+    def wait_share(self) -> float:
+        """Return how much of its TTFT target a new request may wait for others.
+
+        Much as long as hardly anybody is refused: load comes and goes. Who must be refused in any
+        case, because more comes than is answered, is so at a short queue as well as at a long one;
+        and that is sooner over.
+        """
+        lasting = min(1.0, self._refused_share / LASTING)
+        return LONGEST_WAIT - (LONGEST_WAIT - SHORTEST_WAIT) * lasting
 
     @property
     def num_waiting(self) -> int:
@@ -120,11 +134,15 @@ class FirstTokenQueue:
                 "for their first token here; ask for fewer at once"
             )
         num_ahead = self._num_ahead(priority, tenant)
-        most_s = inf if ttft_s is None else WAIT_SHARE * ttft_s
+        most_s = inf if ttft_s is None else self.wait_share * ttft_s
         wait_s = self._interval_s * (num_ahead + num_new - 1)
         places = config.max_queued_requests
         is_full = self.num_waiting + num_new > places or num_ahead >= places - places // KEPT_SHARE
-        if not is_full and wait_s <= most_s:
+        is_refused = is_full or wait_s > most_s
+        is_own_doing = is_refused and self._is_own_doing(priority, tenant, most_s, is_full)
+        if not is_own_doing:  # which would say nothing of the load of others
+            self._refused_share += FADING * (is_refused - self._refused_share)
+        if not is_refused:
             return
         silence_s = self.silence_s(now_s)
         raise Overloaded(
@@ -132,7 +150,7 @@ class FirstTokenQueue:
             f"this one, for some {max(wait_s, silence_s):.1f} s; try again later",
             min(LONGEST_RETRY_S, max(wait_s - most_s, self._interval_s, silence_s, 0.05)),
             "queue_full" if is_full else "expected_wait",
-            is_own_doing=self._is_own_doing(priority, tenant, most_s, is_full),
+            is_own_doing=is_own_doing,
         )
 
     def _is_own_doing(self, priority: int, tenant: str, most_s: float, is_full: bool) -> bool:

@@ -89,6 +89,24 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ranked[low] + (ranked[high] - ranked[low]) * (place - low)
 
 
+def goodput_within(
+    records: Iterable[RequestRecord], slo: SLO, begin_s: float, end_s: float
+) -> float:
+    """Return the good requests per second of a window, each counted by its chunks in it.
+
+    One half of whose chunks came before the window is half a request. So it does not matter on
+    which side of an edge the last chunk comes: of two servers that both keep up with a load, the
+    slower one, or who was luckier at the edges, has neither more nor less.
+    """
+    counts = (
+        sum(begin_s < time_s <= end_s for time_s in record.chunk_times_s)
+        / len(record.chunk_times_s)
+        for record in records
+        if record.is_good(slo)
+    )
+    return sum(counts) / (end_s - begin_s)
+
+
 def summarise(records: Sequence[RequestRecord], slo: SLO) -> dict[str, Any]:
     """Return counts, rates and latencies (milliseconds) of a run, and its `slo` block.
 

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from load import connect
 from table import RowFailed
 
-from afd_server.core.request import SLO
 from afd_server.loadgen.config import BenchConfig
 from afd_server.loadgen.http import find_origin, get_json
 from afd_server.loadgen.plan import Plan, Point
@@ -17,11 +16,12 @@ from afd_server.loadgen.results import ServerFacts, make_result
 from afd_server.loadgen.run import Limit, Run, run_load
 from afd_server.workload.lengths import UniformLengths
 from afd_server.workload.offers import Clients, Offer, parse_targets
-from afd_server.workload.report import Outcome, RequestRecord
+from afd_server.workload.report import Outcome, RequestRecord, goodput_within
 
 LENGTHS = UniformLengths(32, 256)
 TTFT_S = 4.0  # the target that servers have unless told otherwise
 WARM_SHARE = 1 / 3  # of the arrivals; at 25 s more than the mean answer: 144 tokens, 7.2 s at 50 ms
+DRAIN_S = 13.0  # what has begun by the last arrival and keeps its target ends: 256 tokens, 12.8 s
 PATIENCE_S = 60.0  # after the last arrival, where all are to be answered: far beyond any answer
 IDLE_S = 30.0
 
@@ -94,14 +94,15 @@ async def put(
     begin_s = first.intended_s - (load.offers[0].at_s or 0.0)
     result = await _result(contender, load, run)
     slo, length_s = load.config.slo, load.duration_s
+    window = begin_s + WARM_SHARE * length_s, begin_s + length_s
     point = {
         "label": contender.label,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "request_rate": load.rate_per_s,
         "seed": load.config.seed,
         "offered": len(load.offers),  # more than were sent, where the run was cut
-        "goodput": _goodput(run.records, begin_s, length_s, slo),
-        "goodput_with_ttft": _goodput(run.records, begin_s, length_s, replace(slo, ttft_s=TTFT_S)),
+        "goodput": goodput_within(run.records, slo, *window),
+        "goodput_with_ttft": goodput_within(run.records, replace(slo, ttft_s=TTFT_S), *window),
         "goodput_of_one": 1 / ((1 - WARM_SHARE) * length_s),
         "tpot_slo_ms": load.config.tpot_slo_ms,
         **({} if limit is None else {"last_width": limit.width}),
@@ -115,15 +116,6 @@ async def put(
     # The plots draw this one: the rate until the last answer is another thing where runs are cut.
     result["request_goodput"] = point["goodput"]
     return Measured(begin_s, run.records, point, result)
-
-
-def _goodput(
-    records: Sequence[RequestRecord], begin_s: float, duration_s: float, slo: SLO
-) -> float:
-    """Return the requests within their targets that ended in the window, per second of it."""
-    warm_s = WARM_SHARE * duration_s
-    ends = [record.end_s - begin_s for record in records if record.is_good(slo)]
-    return sum(warm_s < end_s <= duration_s for end_s in ends) / (duration_s - warm_s)
 
 
 async def _result(contender: Contender, load: Load, run: Run) -> dict:

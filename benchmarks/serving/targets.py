@@ -15,13 +15,13 @@ All in one run, on the demo model with the client beside it:
 - mixed: targets of 20, 50 and 100 ms in one server.
 - plots: of the above, by `afd-server bench report`.
 
-**Goodput** is the same for everyone: requests within their target that ended in the last two
-thirds of the time in which requests arrive, per second of it. The first third is left out because
-everybody begins empty, and those who take more at once end fewer at first. What ends after the
-arrivals counts for nobody: a server under overload always has more to do, so a queue must not
-count that is worked off when nothing comes any more, nor the time until the last answer. So a
-run of a baseline may be cut soon after the arrivals; ours are waited for, as every admitted
-request is judged.
+**Goodput** is the same for everyone: requests within their target, per second of the last two
+thirds of the time in which requests arrive, each counted by the share of its answer that came
+then. The first third is left out because everybody begins empty, and those who take more at once
+answer less at first. What is answered after the arrivals counts for nobody: a server under
+overload always has more to do, so a queue must not count that is worked off when nothing comes
+any more, nor the time until the last answer. So a run of a baseline may be cut as soon as all
+who can have a share in it have ended; ours are waited for, as every admitted request is judged.
 
     python benchmarks/serving/targets.py                       # about 40 minutes
     python benchmarks/serving/targets.py --parts burst,plots   # again; what else there is, stays
@@ -44,7 +44,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import uvloop
-from contenders import Contender, Load, Measured, poisson_load, put
+from contenders import DRAIN_S, Contender, Load, Measured, poisson_load, put
 from load import Workload, connect, measure
 from scenes import LONG_DRAIN_S, PATIENT, after_burst, beside_long, burst_load, long_load
 from table import RESULTS, RowFailed, Server, heed_sigterm, serving
@@ -60,7 +60,6 @@ LOADS = (0.5, 1.0, 1.5, 2.0, 3.0)  # of the highest rate that is held
 OVERLOAD = 2.0
 SHORTER = 0.8  # the duration of each run of the sweep over caps
 LONGER = 2.0  # of each run of the search: an empty server takes more for some 20 s than it keeps up
-DRAIN_S = 5.0  # until a run of a baseline is cut: most of who are under way have ended
 UNLIMITED = ("--max-num-seqs", "250", "--max-live-requests", "100000")  # a step has 256 tokens
 MIX = (0.4, 1.0, 2.0)  # times the target: 20, 50 and 100 ms
 RUNS = Path(__file__).parents[2] / "build" / "targets"  # result files that the plots are drawn of

@@ -87,8 +87,7 @@ def _baselines(
 ) -> Iterator[Verdict]:
     """Compare at each load what had the same arrivals.
 
-    Two are equal if they differ by no more than one request a run: which of two ends just before
-    the window does is chance.
+    Two are equal if they differ by no more than one request a run, which is chance.
     """
     for key, name in (("goodput", "TPOT target"), ("goodput_with_ttft", "both targets")):
         for load, theirs in baselines.items():

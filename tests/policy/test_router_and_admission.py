@@ -6,7 +6,8 @@ from afd_server.core.errors import InvalidRequest, Overloaded
 from afd_server.core.request import SLO
 from afd_server.core.topology import Member, Role
 from afd_server.policy.admission import (
-    WAIT_SHARE,
+    LONGEST_WAIT,
+    SHORTEST_WAIT,
     AdmissionConfig,
     FirstTokenQueue,
     check_capacity,
@@ -100,7 +101,7 @@ def queue_of(*waiting, interval_s=0.5):
 
 def test_who_would_wait_for_too_much_of_its_first_target_is_refused_at_once():
     queue = queue_of(*[(0, "a")] * 4)
-    longest_s = 2.0 / WAIT_SHARE
+    longest_s = 2.0 / LONGEST_WAIT
     queue.check(ENFORCED, 1.01 * longest_s, 0, "a", 1, NOW)
     queue.check(ENFORCED, None, 0, "a", 4, NOW)
     with pytest.raises(Overloaded, match=r"4 requests wait .* 2\.0 s") as refusal:
@@ -109,6 +110,31 @@ def test_who_would_wait_for_too_much_of_its_first_target_is_refused_at_once():
     assert refusal.value.retry_after_s == pytest.approx(0.5, rel=0.01)
     with pytest.raises(Overloaded):
         queue.check(ENFORCED, 1.01 * longest_s, 0, "a", 2, NOW)  # the second would wait too long
+
+
+def test_the_longest_wait_is_shorter_while_many_are_refused():
+    queue = queue_of(*[(0, "a")] * 4)
+    ttft_s = 1.01 * 2.0 / LONGEST_WAIT
+    queue.check(ENFORCED, ttft_s, 0, "a", 1, NOW)
+    for _ in range(40):
+        with pytest.raises(Overloaded):
+            queue.check(ENFORCED, 0.1, 0, "a", 1, NOW)
+    assert queue.wait_share == SHORTEST_WAIT
+    with pytest.raises(Overloaded):
+        queue.check(ENFORCED, ttft_s, 0, "a", 1, NOW)
+    queue.check(ENFORCED, 1.01 * 2.0 / SHORTEST_WAIT, 0, "a", 1, NOW)
+    for _ in range(200):
+        queue.check(ENFORCED, None, 0, "a", 1, NOW)
+    queue.check(ENFORCED, ttft_s, 0, "a", 1, NOW)
+
+
+def test_who_is_alone_too_many_shortens_the_wait_of_nobody_else():
+    queue = queue_of(*[(0, "many")] * 6, (0, "few"))
+    for _ in range(40):
+        with pytest.raises(Overloaded) as refusal:
+            queue.check(ENFORCED, 4.0, 0, "many", 1, NOW)
+        assert refusal.value.is_own_doing
+    assert queue.wait_share == LONGEST_WAIT
 
 
 def test_an_empty_queue_takes_anybody_however_slow_it_was():

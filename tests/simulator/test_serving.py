@@ -135,6 +135,8 @@ def test_at_every_load_admitted_requests_are_on_time_and_overload_costs_no_goodp
         ttfts = [o.ttft_s for o in begun(outcomes)]
         assert percentile(ttfts, 0.99) <= 1.25 * TARGETS.ttft_s
         rates[factor] += goodput(outcomes, seconds)
+        num_refused = len(outcomes) - len(begun(outcomes))
+        assert factor > 1 or num_refused <= 0.005 * len(outcomes), "a wait that passes"
     assert min(rates[2.0], rates[3.0]) >= 0.95 * max(rates.values())
 
 

@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from afd_server.core.request import SLO
-from afd_server.workload.report import Outcome, RequestRecord, details, percentile, summarise
+from afd_server.workload.report import (
+    Outcome,
+    RequestRecord,
+    details,
+    goodput_within,
+    percentile,
+    summarise,
+)
 
 TARGET = SLO(tpot_s=0.05)
 
@@ -48,6 +55,21 @@ def test_a_summary_keeps_failures_apart_and_counts_goodput():
     assert summary["p50_ttft_ms"] == pytest.approx(1000)
     assert summary["p99_itl_ms"] == pytest.approx(99.4)
     assert summary["slo"]["attainment"] == pytest.approx(2 / 4)
+
+
+def test_in_a_window_a_good_request_counts_by_its_chunks_there():
+    inside, half = record(1.0, 1.04), record(1.98, 2.0, 2.02, 2.06)  # windows end with their end
+    late, after = record(1.0, 1.2), record(2.01, 2.02)
+    records = [inside, half, late, after, lost(Outcome.FAILED), lost(Outcome.REFUSED)]
+    assert goodput_within(records, TARGET, 0.5, 2.0) == pytest.approx(1.5 / 1.5)
+    assert goodput_within(records, SLO(ttft_s=1.5), 0.5, 2.0) == pytest.approx(2.0 / 1.5)
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=20), st.floats(0.1, 9.9))
+def test_no_chunk_is_lost_between_windows(times, edge):
+    records = [record(*sorted(times)), record(*sorted(times), output=40)]
+    parts = [goodput_within(records, SLO(), *w) * (w[1] - w[0]) for w in [(-1, edge), (edge, 11)]]
+    assert sum(parts) == pytest.approx(2)
 
 
 def test_a_run_in_which_nothing_was_done_has_no_latencies_and_no_throughput():
