@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from afd_server.core.batch import StepPlan
 from afd_server.core.sequence import Sequence
 
+LEAST_S = 1e-4  # no step is expected to be shorter
+LEAST_PACE = 0.1  # of a calibration's costs: nothing is expected to be done in less
 MEMORY_STEPS = 2000  # after so many steps an observation counts a third for the costs
 SPEED_STEPS = 25  # the same for the speed
 LANES_STEPS = 16  # the same for what a number of lanes makes of it
@@ -161,7 +163,8 @@ class StepTimeModel:
         return expected_s + delay * max(expected_s, LONG_S)
 
     def _nominal_s(self, load: StepLoad) -> float:
-        return _times(self._costs, load) * self._strays.get(_num_beside(load), 1.0)
+        costs_s = max(LEAST_S, _times(self._costs, load))
+        return costs_s * self._strays.get(_num_beside(load), 1.0)
 
     def calibrate(self, steps: Iterable[tuple[StepLoad, float]]) -> None:
         """Take the costs from steps (and their seconds) that nothing else held up.
@@ -199,10 +202,17 @@ class StepTimeModel:
             self._refit()
 
     def _refit(self) -> None:
-        """Take new costs; the speed is then that of the latest steps under these."""
-        found = _non_negative(self._moments, self._products, self._prior, _PRIOR_WEIGHTS)
+        """Take new costs; the speed is then that of the latest steps under these.
+
+        A calibration says how costs compare; the machine may have had another pace then. Held to
+        the costs of a slow calibration, a fit would take too much for what is seldom done, and for
+        the rest next to nothing.
+        """
+        pace = max(LEAST_PACE, _scale(self._moments, self._products, self._prior))
+        prior = tuple(pace * cost for cost in self._prior)
+        found = _non_negative(self._moments, self._products, prior, _PRIOR_WEIGHTS)
         is_stale = self._num_alone > STALE_STEPS
-        costs = _bounded(found, self._prior if is_stale else found)
+        costs = _bounded(found, tuple(map(min, prior, self._prior)) if is_stale else found)
         if is_stale:
             self._strays = {others: stray**0.5 for others, stray in self._strays.items()}
         typical = [row[0] for row in self._moments]  # Σ x: the mean load, since x begins with 1
@@ -275,6 +285,12 @@ def _add(
         for column, other in enumerate(x):
             sums[column] = fade * sums[column] + weight * value * other
         products[row] = fade * products[row] + weight * value * seconds
+
+
+def _scale(moments: list[list[float]], products: list[float], costs: tuple[float, ...]) -> float:
+    """Return by which factor costs explain best what was observed."""
+    explained = sum(c * _sum(costs, tuple(row)) for c, row in zip(costs, moments, strict=True))
+    return _sum(costs, tuple(products)) / explained
 
 
 def _non_negative(

@@ -92,19 +92,14 @@ def percentile(values: Sequence[float], percent: float) -> float:
 def goodput_within(
     records: Iterable[RequestRecord], slo: SLO, begin_s: float, end_s: float
 ) -> float:
-    """Return the good requests per second of a window, each counted by its chunks in it.
+    """Return the good requests whose answer began in a window, per second of it.
 
-    One half of whose chunks came before the window is half a request. So it does not matter on
-    which side of an edge the last chunk comes: of two servers that both keep up with a load, the
-    slower one, or who was luckier at the edges, has neither more nor less.
+    Not those that ended in it: of two servers that both keep up with a load, each has a part of a
+    second's arrivals under way at either edge, the slower one more, and which edge has more of
+    them is chance.
     """
-    counts = (
-        sum(begin_s < time_s <= end_s for time_s in record.chunk_times_s)
-        / len(record.chunk_times_s)
-        for record in records
-        if record.is_good(slo)
-    )
-    return sum(counts) / (end_s - begin_s)
+    firsts_s = [record.chunk_times_s[0] for record in records if record.is_good(slo)]
+    return sum(begin_s < first_s <= end_s for first_s in firsts_s) / (end_s - begin_s)
 
 
 def summarise(records: Sequence[RequestRecord], slo: SLO) -> dict[str, Any]:

@@ -170,6 +170,31 @@ def test_a_slower_machine_is_noticed_within_some_steps():
     assert error(model, rng, speed=1.5) < 0.25
 
 
+@pytest.mark.parametrize("speed", [0.3, 3.0])
+def test_a_calibration_at_another_pace_does_not_put_all_of_a_step_on_some_of_it(speed):
+    """Prompts are seen less than rows: held to what they took then, they would explain it all."""
+    rng = random.Random(10)
+    model = calibrated(rng)
+    decoding = StepLoad(rows=20, keys=4000, others=1, other_rows=20, other_prefill=60)
+    reading = replace(decoding, prefill=60, prefill_keys=6000, other_prefill=0)
+    for number in range(400):
+        rows = 8 + number // 20
+        for load in (decoding, reading):
+            load = replace(load, rows=rows, keys=200 * rows, other_rows=rows)
+            model.observe(load, true_s(load, speed) * rng.lognormvariate(0, 0.1))
+    for load in (decoding, reading):
+        assert model.predict(load) == pytest.approx(true_s(load, speed), rel=0.15)
+    alone = StepLoad(rows=20, keys=4000)
+    assert model.predict(alone) == pytest.approx(true_s(alone, speed), rel=0.3)
+
+
+def test_steps_that_take_no_time_at_all_are_taken_in():
+    model = StepTimeModel()
+    for rows in range(500):
+        model.observe(StepLoad(rows=rows % 20), 0.0)
+    assert 0 <= model.predict(StepLoad(rows=20)) < 0.001
+
+
 def test_a_crowded_machine_leaves_no_belief_that_lanes_hold_each_other_up_for_good():
     """Nobody would use a second lane again, and so nobody would find out."""
     rng, model = random.Random(8), StepTimeModel()
