@@ -3,7 +3,8 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from statistics import mean
+from math import sqrt
+from statistics import mean, stdev
 
 from afd_server.workload.report import percentile
 
@@ -87,7 +88,8 @@ def _baselines(
 ) -> Iterator[Verdict]:
     """Compare at each load what had the same arrivals.
 
-    Two are equal if they differ by no more than one request a run, which is chance.
+    Two are equal if they differ by no more than chance: one request a run, or the standard error
+    of the differences between runs of the same seed.
     """
     for key, name in (("goodput", "TPOT target"), ("goodput_with_ttft", "both targets")):
         for load, theirs in baselines.items():
@@ -96,20 +98,22 @@ def _baselines(
             if not shared:
                 continue
             own = mean(_column(shared, key))
-            labels = list(dict.fromkeys(_column(theirs, "label")))
-            rates = {
-                label: mean(_column([p for p in theirs if p["label"] == label], key))
-                for label in labels
-            }
-            behind = max(rates.values()) - own
-            one = mean(_column(shared, "goodput_of_one"))
-            equal = f" (equal: {behind:.2f}/s apart, one a run is {one:.2f})" if behind > 0 else ""
-            is_held = behind <= one
+            rates: dict[str, list[float]] = defaultdict(list)
+            for point in theirs:
+                rates[point["label"]].append(point[key])
+            best = max(rates, key=lambda label: mean(rates[label]))
+            behind = mean(rates[best]) - own
+            by_seed = {point["seed"]: point[key] for point in shared}
+            apart = [p[key] - by_seed[p["seed"]] for p in theirs if p["label"] == best]
+            error = stdev(apart) / sqrt(len(apart)) if len(apart) > 1 else 0.0
+            chance = max(mean(_column(shared, "goodput_of_one")), error)
+            is_held = behind <= chance
+            equal = ", equal" if 0 < behind <= chance else ""
             yield Verdict(
                 "2" if key == "goodput" else "2+",
                 f"goodput by {name} at {load:g} is at least that of the best baseline",
-                f"{own:.2f}/s against {', '.join(f'{r:.2f} {n}' for n, r in rates.items())}"
-                f"{equal if is_held else ''}",
+                f"{own:.2f}/s against {', '.join(f'{mean(r):.2f} {n}' for n, r in rates.items())} "
+                f"({-behind:+.2f}, standard error {error:.2f}{equal})",
                 is_held,
             )
 

@@ -60,8 +60,21 @@ def test_goodput_is_compared_with_the_best_of_those_with_the_same_arrivals():
     ]  # fmt: skip
     assert held(points, "2") == held(points, "2+") == [True, False]
     apart = [verdict.measured for verdict in verdicts(points) if verdict.number == "2"]
-    assert "equal: 0.05/s apart" in apart[0]
-    assert "7.10 AIMD" in apart[1]
+    assert "4.05 cap, 3.00 AIMD (-0.05, standard error 0.00, equal)" in apart[0]
+    assert "3.00 cap, 7.10 AIMD (-0.10, standard error 0.00)" in apart[1]
+
+
+def test_goodputs_are_equal_within_the_standard_error_of_differences_seed_by_seed():
+    own = [point("loads", OURS, 2.0, rate, seed) for seed, rate in enumerate((5.0, 7.0, 9.0))]
+
+    def beside(*rates):
+        theirs = [point("baselines", "cap", 2.0, rate, seed) for seed, rate in enumerate(rates)]
+        return held([*own, *theirs], "2")
+
+    assert beside(5.5, 7.2, 8.8) == [True], "behind by 0.17, which may be 0.20"
+    assert beside(5.2, 7.2, 9.2) == [False], "by as much in each"
+    assert beside(9.1, 5.4, 7.1) == [True]
+    assert beside(4.0, 6.0, 8.0) == [True]
 
 
 def test_goodput_by_both_targets_is_another_promise():
