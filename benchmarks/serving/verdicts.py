@@ -104,7 +104,8 @@ def _baselines(
             best = max(rates, key=lambda label: mean(rates[label]))
             behind = mean(rates[best]) - own
             by_seed = {point["seed"]: point[key] for point in shared}
-            apart = [p[key] - by_seed[p["seed"]] for p in theirs if p["label"] == best]
+            compared = [p for p in theirs if p["label"] == best and p["seed"] in by_seed]
+            apart = [point[key] - by_seed[point["seed"]] for point in compared]
             error = stdev(apart) / sqrt(len(apart)) if len(apart) > 1 else 0.0
             chance = max(mean(_column(shared, "goodput_of_one")), error)
             is_held = behind <= chance

@@ -74,6 +74,7 @@ def test_goodputs_are_equal_within_the_standard_error_of_differences_seed_by_see
     assert beside(5.5, 7.2, 8.8) == [True], "behind by 0.17, which may be 0.20"
     assert beside(5.2, 7.2, 9.2) == [False], "by as much in each"
     assert beside(9.1, 5.4, 7.1) == [True]
+    assert beside(5.2, 7.2, 9.2, 7.2) == [False], "ours has no such run yet"
     assert beside(4.0, 6.0, 8.0) == [True]
 
 
