@@ -57,7 +57,7 @@ class FirstTokenQueue:
 
     @property
     def wait_share(self) -> float:
-        """Return how much of its TTFT target a new request may wait for others.
+        """Return how much of its TTFT target a request that comes last may wait for others.
 
         Much as long as hardly anybody is refused: load comes and goes. Who must be refused in any
         case, because more comes than is answered, is so at a short queue as well as at a long one;
@@ -121,6 +121,7 @@ class FirstTokenQueue:
 
         Who is refused is not told to come back sooner than after as long a silence as there was.
 
+        Who overtakes others may wait for long at any time: the crowd is not theirs.
         Nobody who waits is sent away for somebody more urgent. So a crowd that all the others
         overtake, of low priority or of one tenant, does not get every place.
 
@@ -134,7 +135,8 @@ class FirstTokenQueue:
                 "for their first token here; ask for fewer at once"
             )
         num_ahead = self._num_ahead(priority, tenant)
-        most_s = inf if ttft_s is None else self.wait_share * ttft_s
+        share = self.wait_share if num_ahead >= self.num_waiting else LONGEST_WAIT
+        most_s = inf if ttft_s is None else share * ttft_s
         wait_s = self._interval_s * (num_ahead + num_new - 1)
         places = config.max_queued_requests
         is_full = self.num_waiting + num_new > places or num_ahead >= places - places // KEPT_SHARE

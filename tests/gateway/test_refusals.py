@@ -128,7 +128,7 @@ def test_a_full_queue_that_stands_still_is_not_said_to_move_soon():
 
 def test_who_fills_the_queue_alone_gets_a_429_and_another_one_is_taken():
     many, few = {"authorization": "Bearer many"}, {"authorization": "Bearer few"}
-    with gateway(max_queued_requests=64, ttft_slo_s=14.0) as service:
+    with gateway(max_queued_requests=64, ttft_slo_s=9.8) as service:
         fill(service, *["Bearer many"] * 5, "Bearer few")
         for path, body in (COMPLETION, MESSAGE):
             answer = post(service, path, body, **many)
