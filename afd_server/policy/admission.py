@@ -16,6 +16,7 @@ SHORTEST_WAIT = 0.25  # the same in an overload that lasts, where it only makes 
 LASTING = 1 / 3  # of the latest requests are refused then; the less, the longer one may wait
 FADING = 0.03  # weight of the newest request in such a share, and of the newest first token in the
 # estimate of their pace; of the first ones more, so that they are averaged
+EASING = 0.5  # the share of refused ones shrinks so much when somebody finds nobody waiting
 
 SLOMode = Literal["enforce", "best-effort", "off"]
 
@@ -142,6 +143,8 @@ class FirstTokenQueue:
         is_full = self.num_waiting + num_new > places or num_ahead >= places - places // KEPT_SHARE
         is_refused = is_full or wait_s > most_s
         is_own_doing = is_refused and self._is_own_doing(priority, tenant, most_s, is_full)
+        if not self._waiting:  # what there was of an overload is over
+            self._refused_share *= EASING
         if not is_own_doing:  # which would say nothing of the load of others
             self._refused_share += FADING * (is_refused - self._refused_share)
         if not is_refused:

@@ -5,10 +5,11 @@ others; one that is behind has a debt, which is repaid before any prompt goes on
 come from what steps have taken so far, those of a calibration first (`policy.step_time`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import ceil, inf
 
 from afd_server.core.sequence import Sequence
+from afd_server.policy.ahead import MIN_ROWS
 from afd_server.policy.step_time import StepLoad, StepTimeModel, with_prefill, with_row
 
 HEADROOM = 0.94  # of a target: tokens are due that much earlier than was promised
@@ -100,35 +101,58 @@ class Pace:
         return is_late and self.due_s(sequence) > now_s + 2 * step_s
 
     def prefill_budget(
-        self, load: StepLoad, start: int, running: Iterable[Sequence], most: int, now_s: float
+        self,
+        load: StepLoad,
+        start: int,
+        running: Iterable[Sequence],
+        most: int,
+        now_s: float,
+        ends_s: Mapping[int, float] | None = None,
     ) -> int:
         """Return how many tokens of prompts a step can take so that nobody's token is late.
+
+        Slack is saved until it is enough for a step that goes in two parts (`policy.ahead`), since
+        a token costs half as much again in one that does not; unless no gap may be so long.
 
         Args:
             load: the rest of the step.
             start: position of the first of these tokens.
             running: all who own blocks, in this lane or another.
-            most: what the step has room for.
+            most: what the step has room for, and what there is.
             now_s: the present.
+            ends_s: when the steps of other lanes will end, by the arrival of their sequences.
         """
         decoding = [s for s in running if is_decoding(s)]
         targets = _targets(decoding)
         if not targets:
             return most
-        slack_s = min(map(self.due_s, decoding)) - now_s
+        latest_s = min(self._latest_s(s, now_s, ends_s or {}) for s in decoding)
         longest_s = LONGEST_GAP * min(targets)
-        fitting, too_many = 0, most + 1
-        while too_many - fitting > 1:
-            middle = (fitting + too_many) // 2
-            step = with_prefill(load, start, middle)
-            fits = self.model.predict(step, STEP_QUANTILE) <= slack_s and (
-                middle <= MIN_PREFILL or self.model.longest(step, GAP_QUANTILE) <= longest_s
-            )
-            fitting, too_many = (middle, too_many) if fits else (fitting, middle)
-        if fitting < min(MIN_PREFILL, most):
+
+        def is_on_time(step: StepLoad) -> bool:
+            return now_s + self.model.predict(step, STEP_QUANTILE) <= latest_s
+
+        def is_short(step: StepLoad) -> bool:
+            return self.model.longest(step, GAP_QUANTILE) <= longest_s
+
+        in_a_gap = max(min(MIN_PREFILL, most), _most_prefill(load, start, most, is_short))
+        fitting = _most_prefill(load, start, in_a_gap, is_on_time)
+        if fitting < min(in_a_gap, max(MIN_PREFILL, 2 * MIN_ROWS - load.rows)):
             is_starved = now_s - self._last_prefill_s > PATIENCE_S
             return min(MIN_PREFILL, most) if is_starved else 0
         return fitting
+
+    def _latest_s(self, sequence: Sequence, now_s: float, ends_s: Mapping[int, float]) -> float:
+        """Return when a step that begins now must have ended, for a sequence to be on time.
+
+        One in a step of another lane has its token when that ends; it is the next one for which
+        it may have to wait.
+        """
+        due_s, tpot_s = self.due_s(sequence), sequence.request.slo.tpot_s
+        end_s = ends_s.get(sequence.arrival)
+        if end_s is None or tpot_s is None:
+            return due_s
+        return due_s + tpot_s * HEADROOM - max(0.0, end_s - now_s)
 
     def note_prefill(self, now_s: float) -> None:
         """Remember that a prompt went on."""
@@ -164,6 +188,20 @@ class Pace:
 def is_decoding(sequence: Sequence) -> bool:
     """Tell whether a sequence has had tokens here and waits for its next one only."""
     return sequence.first_token_s is not None and sequence.num_pending == 1
+
+
+def _most_prefill(
+    load: StepLoad, start: int, most: int, is_fine: Callable[[StepLoad], bool]
+) -> int:
+    """Return with how many tokens of a prompt, at most, a load is still fine."""
+    fitting, too_many = 0, most + 1
+    while too_many - fitting > 1:
+        middle = (fitting + too_many) // 2
+        if is_fine(with_prefill(load, start, middle)):
+            fitting = middle
+        else:
+            too_many = middle
+    return fitting
 
 
 def _expected_rows(sequences: list[Sequence]) -> tuple[float, float]:

@@ -202,8 +202,9 @@ class Scheduler:
             if not decodes and load.rows and num_lanes < self.pace.most_lanes:
                 break
             if not decodes and load.prefill == 0:
-                start = sequence.num_computed
-                budget = self.pace.prefill_budget(load, start, self._running, budget, now_s)
+                start, ends_s = sequence.num_computed, self._ends_s(load)
+                most = min(budget, self._num_unread)
+                budget = self.pace.prefill_budget(load, start, self._running, most, now_s, ends_s)
             num_tokens = min(sequence.num_pending, budget)
             if num_tokens == 0 or not self._reserve(sequence, sequence.num_computed + num_tokens):
                 continue
@@ -242,6 +243,20 @@ class Scheduler:
             if now_s - begun_s < HARDLY_BEGUN * self.pace.model.predict(load):
                 others = beside(other for n, (other, _) in self._begun.items() if n != lane)
                 self._begun[lane] = (beside_those_of(load, others), begun_s)
+
+    def _ends_s(self, load: StepLoad) -> dict[int, float]:
+        """Return when the steps of other lanes will end beside a load, by their arrivals."""
+        ends_s: dict[int, float] = {}
+        for lane, (begun, begun_s) in self._begun.items():
+            others = [other for n, (other, _) in self._begun.items() if n != lane]
+            step_s = self.pace.model.predict(beside_those_of(begun, beside([*others, load])))
+            ends_s |= dict.fromkeys((s.arrival for s in self._in_lane[lane]), begun_s + step_s)
+        return ends_s
+
+    @property
+    def _num_unread(self) -> int:
+        """Return the tokens of prompts that were begun and not read yet."""
+        return sum(s.num_pending for s in self._running if s.num_pending > 1)
 
     def expected_s(self, lane: int) -> float:
         """Return the median time of what a lane computes, beside what others do."""
@@ -329,8 +344,7 @@ class Scheduler:
         """
         if not self._config.holds_back:
             return True
-        unread = sum(s.num_pending for s in self._running if s.num_pending > 1)
-        if unread >= self._config.max_batch_tokens:
+        if self._num_unread >= self._config.max_batch_tokens:
             return False
         wanted = sum(
             self._tables.num_wanted(s.tables, len(s.token_ids) + min(s.num_left, RESERVED_TOKENS))

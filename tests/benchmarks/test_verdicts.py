@@ -95,7 +95,7 @@ def burst(**changes):
     found = {
         "ttft_before_ms": 70.0, "ttft_after_ms": 80.0, "recovery_s": 2.0, "usual_ttft_ms": 200.0
     }  # fmt: skip
-    return {"part": "burst", "attainment": 1.0, "judged": 9, "burst": found | changes}
+    return {"part": "burst", "good": 9, "judged": 9, "burst": found | changes}
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,8 @@ def burst(**changes):
 )
 def test_a_burst_is_over_when_nobody_waits_longer_than_usual(changes, is_held):
     assert held([burst(**changes)], "3b") == [is_held]
+    assert held([burst(), burst(**changes), burst(recovery_s=0.0)], "3b") == [True]
+    assert held([burst(), burst(**changes), burst(recovery_s=9.0)], "3b") == [is_held]
 
 
 def long(**changes):

@@ -4,6 +4,7 @@ import pytest
 
 from afd_server.core.request import SLO, Request, SamplingParams
 from afd_server.core.sequence import Sequence
+from afd_server.policy.ahead import MIN_ROWS
 from afd_server.policy.pace import (
     GAP_QUANTILE,
     HEADROOM,
@@ -98,10 +99,38 @@ def test_what_holds_short_steps_up_does_not_keep_prompts_out(pace):
 
 def test_who_has_least_slack_decides_how_much_is_read(pace):
     pace.note_prefill(100.0)
-    ahead, near = decoding(99.95, 4), decoding(99.95, 2)
+    ahead, near = decoding(99.975, 4), decoding(99.975, 2)
     alone = pace.prefill_budget(StepLoad(rows=2), 0, [ahead], 256, 100.0)
     both = pace.prefill_budget(StepLoad(rows=2), 0, [ahead, near], 256, 100.0)
     assert 0 < both < alone
+
+
+def test_slack_is_saved_until_a_step_goes_in_two_parts(pace):
+    pace.note_prefill(now_s := 100.0)
+    load, near = StepLoad(rows=8, keys=800), decoding(now_s - 0.048, 2)
+    fits = [pace.prefill_budget(load, 0, [near], most, now_s) for most in (16, 24, 32, 256)]
+    assert fits == [16, 24, 0, 0], "what is left of a prompt needs no more room than it takes"
+    near = decoding(now_s - 0.02, 2)
+    assert pace.prefill_budget(load, 0, [near], 256, now_s) + load.rows >= 2 * MIN_ROWS
+    assert pace.prefill_budget(StepLoad(rows=20), 0, [near], 256, now_s) >= 2 * MIN_ROWS - 20
+    tight = decoding(now_s - 0.004, 2, tpot_s=0.02)  # no gap of 34 ms has room for 40 tokens
+    assert MIN_PREFILL <= pace.prefill_budget(StepLoad(), 0, [tight], 256, now_s) < 30
+
+
+def test_whose_token_another_lane_is_about_to_bring_may_wait_for_the_next_one(pace):
+    pace.note_prefill(now_s := 100.0)
+    due_soon, load = decoding(now_s - 0.02, 1), StepLoad(rows=2, keys=200)  # within 27 ms
+    assert pace.prefill_budget(load, 0, [due_soon], 256, now_s) == 0
+    budgets = [
+        pace.prefill_budget(load, 0, [due_soon], 256, now_s, {due_soon.arrival: now_s + left_s})
+        for left_s in (-0.1, 0.0, 0.005, 0.04)
+    ]
+    assert budgets[0] == budgets[1] > budgets[2] > 0, (
+        "a step that takes longer than expected ends now"
+    )
+    assert budgets[3] == 0, "that token will be late: debts first"
+    far = pace.prefill_budget(load, 0, [due_soon], 256, now_s, {due_soon.arrival + 1: now_s})
+    assert far == 0, "somebody else's step"
 
 
 def test_one_more_fits_as_long_as_a_step_of_all_is_short_enough(pace):

@@ -131,6 +131,18 @@ def test_the_longest_wait_is_shorter_while_many_are_refused():
     queue.check(ENFORCED, ttft_s, 0, "a", 1, NOW)
 
 
+def test_the_wait_is_soon_a_long_one_again_once_nobody_waits():
+    queue = queue_of((0, "a"))
+    for _ in range(40):
+        with pytest.raises(Overloaded):
+            queue.check(ENFORCED, 0.1, 0, "a", 1, NOW)
+    assert queue.wait_share == SHORTEST_WAIT
+    queue.serve(1000, NOW)
+    for _ in range(6):
+        queue.check(ENFORCED, 4.0, 0, "a", 1, NOW)
+    assert queue.wait_share > 0.95 * LONGEST_WAIT
+
+
 def test_who_is_alone_too_many_shortens_the_wait_of_nobody_else():
     queue = queue_of(*[(0, "many")] * 6, (0, "few"))
     for _ in range(40):
