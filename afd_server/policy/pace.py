@@ -107,12 +107,12 @@ class Pace:
         running: Iterable[Sequence],
         most: int,
         now_s: float,
-        ends_s: Mapping[int, float] | None = None,
+        ends_s: Mapping[int, float],
     ) -> int:
         """Return how many tokens of prompts a step can take so that nobody's token is late.
 
         Slack is saved until it is enough for a step that goes in two parts (`policy.ahead`), since
-        a token costs half as much again in one that does not; unless no gap may be so long.
+        a token costs 1.4 times as much in one that does not; unless no gap may be so long.
 
         Args:
             load: the rest of the step.
@@ -126,7 +126,7 @@ class Pace:
         targets = _targets(decoding)
         if not targets:
             return most
-        latest_s = min(self._latest_s(s, now_s, ends_s or {}) for s in decoding)
+        latest_s = min(self._latest_s(s, now_s, ends_s) for s in decoding)
         longest_s = LONGEST_GAP * min(targets)
 
         def is_on_time(step: StepLoad) -> bool:
@@ -137,10 +137,10 @@ class Pace:
 
         in_a_gap = max(min(MIN_PREFILL, most), _most_prefill(load, start, most, is_short))
         fitting = _most_prefill(load, start, in_a_gap, is_on_time)
-        if fitting < min(in_a_gap, max(MIN_PREFILL, 2 * MIN_ROWS - load.rows)):
-            is_starved = now_s - self._last_prefill_s > PATIENCE_S
-            return min(MIN_PREFILL, most) if is_starved else 0
-        return fitting
+        if fitting >= min(in_a_gap, max(MIN_PREFILL, 2 * MIN_ROWS - load.rows)):
+            return fitting
+        is_starved = now_s - self._last_prefill_s > PATIENCE_S
+        return max(fitting, min(MIN_PREFILL, most)) if is_starved else 0
 
     def _latest_s(self, sequence: Sequence, now_s: float, ends_s: Mapping[int, float]) -> float:
         """Return when a step that begins now must have ended, for a sequence to be on time.

@@ -184,7 +184,7 @@ class Scheduler:
         share = -(-len(self._running) // num_lanes)
         budget = self._config.max_batch_tokens
         filling = self._filling[lane] = set()
-        load = beside(load for load, _ in self._begun.values())
+        load = beside(self._loads_beside(lane))
         chosen: list[tuple[Sequence, int]] = []
         for sequence in self._by_urgency():
             if len(chosen) == share or budget == 0:
@@ -241,15 +241,18 @@ class Scheduler:
             if lane == newest or load.others == len(self._begun) - 1:
                 continue
             if now_s - begun_s < HARDLY_BEGUN * self.pace.model.predict(load):
-                others = beside(other for n, (other, _) in self._begun.items() if n != lane)
+                others = beside(self._loads_beside(lane))
                 self._begun[lane] = (beside_those_of(load, others), begun_s)
+
+    def _loads_beside(self, lane: int) -> list[StepLoad]:
+        return [load for other, (load, _) in self._begun.items() if other != lane]
 
     def _ends_s(self, load: StepLoad) -> dict[int, float]:
         """Return when the steps of other lanes will end beside a load, by their arrivals."""
         ends_s: dict[int, float] = {}
         for lane, (begun, begun_s) in self._begun.items():
-            others = [other for n, (other, _) in self._begun.items() if n != lane]
-            step_s = self.pace.model.predict(beside_those_of(begun, beside([*others, load])))
+            others = beside([*self._loads_beside(lane), load])
+            step_s = self.pace.model.predict(beside_those_of(begun, others))
             ends_s |= dict.fromkeys((s.arrival for s in self._in_lane[lane]), begun_s + step_s)
         return ends_s
 

@@ -10,6 +10,7 @@ from afd_server.policy.pace import (
     HEADROOM,
     LONGEST_GAP,
     MIN_PREFILL,
+    PATIENCE_S,
     TRIAL_EVERY,
     TRIAL_STEPS,
     Pace,
@@ -64,63 +65,68 @@ def test_slack_that_was_earned_is_spent_on_prefill_but_not_in_one_gap(pace):
     now_s = 100.0
     late, even, ahead = (decoding(now_s - 0.047 * k, n) for k, n in [(5, 4), (4, 4), (1, 4)])
     budgets = [
-        pace.prefill_budget(StepLoad(rows=1, keys=100), 0, [s], 256, now_s)
+        pace.prefill_budget(StepLoad(rows=1, keys=100), 0, [s], 256, now_s, {})
         for s in (late, even, ahead)
     ]
     assert budgets[0] == budgets[1] == MIN_PREFILL  # nothing was done for long: starved
     assert 50 < budgets[2] < LONGEST_GAP * 50
     pace.note_prefill(now_s)
-    assert pace.prefill_budget(StepLoad(rows=1, keys=100), 0, [late], 256, now_s) == 0
-    assert pace.prefill_budget(StepLoad(), 0, [], 256, now_s) == 256
+    assert pace.prefill_budget(StepLoad(rows=1, keys=100), 0, [late], 256, now_s, {}) == 0
+    assert pace.prefill_budget(StepLoad(), 0, [], 256, now_s, {}) == 256
 
 
 def test_where_steps_stray_far_less_is_read_in_one_gap(pace):
     ahead, load = decoding(99.0, 200), StepLoad(rows=1, keys=100)
-    budgets = [pace.prefill_budget(load, 0, [ahead], 256, 100.0)]
+    budgets = [pace.prefill_budget(load, 0, [ahead], 256, 100.0, {})]
     reading = StepLoad(rows=1, keys=100, prefill=60)
     usual_s = pace.model.predict(reading)
     for spread in (0.2, 0.4):
         for step in range(400):
             pace.model.observe(reading, usual_s * (1 + spread * (-1) ** step))
-        budgets.append(pace.prefill_budget(load, 0, [ahead], 256, 100.0))
+        budgets.append(pace.prefill_budget(load, 0, [ahead], 256, 100.0, {}))
     assert budgets[0] > budgets[1] > budgets[2] >= MIN_PREFILL
 
 
 def test_what_holds_short_steps_up_does_not_keep_prompts_out(pace):
     """12 ms more are twice a step that decodes, and an eighth of one that reads a prompt."""
     ahead, load = decoding(99.0, 200), StepLoad(rows=1, keys=100)
-    before = pace.prefill_budget(load, 0, [ahead], 256, 100.0)
+    before = pace.prefill_budget(load, 0, [ahead], 256, 100.0, {})
     usual_s = pace.model.predict(load)
     for step in range(400):
         pace.model.observe(load, usual_s + (step % 20 == 0) * 0.012)
     assert pace.model.predict(load, GAP_QUANTILE) > 2 * usual_s
-    assert pace.prefill_budget(load, 0, [ahead], 256, 100.0) > 0.6 * before
+    assert pace.prefill_budget(load, 0, [ahead], 256, 100.0, {}) > 0.6 * before
 
 
 def test_who_has_least_slack_decides_how_much_is_read(pace):
     pace.note_prefill(100.0)
     ahead, near = decoding(99.975, 4), decoding(99.975, 2)
-    alone = pace.prefill_budget(StepLoad(rows=2), 0, [ahead], 256, 100.0)
-    both = pace.prefill_budget(StepLoad(rows=2), 0, [ahead, near], 256, 100.0)
+    alone = pace.prefill_budget(StepLoad(rows=2), 0, [ahead], 256, 100.0, {})
+    both = pace.prefill_budget(StepLoad(rows=2), 0, [ahead, near], 256, 100.0, {})
     assert 0 < both < alone
 
 
 def test_slack_is_saved_until_a_step_goes_in_two_parts(pace):
     pace.note_prefill(now_s := 100.0)
     load, near = StepLoad(rows=8, keys=800), decoding(now_s - 0.048, 2)
-    fits = [pace.prefill_budget(load, 0, [near], most, now_s) for most in (16, 24, 32, 256)]
+    fits = [pace.prefill_budget(load, 0, [near], most, now_s, {}) for most in (16, 24, 32, 256)]
     assert fits == [16, 24, 0, 0], "what is left of a prompt needs no more room than it takes"
+    later_s = now_s + PATIENCE_S + 0.001
+    saved = decoding(later_s - 0.048, 2)
+    assert MIN_PREFILL < pace.prefill_budget(load, 0, [saved], 256, later_s, {}) < 32, (
+        "but not long"
+    )
     near = decoding(now_s - 0.02, 2)
-    assert pace.prefill_budget(load, 0, [near], 256, now_s) + load.rows >= 2 * MIN_ROWS
-    assert pace.prefill_budget(StepLoad(rows=20), 0, [near], 256, now_s) >= 2 * MIN_ROWS - 20
+    assert pace.prefill_budget(load, 0, [near], 256, now_s, {}) + load.rows >= 2 * MIN_ROWS
+    assert pace.prefill_budget(StepLoad(rows=20), 0, [near], 256, now_s, {}) >= 2 * MIN_ROWS - 20
     tight = decoding(now_s - 0.004, 2, tpot_s=0.02)  # no gap of 34 ms has room for 40 tokens
-    assert MIN_PREFILL <= pace.prefill_budget(StepLoad(), 0, [tight], 256, now_s) < 30
+    assert MIN_PREFILL <= pace.prefill_budget(StepLoad(), 0, [tight], 256, now_s, {}) < 30
 
 
 def test_whose_token_another_lane_is_about_to_bring_may_wait_for_the_next_one(pace):
     pace.note_prefill(now_s := 100.0)
     due_soon, load = decoding(now_s - 0.02, 1), StepLoad(rows=2, keys=200)  # within 27 ms
-    assert pace.prefill_budget(load, 0, [due_soon], 256, now_s) == 0
+    assert pace.prefill_budget(load, 0, [due_soon], 256, now_s, {}) == 0
     budgets = [
         pace.prefill_budget(load, 0, [due_soon], 256, now_s, {due_soon.arrival: now_s + left_s})
         for left_s in (-0.1, 0.0, 0.005, 0.04)

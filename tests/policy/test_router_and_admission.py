@@ -124,7 +124,10 @@ def test_the_longest_wait_is_shorter_while_many_are_refused():
         queue.check(ENFORCED, ttft_s, 0, "a", 1, NOW)
     queue.check(ENFORCED, 1.01 * 2.0 / SHORTEST_WAIT, 0, "a", 1, NOW)
     urgent = queue_of((0, "a"), *[(-1, "a")] * 4)
-    urgent._refused_share = queue._refused_share
+    for _ in range(40):
+        with pytest.raises(Overloaded):
+            urgent.check(ENFORCED, 0.1, 0, "a", 1, NOW)
+    assert urgent.wait_share == pytest.approx(SHORTEST_WAIT)
     urgent.check(ENFORCED, ttft_s, -1, "a", 1, NOW)  # overtakes somebody
     for _ in range(200):
         queue.check(ENFORCED, None, 0, "a", 1, NOW)
@@ -136,7 +139,7 @@ def test_the_wait_is_soon_a_long_one_again_once_nobody_waits():
     for _ in range(40):
         with pytest.raises(Overloaded):
             queue.check(ENFORCED, 0.1, 0, "a", 1, NOW)
-    assert queue.wait_share == SHORTEST_WAIT
+    assert queue.wait_share == pytest.approx(SHORTEST_WAIT)
     queue.serve(1000, NOW)
     for _ in range(6):
         queue.check(ENFORCED, 4.0, 0, "a", 1, NOW)
