@@ -8,6 +8,11 @@ from afd_server.core.batch import StepPlan
 MIN_ROWS = 24
 
 
+def least_prefill(rows: float) -> float:
+    """Return from how many tokens of a prompt on a step with so many decoding rows goes in two."""
+    return max(2 * MIN_ROWS - rows, MIN_ROWS + 1)
+
+
 def go_ahead(plan: StepPlan) -> tuple[StepPlan, StepPlan] | None:
     """Let the first tokens of a step's prompts go through each layer ahead of the rest.
 

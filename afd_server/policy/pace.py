@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from math import ceil, inf
 
 from afd_server.core.sequence import Sequence
-from afd_server.policy.ahead import MIN_ROWS
+from afd_server.policy.ahead import least_prefill
 from afd_server.policy.step_time import StepLoad, StepTimeModel, with_prefill, with_row
 
 HEADROOM = 0.94  # of a target: tokens are due that much earlier than was promised
@@ -137,7 +137,7 @@ class Pace:
 
         in_a_gap = max(min(MIN_PREFILL, most), _most_prefill(load, start, most, is_short))
         fitting = _most_prefill(load, start, in_a_gap, is_on_time)
-        if fitting >= min(in_a_gap, max(MIN_PREFILL, 2 * MIN_ROWS - load.rows)):
+        if fitting >= min(in_a_gap, least_prefill(load.rows)):
             return fitting
         is_starved = now_s - self._last_prefill_s > PATIENCE_S
         return max(fitting, min(MIN_PREFILL, most)) if is_starved else 0
@@ -193,8 +193,16 @@ def is_decoding(sequence: Sequence) -> bool:
 def _most_prefill(
     load: StepLoad, start: int, most: int, is_fine: Callable[[StepLoad], bool]
 ) -> int:
-    """Return with how many tokens of a prompt, at most, a load is still fine."""
-    fitting, too_many = 0, most + 1
+    """Return with how many tokens of a prompt, at most, a load is still fine.
+
+    That may be so again from where the step goes in two parts.
+    """
+    fitting, too_many, fewest = 0, most + 1, ceil(least_prefill(load.rows))
+    if fewest <= most:
+        if is_fine(with_prefill(load, start, fewest)):
+            fitting = fewest
+        else:
+            too_many = fewest
     while too_many - fitting > 1:
         middle = (fitting + too_many) // 2
         if is_fine(with_prefill(load, start, middle)):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from afd_server.core.batch import StepPlan
 from afd_server.core.sequence import Sequence
+from afd_server.policy.ahead import least_prefill
 
 LEAST_S = 1e-4  # no step is expected to be shorter
 LEAST_PACE = 0.1  # of a calibration's costs: nothing is expected to be done in less
@@ -30,9 +31,9 @@ OUTLIER = 2.0  # no step counts as slower than so many times its prediction
 
 # Seconds for each unit of `_features` before any was measured, and how much of what a step costs
 # itself it costs the steps beside it.
-_GUESS_S = (0.01, 0.015, 0.005, 0.12, 0.005)
+_GUESS_S = (0.01, 0.015, 0.005, 0.09, 0.005, 0.03)
 _BESIDE = 0.6
-_PRIOR_WEIGHTS = (OWN_STEPS,) * 5 + (BESIDE_STEPS,) * 3
+_PRIOR_WEIGHTS = (OWN_STEPS,) * 6 + (BESIDE_STEPS,) * 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ class StepLoad:
         others: steps in other lanes.
         other_rows: as `rows`, of these.
         other_prefill: as `prefill`, of these.
+        other_prefill_keys: as `prefill_keys`, of these.
+        other_uncut: as `uncut`, of these.
     """
 
     rows: float = 0
@@ -56,6 +59,13 @@ class StepLoad:
     others: float = 0
     other_rows: float = 0
     other_prefill: float = 0
+    other_prefill_keys: float = 0
+    other_uncut: float = 0
+
+    @property
+    def uncut(self) -> float:
+        """Return the tokens of prompts if they are too few for two parts, where each costs more."""
+        return self.prefill if self.prefill < least_prefill(self.rows) else 0
 
 
 def beside(loads: Iterable[StepLoad]) -> StepLoad:
@@ -65,6 +75,8 @@ def beside(loads: Iterable[StepLoad]) -> StepLoad:
         others=len(others),
         other_rows=sum(load.rows for load in others),
         other_prefill=sum(load.prefill for load in others),
+        other_prefill_keys=sum(load.prefill_keys for load in others),
+        other_uncut=sum(load.uncut for load in others),
     )
 
 
@@ -75,6 +87,8 @@ def beside_those_of(load: StepLoad, others: StepLoad) -> StepLoad:
         others=others.others,
         other_rows=others.other_rows,
         other_prefill=others.other_prefill,
+        other_prefill_keys=others.other_prefill_keys,
+        other_uncut=others.other_uncut,
     )
 
 
@@ -114,9 +128,12 @@ def _features(load: StepLoad) -> tuple[float, ...]:
         load.keys / 8192,
         load.prefill / 128,
         load.prefill_keys / 65536,
+        load.uncut / 128,
         load.others,
         load.other_rows / 16,
         load.other_prefill / 128,
+        load.other_prefill_keys / 65536,
+        load.other_uncut / 128,
     )
 
 
@@ -247,8 +264,8 @@ def _fitted(
 
 def _with_beside(own: tuple[float, ...]) -> tuple[float, ...]:
     """Return costs with those of what other lanes do, a share of what the same costs oneself."""
-    constant, rows, _, prefill, _ = own
-    return (*own, _BESIDE * constant, _BESIDE * rows, _BESIDE * prefill)
+    constant, rows, _, *prefill = own
+    return (*own, *(_BESIDE * cost for cost in (constant, rows, *prefill)))
 
 
 def _bounded(costs: tuple[float, ...], limits: tuple[float, ...]) -> tuple[float, ...]:
@@ -258,9 +275,11 @@ def _bounded(costs: tuple[float, ...], limits: tuple[float, ...]) -> tuple[float
     changes back with any step. What lanes cost each other is seen only while several of them run,
     so a belief that they cannot would last. For the same reason there are limits of their own.
     """
-    constant, rows, _, prefill, _, *beside_s = costs
-    bounds = zip(beside_s, (constant, rows, prefill), limits[5:], strict=True)
-    return (*costs[:5], *map(min, bounds))
+    size = len(_GUESS_S)
+    own, beside_s = costs[:size], costs[size:]
+    constant, rows, _, *prefill = own
+    bounds = zip(beside_s, (constant, rows, *prefill), limits[size:], strict=True)
+    return (*own, *map(min, bounds))
 
 
 def _times(costs: tuple[float, ...], load: StepLoad) -> float:

@@ -20,7 +20,7 @@ from afd_server.workload.report import Outcome, RequestRecord, goodput_within
 
 LENGTHS = UniformLengths(32, 256)
 TTFT_S = 4.0  # the target that servers have unless told otherwise
-WARM_SHARE = 1 / 3  # of the arrivals; at 25 s more than the mean answer: 144 tokens, 7.2 s at 50 ms
+WARM_S = 13.0  # as long as the longest answer: who began when all was empty has ended
 DRAIN_S = 13.0  # what has begun by the last arrival and keeps its target ends: 256 tokens, 12.8 s
 PATIENCE_S = 60.0  # after the last arrival, where all are to be answered: far beyond any answer
 IDLE_S = 30.0
@@ -94,7 +94,7 @@ async def put(
     begin_s = first.intended_s - (load.offers[0].at_s or 0.0)
     result = await _result(contender, load, run)
     slo, length_s = load.config.slo, load.duration_s
-    window = begin_s + WARM_SHARE * length_s, begin_s + length_s
+    window = begin_s + WARM_S, begin_s + length_s
     point = {
         "label": contender.label,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -103,7 +103,7 @@ async def put(
         "offered": len(load.offers),  # more than were sent, where the run was cut
         "goodput": goodput_within(run.records, slo, *window),
         "goodput_with_ttft": goodput_within(run.records, replace(slo, ttft_s=TTFT_S), *window),
-        "goodput_of_one": 1 / ((1 - WARM_SHARE) * length_s),
+        "goodput_of_one": 1 / (length_s - WARM_S),
         "tpot_slo_ms": load.config.tpot_slo_ms,
         **({} if limit is None else {"last_width": limit.width}),
         **_kept(result),

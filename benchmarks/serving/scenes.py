@@ -64,14 +64,14 @@ def after_burst(measured: Measured) -> dict:
     }
 
 
-def long_load(tpot_slo_ms: float) -> Load:
+def long_load(seed: int, tpot_slo_ms: float) -> Load:
     """Return 16 streams, and in their midst a prompt of 4,000 tokens."""
     streams = [
         _offer(EVERY_S * number, f"stream {number}", *STREAM_TOKENS)
         for number in range(NUM_STREAMS)
     ]
     offers = [*streams, _offer(LONG_AT_S, "long", *LONG_TOKENS)]
-    config = bench_config(0, LONG_AT_S, tpot_slo_ms)
+    config = bench_config(seed, LONG_AT_S, tpot_slo_ms)
     return Load(config, len(offers) / LONG_AT_S, LONG_AT_S, offers)
 
 

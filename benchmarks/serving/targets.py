@@ -11,13 +11,13 @@ All in one run, on the demo model with the client beside it:
   is always somebody to let in: for goodput that is the best that a limit can do. All take turns,
   so that a machine that changes its pace changes it for all, and each begins as often.
 - burst: three times the rate for 30 s on a steady 0.7 times, with three seeds.
-- long: a prompt of 4,000 tokens beside 16 streams.
+- long: a prompt of 4,000 tokens beside 16 streams, three times.
 - mixed: targets of 20, 50 and 100 ms in one server.
 - plots: of the above, by `afd-server bench report`.
 
-**Goodput** is the same for everyone: requests within their target, whose answer began in
-the last two thirds of the time in which requests arrive, per second of it. The first third is
-left out because everybody begins empty, and begins what the machine cannot end. Nor does it count
+**Goodput** is the same for everyone: requests within their target, whose answer began in the
+time in which requests arrive, but for its first 13 s, per second of it. Those are left out because
+everybody begins empty, and begins what the machine cannot end. Nor does it count
 what begins after the arrivals: a server under overload always has more to do, so a queue must not
 count that is worked off when nothing comes any more, nor the time until the last answer. So a run
 of a baseline may be cut as soon as all that can count have ended; ours are waited for, as every
@@ -25,7 +25,7 @@ admitted request is judged. Counting what ends in that time instead leaves more 
 the same arrivals on simulated machines of 12 % noise differ by 0.2 requests/s at half the highest
 rate and by 0.6 at the whole (standard deviations), counted by beginnings by 0.02 and 0.3.
 
-    python benchmarks/serving/targets.py                       # about 45 minutes
+    python benchmarks/serving/targets.py                       # about 95 minutes
     python benchmarks/serving/targets.py --parts burst,plots   # again; what else there is, stays
     python benchmarks/serving/targets.py --resume              # what is missing
 
@@ -46,7 +46,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import uvloop
-from contenders import DRAIN_S, Contender, Load, Measured, poisson_load, put
+from contenders import DRAIN_S, WARM_S, Contender, Load, Measured, poisson_load, put
 from load import Workload, connect, measure
 from scenes import LONG_DRAIN_S, PATIENT, after_burst, beside_long, burst_load, long_load
 from table import RESULTS, RowFailed, Server, heed_sigterm, serving
@@ -60,9 +60,8 @@ PARTS = ("loads", "baselines", "burst", "long", "mixed", "plots")
 ASKED_WITH = {"search": "loads", "sweep": "baselines", **{part: part for part in PARTS}}
 LOADS = (0.5, 1.0, 1.5, 2.0, 3.0)  # of the highest rate that is held
 OVERLOAD = 2.0
-BURSTS = 3
+SCENES = 3  # bursts, and long prompts
 SHORTER = 0.8  # the duration of each run of the sweep over caps
-LONGER = 2.4  # of each run of the search: an empty server takes more for some 20 s than it keeps up
 UNLIMITED = ("--max-num-seqs", "250", "--max-live-requests", "100000")  # a step has 256 tokens
 MIX = (0.4, 1.0, 2.0)  # times the target: 20, 50 and 100 ms
 RUNS = Path(__file__).parents[2] / "build" / "targets"  # result files that the plots are drawn of
@@ -114,17 +113,27 @@ class Bench:
         self._rate_per_s = options.rate or self._search()
 
     def loads(self, baselines: Sequence[Contender]) -> None:
-        """Offer every load to all in turn; each time another one begins."""
-        duration_s, turn = self._options.duration_s, 0
-        for load in LOADS:
-            for seed in range(self._options.seeds):
-                takers = [self._ours] if "loads" in self._options.parts else []
-                takers += baselines if seed < self._options.baseline_seeds else []
+        """Offer every load to all in turn, once with each seed; each time another one begins.
+
+        A machine that changes its pace over the hour so changes it for all loads.
+        """
+        options, turn = self._options, 0
+        for seed in range(options.seeds):
+            for load in LOADS:
+                if seed >= self._num_seeds(load):
+                    continue
+                takers = [self._ours] if "loads" in options.parts else []
+                takers += baselines if seed < options.baseline_seeds else []
                 for number in range(len(takers)):
                     taker = takers[(number + turn) % len(takers)]
                     part = "loads" if taker is self._ours else "baselines"
-                    self._poisson(part, taker, load, seed, duration_s)
+                    self._poisson(part, taker, load, seed, options.duration_s)
                 turn += 1
+
+    def _num_seeds(self, load: float) -> int:
+        """Return more at overload: who is let in of many is chance, and goodput with it."""
+        options = self._options
+        return options.seeds if load > 1 else min(options.seeds, options.baseline_seeds)
 
     def baselines(self, server: Server) -> list[Contender]:
         """Return those to compare with; the cap is the best of a sweep under overload."""
@@ -145,19 +154,20 @@ class Bench:
         ]
 
     def burst(self) -> None:
-        for seed in range(BURSTS):
+        for seed in range(SCENES):
             load = burst_load(self._rate_per_s, seed, self._options.tpot_slo_ms)
             self._measure("burst", self._ours, 3.0, load,
                           lambda measured: {"burst": after_burst(measured)})  # fmt: skip
 
     def long(self) -> None:
-        load = long_load(self._options.tpot_slo_ms)
-        self._measure("long", replace(self._ours, drain_s=LONG_DRAIN_S), 0.0, load,
-                      lambda measured: {"long": beside_long(measured)}, PATIENT)  # fmt: skip
+        for seed in range(SCENES):
+            load = long_load(seed, self._options.tpot_slo_ms)
+            self._measure("long", replace(self._ours, drain_s=LONG_DRAIN_S), 0.0, load,
+                          lambda measured: {"long": beside_long(measured)}, PATIENT)  # fmt: skip
 
     def mixed(self) -> None:
         mix = ",".join(f"{share * self._options.tpot_slo_ms:g}:1" for share in MIX)
-        for seed in range(self._options.seeds):
+        for seed in range(self._num_seeds(1.0)):
             self._poisson("mixed", self._ours, 1.0, seed, self._options.duration_s, mix)
 
     def _search(self) -> float:
@@ -206,7 +216,7 @@ def find_goodput(url: str, options: argparse.Namespace) -> dict:
         output = Path(directory) / "search.json"
         command = [
             sys.executable, "-m", "afd_server", "bench", "--url", url, "--find-goodput",
-            "--request-rate", "2", "--duration-s", f"{LONGER * options.duration_s:g}",
+            "--request-rate", "2", "--duration-s", f"{options.duration_s:g}",
             "--tpot-slo-ms", f"{options.tpot_slo_ms:g}", "--input-len", "32:256",
             "--output-len", "32:256", "--output", str(output),
         ]  # fmt: skip
@@ -288,9 +298,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--launcher", default="local")
     parser.add_argument("--server-flags", default="", help="for both servers")
-    parser.add_argument("--duration-s", type=float, default=25.0, help="arrivals of a load")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--baseline-seeds", type=int, default=2, help="the first of them")
+    parser.add_argument(
+        "--duration-s",
+        type=float,
+        default=60.0,
+        help=f"arrivals of a load, more than {WARM_S:g}; the search for the highest rate needs 60",
+    )
+    parser.add_argument("--seeds", type=int, default=6, help="of ours at overload")
+    parser.add_argument(
+        "--baseline-seeds",
+        type=int,
+        default=3,
+        help="the first of them, for baselines, and for all below overload",
+    )
     parser.add_argument(
         "--tpot-slo-ms",
         type=float,
@@ -311,6 +331,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"there are no parts {sorted(unknown)}; choose among {PARTS}")
+    if options.duration_s <= WARM_S:
+        parser.error(f"--duration-s must be more than {WARM_S:g}: what begins first counts nowhere")
     return options
 
 

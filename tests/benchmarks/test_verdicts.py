@@ -114,7 +114,7 @@ def long(**changes):
         "num_prompt_tokens": 4000, "read_s": 5.0, "mean_tpot_ms": 40.0, "worst_tpot_ms": 60.0,
         "num_streams": 16,
     }  # fmt: skip
-    return {"part": "long", "tpot_slo_ms": 50.0, "long": found | changes}
+    return {"part": "long", "commit": "c", "tpot_slo_ms": 50.0, "long": found | changes}
 
 
 @pytest.mark.parametrize(
@@ -131,6 +131,13 @@ def test_beside_a_long_prompt_gaps_and_means_are_those_of_streams_that_saw_all_o
     changes, are_held
 ):
     assert held([long(**changes)], "4a") + held([long(**changes)], "4b") == are_held
+
+
+def test_of_several_long_prompts_the_median_gap_counts_and_the_highest_mean():
+    several = [long(), long(p99_gap_ms=101.0), long(mean_tpot_ms=51.0)]
+    assert held(several, "4a") == [True]
+    assert held(several, "4b") == [False]
+    assert held([*several, long(p99_gap_ms=120.0), long(p99_gap_ms=130.0)], "4a") == [False]
 
 
 def test_each_class_of_targets_is_judged_alone_over_all_seeds():

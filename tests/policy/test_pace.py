@@ -20,6 +20,7 @@ from afd_server.policy.step_time import StepLoad
 CALIBRATION = (
     (StepLoad(rows=1, keys=200), 0.010),
     (StepLoad(rows=16, keys=3200), 0.025),
+    (StepLoad(prefill=47, prefill_keys=1104), 0.056),
     (StepLoad(prefill=128, prefill_keys=8192), 0.137),
     (StepLoad(prefill=128, prefill_keys=131072), 0.139),
 )
@@ -121,6 +122,18 @@ def test_slack_is_saved_until_a_step_goes_in_two_parts(pace):
     assert pace.prefill_budget(StepLoad(rows=20), 0, [near], 256, now_s, {}) >= 2 * MIN_ROWS - 20
     tight = decoding(now_s - 0.004, 2, tpot_s=0.02)  # no gap of 34 ms has room for 40 tokens
     assert MIN_PREFILL <= pace.prefill_budget(StepLoad(), 0, [tight], 256, now_s, {}) < 30
+
+
+def test_a_gap_has_room_for_two_parts_where_fewer_tokens_would_take_longer():
+    """One part of 47 tokens takes 75 ms here, two parts of 48 take 55; a gap may be of 85."""
+    pace = Pace(num_lanes=1)
+    costly = (StepLoad(prefill=47, prefill_keys=1104), 0.078)
+    pace.model.calibrate([CALIBRATION[0], CALIBRATION[1], costly, *CALIBRATION[3:]] * 3)
+    ahead = decoding(99.0, 200)
+    assert 48 <= pace.prefill_budget(StepLoad(), 0, [ahead], 256, 100.0, {}) < 80
+    tight = decoding(99.0, 200, tpot_s=0.035)
+    assert MIN_PREFILL < pace.prefill_budget(StepLoad(), 0, [tight], 256, 100.0, {}) < 40
+    assert pace.prefill_budget(StepLoad(), 0, [ahead], 40, 100.0, {}) == 40
 
 
 def test_whose_token_another_lane_is_about_to_bring_may_wait_for_the_next_one(pace):

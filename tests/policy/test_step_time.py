@@ -5,7 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from afd_server.policy.step_time import REFIT_EVERY, STALE_STEPS, StepLoad, StepTimeModel
+from afd_server.policy.step_time import (
+    REFIT_EVERY,
+    STALE_STEPS,
+    StepLoad,
+    StepTimeModel,
+    beside,
+    beside_those_of,
+)
 
 
 def true_s(load: StepLoad, speed: float = 1.0) -> float:
@@ -15,23 +22,22 @@ def true_s(load: StepLoad, speed: float = 1.0) -> float:
         + 1.5e-7 * load.keys
         + 0.0009 * load.prefill
         + 1e-7 * load.prefill_keys
+        + 0.0003 * load.uncut
         + 0.004 * load.others
         + 0.0004 * load.other_rows
         + 0.0005 * load.other_prefill
+        + 0.8e-7 * load.other_prefill_keys
+        + 0.0002 * load.other_uncut
     )
 
 
 def some_load(rng) -> StepLoad:
-    rows, prefill = rng.randint(0, 20), rng.choice([0, 0, 0, rng.randint(1, 128)])
-    return StepLoad(
-        rows=rows,
-        keys=rows * rng.randint(50, 600),
-        prefill=prefill,
-        prefill_keys=prefill * rng.randint(0, 500),
-        others=(others := rng.choice([0, 1, 1])),
-        other_rows=others * rng.randint(0, 20),
-        other_prefill=others * rng.choice([0, 0, rng.randint(1, 128)]),
-    )
+    def one() -> StepLoad:
+        rows, prefill = rng.randint(0, 20), rng.choice([0, 0, 0, rng.randint(1, 128)])
+        keys, prefill_keys = rows * rng.randint(50, 600), prefill * rng.randint(0, 500)
+        return StepLoad(rows=rows, keys=keys, prefill=prefill, prefill_keys=prefill_keys)
+
+    return beside_those_of(one(), beside(one() for _ in range(rng.choice([0, 1, 1]))))
 
 
 def teach(model, rng, steps, speed=1.0, noise=0.1, stalls=0.0):
@@ -87,6 +93,7 @@ def test_a_steady_load_says_nothing_of_others_but_more_work_never_takes_less():
         StepLoad(rows=8, keys=4000, other_rows=8),
         StepLoad(rows=8, keys=2000, prefill=64, prefill_keys=4096, other_rows=8),
         StepLoad(rows=8, keys=2000, other_rows=12, other_prefill=64),
+        StepLoad(rows=8, keys=2000, other_rows=8, other_prefill_keys=4096),
     ):
         assert model.predict(more) >= model.predict(load)
     prefilling = StepLoad(rows=8, keys=2000, prefill=128, other_rows=8)
@@ -95,7 +102,8 @@ def test_a_steady_load_says_nothing_of_others_but_more_work_never_takes_less():
 
 def test_before_the_first_step_the_prediction_is_the_prior():
     assert StepTimeModel().predict(StepLoad()) == pytest.approx(0.01)
-    assert StepTimeModel().predict(StepLoad(prefill=128)) == pytest.approx(0.13)
+    assert StepTimeModel().predict(StepLoad(prefill=128)) == pytest.approx(0.10)
+    assert StepTimeModel().predict(StepLoad(prefill=32)) == pytest.approx(0.04), "in one part"
 
 
 CALIBRATION = (
@@ -186,6 +194,22 @@ def test_a_calibration_at_another_pace_does_not_put_all_of_a_step_on_some_of_it(
         assert model.predict(load) == pytest.approx(true_s(load, speed), rel=0.15)
     alone = StepLoad(rows=20, keys=4000)
     assert model.predict(alone) == pytest.approx(true_s(alone, speed), rel=0.3)
+
+
+def test_a_long_prompt_takes_as_long_for_the_lane_beside_it():
+    """Else the speed would rise for what only some steps take longer, and with it all limits."""
+    rng = random.Random(12)
+    model = calibrated(rng)
+    for start in range(0, 4000, 16):
+        keys = 16 * (start + 8)
+        beside = StepLoad(rows=9, keys=2700, others=1, other_rows=7, other_prefill=16,
+                          other_prefill_keys=keys)  # fmt: skip
+        reading = StepLoad(rows=7, keys=2100, prefill=16, prefill_keys=keys, others=1, other_rows=9)
+        for load in (beside, reading):
+            model.observe(load, true_s(load) * rng.lognormvariate(0, 0.1))
+    for load in (beside, reading):
+        assert model.predict(load) == pytest.approx(true_s(load), rel=0.1)
+    assert model.slowness == pytest.approx(1.0, abs=0.1)
 
 
 def test_steps_that_take_no_time_at_all_are_taken_in():

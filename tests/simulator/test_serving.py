@@ -26,6 +26,7 @@ IN_ONE_PART = 1.35  # measured on two Zen 4 cores: 0.63 and 0.48 ms a token, bes
 CALIBRATION = (
     StepLoad(rows=1, keys=200),
     StepLoad(rows=16, keys=3200),
+    StepLoad(prefill=47, prefill_keys=1104),
     StepLoad(prefill=128, prefill_keys=8192),
     StepLoad(prefill=128, prefill_keys=128 * 1024),
     StepLoad(rows=2, keys=400, others=1, other_rows=2),

@@ -22,7 +22,7 @@ from support.experts import tiny_routed
 from support.pools import Pools, ipc_links
 
 NUM_LAYERS = 3
-ALONE = 3 * NUM_ROUNDS + 4  # steps: three sizes that decode, and parts of prompts
+ALONE = 3 * NUM_ROUNDS + 5  # steps: three sizes that decode, and parts of prompts
 
 
 def requests(count=4, num_output=6):
@@ -117,7 +117,7 @@ def test_it_leaves_no_block_no_row_and_nothing_cached():
     assert [(e.step, e.rows) for e in steps] == [
         (number, rows)
         for number, rows in enumerate(
-            [2, 4, 16, 47, 2, 4, 16, 47, 47, 2, 4, 16, 47] + [2, 4, 16] * (NUM_ROUNDS - 3), 1
+            [2, 4, 16, 47, 2, 4, 16, 47, 96, 47, 2, 4, 16, 47] + [2, 4, 16] * (NUM_ROUNDS - 3), 1
         )
     ]
 

@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 FEW = 2  # rows of the smallest steps
 NUM_ROUNDS = 6  # one step of each size in a round; the first one warms up
 TOGETHER_ROUNDS = 7  # of each size, beside other lanes; the outer ones are not beside their like
-PREFILL_TOKENS = 2 * MIN_ROWS - 1  # a step that is not cut in two: larger chunks take less
+UNCUT_TOKENS = 2 * MIN_ROWS - 1  # of a prompt, in a step that does not go in two parts
+CUT_TOKENS = 4 * MIN_ROWS
 LONGEST_S = 1.5  # no further step after this, once each size was timed; again for lanes together
 UNMEASURED_LANES = 2  # one computes while the other is away
 
@@ -104,10 +105,10 @@ class Calibration:
         ]
         every_block = tuple(block for table in self._tables for block in table)
         longest = min(len(every_block) * pool.block_size, max_model_len)
-        count = min(PREFILL_TOKENS, longest)
+        few, many = min(UNCUT_TOKENS, longest), min(CUT_TOKENS, longest)
         prefilling = [  # the first tokens of a prompt, and those at the end of the longest one
             (_made_up((0,) * count, start, (every_block,) * groups),)
-            for start in sorted({0, longest - count})
+            for start, count in sorted({(0, few), (longest - few, few), (0, many)})
         ]
         sizes = sorted({min(FEW, self._num_streams), -(-self._num_streams // 4), self._num_streams})
         decoding = [tuple(self._sequences[:size]) for size in sizes]
