@@ -25,7 +25,7 @@ admitted request is judged. Counting what ends in that time instead leaves more 
 the same arrivals on simulated machines of 12 % noise differ by 0.2 requests/s at half the highest
 rate and by 0.6 at the whole (standard deviations), counted by beginnings by 0.02 and 0.3.
 
-    python benchmarks/serving/targets.py                       # about 95 minutes
+    python benchmarks/serving/targets.py                       # about 100 minutes
     python benchmarks/serving/targets.py --parts burst,plots   # again; what else there is, stays
     python benchmarks/serving/targets.py --resume              # what is missing
 
