@@ -33,7 +33,8 @@ OUTLIER = 2.0  # no step counts as slower than so many times its prediction
 # itself it costs the steps beside it.
 _GUESS_S = (0.01, 0.015, 0.005, 0.09, 0.005, 0.03)
 _BESIDE = 0.6
-_PRIOR_WEIGHTS = (OWN_STEPS,) * 6 + (BESIDE_STEPS,) * 5
+_NUM_OWN = len(_GUESS_S)
+_PRIOR_WEIGHTS = (OWN_STEPS,) * _NUM_OWN + (BESIDE_STEPS,) * (_NUM_OWN - 1)  # all but `keys`
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,13 +190,14 @@ class StepTimeModel:
         Those of a step itself come from the steps that were alone, those of the steps beside it
         from what others took longer.
         """
-        size = len(_GUESS_S)
         timed = [(_features(load), seconds) for load, seconds in steps]
-        alone = [(x, seconds) for x, seconds in timed if not any(x[size:])]
-        own = _fitted([(x[:size], seconds, seconds) for x, seconds in alone], _GUESS_S)
-        together = [(x, seconds) for x, seconds in timed if any(x[size:])]
-        longer = [(x[size:], seconds - _sum(own, x[:size]), seconds) for x, seconds in together]
-        self._prior = self._costs = (*own, *_fitted(longer, _with_beside(own)[size:]))
+        alone = [(x, seconds) for x, seconds in timed if not any(x[_NUM_OWN:])]
+        own = _fitted([(x[:_NUM_OWN], seconds, seconds) for x, seconds in alone], _GUESS_S)
+        together = [(x, seconds) for x, seconds in timed if any(x[_NUM_OWN:])]
+        longer = [
+            (x[_NUM_OWN:], seconds - _sum(own, x[:_NUM_OWN]), seconds) for x, seconds in together
+        ]
+        self._prior = self._costs = (*own, *_fitted(longer, _with_beside(own)[_NUM_OWN:]))
 
     def observe(self, load: StepLoad, seconds: float) -> None:
         """Take in what a step took."""
@@ -275,10 +277,9 @@ def _bounded(costs: tuple[float, ...], limits: tuple[float, ...]) -> tuple[float
     changes back with any step. What lanes cost each other is seen only while several of them run,
     so a belief that they cannot would last. For the same reason there are limits of their own.
     """
-    size = len(_GUESS_S)
-    own, beside_s = costs[:size], costs[size:]
+    own, beside_s = costs[:_NUM_OWN], costs[_NUM_OWN:]
     constant, rows, _, *prefill = own
-    bounds = zip(beside_s, (constant, rows, *prefill), limits[size:], strict=True)
+    bounds = zip(beside_s, (constant, rows, *prefill), limits[_NUM_OWN:], strict=True)
     return (*own, *map(min, bounds))
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from math import ceil
 
 from load import connect
 from table import RowFailed
@@ -20,8 +21,6 @@ from afd_server.workload.report import Outcome, RequestRecord, goodput_within
 
 LENGTHS = UniformLengths(32, 256)
 TTFT_S = 4.0  # the target that servers have unless told otherwise
-WARM_S = 13.0  # as long as the longest answer: who began when all was empty has ended
-DRAIN_S = 13.0  # what has begun by the last arrival and keeps its target ends: 256 tokens, 12.8 s
 PATIENCE_S = 60.0  # after the last arrival, where all are to be answered: far beyond any answer
 IDLE_S = 30.0
 
@@ -68,6 +67,11 @@ def poisson_load(
     return Load(config, rate_per_s, count / rate_per_s, list(offers))
 
 
+def longest_answer_s(tpot_slo_ms: float) -> float:
+    """Return how long the longest answer takes that keeps its target, in whole seconds."""
+    return ceil(LENGTHS.longest * tpot_slo_ms / 1000)
+
+
 def bench_config(seed: int, duration_s: float, tpot_slo_ms: float, mix: str = "") -> BenchConfig:
     """Return the settings that the loads have in common."""
     clients = Clients(parse_targets(mix, "slo_mix")) if mix else Clients()
@@ -94,7 +98,9 @@ async def put(
     begin_s = first.intended_s - (load.offers[0].at_s or 0.0)
     result = await _result(contender, load, run)
     slo, length_s = load.config.slo, load.duration_s
-    window = begin_s + WARM_S, begin_s + length_s
+    # Until then who began when all was empty has ended; of a short load half has to do.
+    warm_s = min(longest_answer_s(load.config.tpot_slo_ms), length_s / 2)
+    window = begin_s + warm_s, begin_s + length_s
     point = {
         "label": contender.label,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -103,7 +109,7 @@ async def put(
         "offered": len(load.offers),  # more than were sent, where the run was cut
         "goodput": goodput_within(run.records, slo, *window),
         "goodput_with_ttft": goodput_within(run.records, replace(slo, ttft_s=TTFT_S), *window),
-        "goodput_of_one": 1 / (length_s - WARM_S),
+        "goodput_of_one": 1 / (length_s - warm_s),
         "tpot_slo_ms": load.config.tpot_slo_ms,
         **({} if limit is None else {"last_width": limit.width}),
         **_kept(result),

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from afd_server.core.batch import PlannedSequence, StepPlan
 from afd_server.core.request import SamplingParams
-from afd_server.policy.ahead import MIN_ROWS, go_ahead
+from afd_server.policy.ahead import MIN_ROWS, go_ahead, least_prefill
 
 SAMPLING = SamplingParams(max_tokens=4, temperature=0.0)
 
@@ -55,6 +55,13 @@ def test_a_chunk_that_samples_nothing_may_go_ahead_whole():
     ahead, rest = go_ahead(step(planned(1, 40, False), planned(2, 60, True)))
     assert [(p.key, len(p.token_ids)) for p in ahead.sequences] == [(1, 40), (2, 10)]
     assert [(p.key, len(p.token_ids), p.start) for p in rest.sequences] == [(2, 50, 10)]
+
+
+@given(num_decoding=st.integers(0, 80), num_tokens=st.integers(2, 120))
+def test_the_least_prefill_of_a_step_in_two_parts_is_known_beforehand(num_decoding, num_tokens):
+    decoding = [planned(key, 1, True) for key in range(2, 2 + num_decoding)]
+    is_cut = go_ahead(step(planned(1, num_tokens, True), *decoding)) is not None
+    assert is_cut == (num_tokens >= least_prefill(num_decoding))
 
 
 @given(
