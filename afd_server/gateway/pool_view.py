@@ -12,8 +12,8 @@ STUCK_AFTER_S = 15.0  # longer than the longest step of a supported model on a s
 
 @dataclass(slots=True)
 class _Seen:
-    report: LoadReport
-    at_s: float
+    report: LoadReport | None  # None until the first
+    at_s: float  # of that report, or of joining
     advanced_at_s: float
 
 
@@ -26,19 +26,21 @@ class PoolView:
         self._seen: dict[str, _Seen] = {}
 
     def follow(self, topology: Topology) -> None:
-        """Take a newer topology and forget workers that left."""
+        """Take a newer topology: forget workers that left, expect a report of those that joined."""
         self.topology = topology
-        self._seen = {inc: seen for inc, seen in self._seen.items() if topology.find(inc)}
+        now = self._clock.now()
+        self._seen = {
+            member.incarnation: self._seen.get(member.incarnation, _Seen(None, now, now))
+            for member in self.workers()
+        }
 
     def take_report(self, incarnation: str, report: LoadReport) -> None:
         """Remember a worker's load and whether it got on since the last one."""
-        now = self._clock.now()
-        last = self._seen.get(incarnation)
+        now, seen = self._clock.now(), self._seen[incarnation]
         idle = report.running + report.waiting == 0
-        advanced = last is None or idle or report.steps > last.report.steps
-        self._seen[incarnation] = _Seen(
-            report, now, now if advanced or last is None else last.advanced_at_s
-        )
+        if seen.report is None or idle or report.steps > seen.report.steps:
+            seen.advanced_at_s = now
+        seen.report, seen.at_s = report, now
 
     def report(self, incarnation: str) -> LoadReport | None:
         """Return the last report of a worker, or None if there was none yet."""
@@ -53,10 +55,8 @@ class PoolView:
         """Return a sentence for each worker that is silent or does not advance."""
         now, found = self._clock.now(), []
         for member in self.workers():
-            seen = self._seen.get(member.incarnation)
-            if seen is None:
-                found.append(f"{member.name} has not reported yet")
-            elif now - seen.at_s > SILENT_AFTER_S:
+            seen = self._seen[member.incarnation]
+            if now - seen.at_s > SILENT_AFTER_S:
                 found.append(f"{member.name} has been silent for {now - seen.at_s:.1f} s")
             elif now - seen.advanced_at_s > STUCK_AFTER_S:
                 found.append(f"{member.name} is stuck since {now - seen.advanced_at_s:.1f} s")

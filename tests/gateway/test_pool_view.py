@@ -20,9 +20,13 @@ def view_of(*members):
     return view, clock
 
 
-def test_a_worker_that_has_not_reported_is_trouble():
-    view, _ = view_of(ATTENTION)
-    assert view.trouble() == ["attention/0 has not reported yet"]
+def test_a_worker_that_joined_has_as_long_for_its_first_report_as_for_the_next():
+    view, clock = view_of(ATTENTION)
+    clock.advance(SILENT_AFTER_S)
+    view.follow(Topology(2, (ATTENTION, FFN)))
+    assert view.trouble() == []
+    clock.advance(0.1)
+    assert view.trouble() == ["attention/0 has been silent for 3.1 s"]
 
 
 def test_a_silent_worker_is_trouble():

@@ -85,9 +85,9 @@ def serving(
     try:
         output = read_until_ready(process, seconds)
         server = Server(process, output, temp_dir)
-        yield server
+        with server.http:
+            yield server
         children = server.descendants()
-        server.http.close()
         process.send_signal(signal.SIGTERM)
         rest = process.communicate(timeout=60)[0].decode()
         assert process.returncode == 0, rest
