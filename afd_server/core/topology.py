@@ -100,6 +100,11 @@ class Placement:
             any(groups != (self.attention_side,) for groups in experts) for experts in self.holders
         )
 
+    @property
+    def is_away(self) -> bool:
+        """Tell whether most layers' calls travel."""
+        return 2 * self.num_away > len(self.holders)
+
     def slots_of(self, group: int) -> range:
         """Return the slots of a group of FFN workers, by column shard."""
         assert group < self.num_groups, f"group {group} of {self.num_groups} has no slots"

@@ -32,10 +32,12 @@ class Pace:
 
     Args:
         num_lanes: that share the sequences; `open_lanes` may say so later.
+        cuts_steps: whether steps with much prefill go in two parts (`policy.ahead`).
     """
 
-    def __init__(self, num_lanes: int) -> None:
+    def __init__(self, num_lanes: int, cuts_steps: bool = True) -> None:
         self.model = StepTimeModel()
+        self._cuts_steps = cuts_steps
         self._lane_choices = range(num_lanes, num_lanes + 1)
         self._num_chosen = 0
         self._preferred = num_lanes  # lanes, but for trials of others
@@ -111,8 +113,8 @@ class Pace:
     ) -> int:
         """Return how many tokens of prompts a step can take so that nobody's token is late.
 
-        Slack is saved until it is enough for a step that goes in two parts (`policy.ahead`), since
-        a token costs 1.4 times as much in one that does not; unless no gap may be so long.
+        Where steps go in two parts (`policy.ahead`), slack is saved until it is enough for one,
+        since a token costs 1.4 times as much in one that does not; unless no gap may be so long.
 
         Args:
             load: the rest of the step.
@@ -137,7 +139,8 @@ class Pace:
 
         in_a_gap = max(min(MIN_PREFILL, most), _most_prefill(load, start, most, is_short))
         fitting = _most_prefill(load, start, in_a_gap, is_on_time)
-        if fitting >= min(in_a_gap, least_prefill(load.rows)):
+        enough = least_prefill(load.rows) if self._cuts_steps else MIN_PREFILL
+        if fitting >= min(in_a_gap, enough):
             return fitting
         is_starved = now_s - self._last_prefill_s > PATIENCE_S
         return max(fitting, min(MIN_PREFILL, most)) if is_starved else 0

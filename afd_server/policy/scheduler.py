@@ -44,6 +44,7 @@ class SchedulerConfig:
         prefix_caching: whether sequences take over blocks that others have computed.
         holds_back: whether sequences wait, and are refused in the end, that would make others
             miss their targets.
+        cuts_steps: whether steps with much prefill go in two parts (`policy.ahead`).
         windows: of each KV group, in positions; None sees all.
     """
 
@@ -55,6 +56,7 @@ class SchedulerConfig:
     block_size: int
     prefix_caching: bool
     holds_back: bool = False
+    cuts_steps: bool = True
     windows: tuple[int | None, ...] = (None,)
 
     def __post_init__(self) -> None:
@@ -93,7 +95,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self.blocks = BlockPool(config.num_blocks, config.block_size)
-        self.pace = Pace(config.num_lanes)
+        self.pace = Pace(config.num_lanes, config.cuts_steps)
         self._tables = BlockTables(self.blocks, config.windows, config.max_batch_tokens)
         self._waiting: list[Sequence] = []  # oldest first
         self._running: list[Sequence] = []  # own blocks, oldest first
@@ -107,6 +109,11 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_queried_tokens = 0  # known to sequences when they were first planned
         self.num_hit_tokens = 0  # of these, found computed
+
+    @property
+    def cuts_steps(self) -> bool:
+        """Tell whether steps are taken to go in two parts where these are large enough."""
+        return self._config.cuts_steps
 
     @property
     def num_waiting(self) -> int:

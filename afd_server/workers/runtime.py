@@ -305,6 +305,7 @@ def build_attention_worker(
     num_blocks = num_kv_blocks(slot_bytes, config.block_size, config.kv_cache_bytes)
     if num_blocks < 1:
         raise ConfigError(f"kv_cache_bytes {config.kv_cache_bytes} is less than one block")
+    placement = placement_of(spec.ffn, model_spec)
     scheduler = Scheduler(
         SchedulerConfig(
             max_model_len=config.max_model_len,
@@ -315,10 +316,10 @@ def build_attention_worker(
             block_size=config.block_size,
             prefix_caching=config.prefix_caching,
             holds_back=config.holds_back,
+            cuts_steps=placement.is_away,
             windows=tuple(group.window for group in model_spec.kv_groups),
         )
     )
-    placement = placement_of(spec.ffn, model_spec)
     experts = placement.held_by(placement.attention_side)
     share = FFNShare(experts=experts, head=placement.head_shard(None))
     weights = _weights(spec, kernels, share)

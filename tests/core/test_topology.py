@@ -173,3 +173,10 @@ def test_shards_cover_every_column_once_in_order(columns, num_parts):
 
 def test_shards_begin_at_whole_vectors_where_they_can():
     assert column_shard(1536, 1, 5) == ColumnShard(256, 576)
+
+
+@pytest.mark.parametrize(("num_away", "is_away"), [(0, False), (2, False), (3, True), (4, True)])
+def test_steps_travel_if_most_layers_do(num_away, is_away):
+    away, here = ((0,), (1,)), ((1,), (1,))
+    placement = Placement((away,) * num_away + (here,) * (4 - num_away), num_groups=1)
+    assert (placement.num_away, placement.is_away) == (num_away, is_away)

@@ -124,6 +124,18 @@ def test_slack_is_saved_until_a_step_goes_in_two_parts(pace):
     assert MIN_PREFILL <= pace.prefill_budget(StepLoad(), 0, [tight], 256, now_s, {}) < 30
 
 
+def test_no_slack_is_saved_where_no_step_goes_in_two_parts(pace):
+    pace.note_prefill(now_s := 100.0)
+    load, near = StepLoad(rows=8, keys=800), decoding(now_s - 0.048, 2)
+    assert pace.prefill_budget(load, 0, [near], 256, now_s, {}) == 0
+    colocated = Pace(num_lanes=1, cuts_steps=False)
+    colocated.model.calibrate(CALIBRATION)
+    colocated.note_prefill(now_s)
+    assert MIN_PREFILL < colocated.prefill_budget(load, 0, [near], 256, now_s, {}) < 32
+    late = decoding(now_s - 0.08, 2)
+    assert colocated.prefill_budget(load, 0, [late], 256, now_s, {}) == 0
+
+
 def test_a_gap_has_room_for_two_parts_where_fewer_tokens_would_take_longer():
     """One part of 47 tokens takes 75 ms here, two parts of 48 take 55; a gap may be of 85."""
     pace = Pace(num_lanes=1)

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from afd_server.core.request import Request, SamplingParams
-from afd_server.core.stage import StageId
+from afd_server.core.stage import AHEAD, StageId
 from afd_server.core.topology import FFNParallel, Role
 from afd_server.telemetry.timeline import EventKind, read_events
 from afd_server.transport.inproc import Faults
@@ -146,3 +146,13 @@ def test_a_colocated_worker_records_its_ffn_stages_and_no_transfers():
     assert len(stages) == (NUM_LAYERS + 1) * len(of_kind(events, EventKind.STEP))
     for kind in (EventKind.A_TO_F, EventKind.F_TO_A, EventKind.WAIT):
         assert not of_kind(events, kind)
+
+
+@pytest.mark.parametrize("parallel", [FFNParallel.TENSOR, FFNParallel.COLOCATED])
+def test_long_prompts_go_in_two_parts_where_calls_travel_and_nothing_is_saved_elsewhere(parallel):
+    travels = parallel is FFNParallel.TENSOR
+    pools = Pools(tiny_llama()[0], num_ffn=int(travels), parallel=parallel, max_batch_tokens=96)
+    pools.run([Request(1, tuple(range(5, 85)), SamplingParams(max_tokens=2))])
+    (attention,) = events_of(pools, Role.ATTENTION)
+    assert any(event.lane >= AHEAD for event in of_kind(attention, EventKind.ATTENTION)) == travels
+    assert pools.workers[pools.attention()]._scheduler.cuts_steps == travels

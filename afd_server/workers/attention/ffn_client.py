@@ -140,11 +140,6 @@ class FFNClient:
         self.counters: Counter[str] = Counter()
 
     @property
-    def is_away(self) -> bool:
-        """Tell whether most layers' calls travel."""
-        return 2 * self._placement.num_away > self._spec.num_layers
-
-    @property
     def idle_since_s(self) -> float | None:
         """Return since when there has been nothing to compute; None while there is."""
         return self._idle_since_s if self._native is None else self._native.idle_since_s

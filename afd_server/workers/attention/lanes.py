@@ -86,16 +86,16 @@ class Lane:
     Args:
         index: of the lane.
         sampler: turns logits into tokens.
-        is_split: whether steps may go in two parts.
+        cuts_steps: whether steps may go in two parts.
     """
 
-    def __init__(self, index: int, sampler: Sampler, is_split: bool) -> None:
+    def __init__(self, index: int, sampler: Sampler, cuts_steps: bool) -> None:
         self.index = index
         self.begun_s = 0.0  # when its latest step began
         self.rest = Part(self, index)  # the whole step, if nothing goes ahead
         self._ahead = Part(self, AHEAD + index)
         self._sampler = sampler
-        self._is_split = is_split
+        self._cuts_steps = cuts_steps
         self._plan: StepPlan | None = None
 
     @property
@@ -119,7 +119,7 @@ class Lane:
         assert self._plan is None, f"lane {self.index} is busy"
         self._plan = plan
         self.begun_s = begin_s
-        plans = go_ahead(plan) if self._is_split else None
+        plans = go_ahead(plan) if self._cuts_steps else None
         if plans is None:
             self.rest.start(plan, model, kv)
             return [self.rest]

@@ -102,7 +102,7 @@ class AttentionWorker:
         self._sampler = sampler
         self._calibration = calibration
         num_open = num_lanes if calibration is None else 1
-        self._lanes = [Lane(index, sampler, ffn.is_away) for index in range(num_open)]
+        self._lanes = [Lane(index, sampler, scheduler.cuts_steps) for index in range(num_open)]
         self._idle: list[Lane] = list(self._lanes)
         self._runnable: deque[Part] = deque()  # of an idle lane, not begun, or with their sum in
         self._owners: dict[tuple[int, int], str] = {}  # (key, attempt) → gateway
@@ -249,8 +249,8 @@ class AttentionWorker:
     def _open_lanes(self, calibration: Calibration) -> None:
         """Go on with as many lanes as there should be."""
         num_lanes = calibration.open_lanes(len(self._endpoint.topology.pool(Role.ATTENTION)))
-        indices, is_split = range(len(self._lanes), num_lanes), self._ffn.is_away
-        opened = [Lane(index, self._sampler, is_split) for index in indices]
+        indices, cuts_steps = range(len(self._lanes), num_lanes), self._scheduler.cuts_steps
+        opened = [Lane(index, self._sampler, cuts_steps) for index in indices]
         self._lanes += opened
         self._runnable += [lane.rest for lane in opened]
 
