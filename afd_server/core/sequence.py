@@ -115,6 +115,11 @@ class Sequence:
             self.history.counts[token_id] += 1
             self.history.entropies.append(entropy)
 
+    def begin_anew(self) -> None:
+        """Let the schedule begin with the next token."""
+        self.first_token_s = None
+        self.num_since_first = 0
+
     def release(self) -> list[int]:
         """Give up all blocks.
 

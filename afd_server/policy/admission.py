@@ -7,6 +7,7 @@ from typing import Literal
 
 from afd_server.core.errors import InvalidRequest, Overloaded, TargetOutOfReach
 from afd_server.core.request import SLO
+from afd_server.policy.pace import DECODE_SHARE
 
 RETRY_AFTER_S = 1.0  # at least, where it is not known what will be free by then
 LONGEST_RETRY_S = 60.0  # clients give up on servers that say much more
@@ -51,7 +52,7 @@ class FirstTokenQueue:
 
     def __init__(self) -> None:
         self._waiting: dict[int, tuple[int, str]] = {}  # by key, priority and tenant
-        self._num_served = 0
+        self._num_served = 0  # while others waited
         self._interval_s = 0.0  # between first tokens while somebody waits for one
         self._since_s = 0.0  # the latest first token, or when the queue was last empty
         self._refused_share = 0.0  # of the latest requests
@@ -95,11 +96,15 @@ class FirstTokenQueue:
 
     def serve(self, key: int, now_s: float) -> None:
         """Take out a request that has its first token."""
-        if self._waiting.pop(key, None) is not None:
+        if key not in self._waiting:
+            return
+        weight = FADING
+        if len(self._waiting) > 1:  # else a long prompt was read, which says little of a queue
             self._num_served += 1
             weight = max(FADING, 1 / self._num_served)
-            self._interval_s += weight * (now_s - self._since_s - self._interval_s)
-            self._since_s = now_s
+        del self._waiting[key]
+        self._interval_s += weight * (now_s - self._since_s - self._interval_s)
+        self._since_s = now_s
 
     def leave(self, key: int) -> None:
         """Take out a request that waits no more, if it is there."""
@@ -124,7 +129,8 @@ class FirstTokenQueue:
 
         Who overtakes others may wait for long at any time: the crowd is not theirs.
         Nobody who waits is sent away for somebody more urgent. So a crowd that all the others
-        overtake, of low priority or of one tenant, does not get every place.
+        overtake, of low priority or of one tenant, does not get every place. Of several
+        choices the last one counts, unless nobody is ahead: they would be too many for ever.
 
         Raises:
             Overloaded: too many wait, or those ahead take too long.
@@ -138,7 +144,7 @@ class FirstTokenQueue:
         num_ahead = self._num_ahead(priority, tenant)
         share = self.wait_share if num_ahead >= self.num_waiting else LONGEST_WAIT
         most_s = inf if ttft_s is None else share * ttft_s
-        wait_s = self._interval_s * (num_ahead + num_new - 1)
+        wait_s = self._interval_s * (num_ahead + num_new - 1) if num_ahead else 0.0
         places = config.max_queued_requests
         is_full = self.num_waiting + num_new > places or num_ahead >= places - places // KEPT_SHARE
         is_refused = is_full or wait_s > most_s
@@ -204,10 +210,12 @@ def check_reachable(slo: SLO, usual: SLO, alone_s: float) -> None:
     Raises:
         TargetOutOfReach: so it is.
     """
-    if slo.tpot_s is not None and slo.tpot_s != usual.tpot_s and slo.tpot_s < alone_s:
+    least_s = alone_s / DECODE_SHARE
+    if slo.tpot_s is not None and slo.tpot_s != usual.tpot_s and slo.tpot_s < least_s:
         raise TargetOutOfReach(
             f"a TPOT of {slo.tpot_s * 1e3:g} ms is out of reach: a request that is alone gets a "
-            f"token every {alone_s * 1e3:.1f} ms here; ask for more than that",
+            f"token every {alone_s * 1e3:.1f} ms here, and others' prompts must be read beside it; "
+            f"ask for at least {least_s * 1e3:.1f} ms",
             "x-slo-tpot-ms",
         )
     if slo.ttft_s is not None and slo.ttft_s != usual.ttft_s and slo.ttft_s < alone_s:

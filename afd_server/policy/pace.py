@@ -89,18 +89,26 @@ class Pace:
         return first_s + sequence.num_since_first * slo.tpot_s * HEADROOM
 
     def can_wait(
-        self, sequence: Sequence, load: StepLoad, tightest: Sequence, now_s: float
+        self, sequence: Sequence, load: StepLoad, first: Sequence, some_read: bool, now_s: float
     ) -> bool:
-        """Tell whether a sequence with a loose target may miss the step of one with a tight one.
+        """Tell whether a sequence with a loose target may miss the step of one with a tighter one.
 
-        It may if the step would else be late for the tight one, and the next one will still do.
+        It may if the next one will still do, and the step would else be late for the tighter one
+        or take slack that prompts are waiting for.
+
+        Args:
+            sequence: that may miss it.
+            load: the step so far.
+            first: the sequence in it that is due first.
+            some_read: whether prompts are being read.
+            now_s: the present.
         """
-        loose, tight = sequence.request.slo.tpot_s, tightest.request.slo.tpot_s
+        loose, tight = sequence.request.slo.tpot_s, first.request.slo.tpot_s
         if loose is None or tight is None or loose <= tight:
             return False
         step_s = self.model.predict(with_row(load, sequence), STEP_QUANTILE)
-        is_late = now_s + step_s > self.due_s(tightest)
-        return is_late and self.due_s(sequence) > now_s + 2 * step_s
+        is_late = now_s + step_s > self.due_s(first)
+        return (is_late or some_read) and self.due_s(sequence) > now_s + 2 * step_s
 
     def prefill_budget(
         self,
@@ -113,6 +121,10 @@ class Pace:
     ) -> int:
         """Return how many tokens of prompts a step can take so that nobody's token is late.
 
+        Who is about to have a first token in another lane will want the next one as soon as those
+        who decode; and while several are reading, no step is so long that one of them would wait
+        for it with a short answer. Somebody alone reads as much as there is room for.
+
         Where steps go in two parts (`policy.ahead`), slack is saved until it is enough for one,
         since a token costs 1.4 times as much in one that does not; unless no gap may be so long.
 
@@ -124,11 +136,12 @@ class Pace:
             now_s: the present.
             ends_s: when the steps of other lanes will end, by the arrival of their sequences.
         """
-        decoding = [s for s in running if is_decoding(s)]
-        targets = _targets(decoding)
+        awaiting = [s for s in running if is_decoding(s) or _is_about_to(s, ends_s)]
+        reading = [s for s in running if s.first_token_s is None and s.num_left > 1]
+        targets = _targets(awaiting if len(reading) == 1 else [*awaiting, *reading])
         if not targets:
             return most
-        latest_s = min(self._latest_s(s, now_s, ends_s) for s in decoding)
+        latest_s = min((self._latest_s(s, now_s, ends_s) for s in awaiting), default=inf)
         longest_s = LONGEST_GAP * min(targets)
 
         def is_on_time(step: StepLoad) -> bool:
@@ -151,23 +164,33 @@ class Pace:
         One in a step of another lane has its token when that ends; it is the next one for which
         it may have to wait.
         """
-        due_s, tpot_s = self.due_s(sequence), sequence.request.slo.tpot_s
-        end_s = ends_s.get(sequence.arrival)
-        if end_s is None or tpot_s is None:
-            return due_s
-        return due_s + tpot_s * HEADROOM - max(0.0, end_s - now_s)
+        tpot_s, end_s = sequence.request.slo.tpot_s, ends_s.get(sequence.arrival)
+        if tpot_s is None:
+            return inf
+        if end_s is None:
+            return self.due_s(sequence)
+        if sequence.first_token_s is None:
+            return max(now_s, end_s) + tpot_s * HEADROOM
+        return self.due_s(sequence) + tpot_s * HEADROOM - max(0.0, end_s - now_s)
 
     def note_prefill(self, now_s: float) -> None:
         """Remember that a prompt went on."""
         self._last_prefill_s = now_s
 
     def fits(self, newcomer: Sequence, running: list[Sequence], now_s: float) -> bool:
-        """Tell whether all who run and a newcomer will be on time when it decodes as well."""
-        everybody = [*running, newcomer]
+        """Tell whether all who run and a newcomer will be on time when it decodes as well.
+
+        Whose target nobody could keep even alone, on a machine that has become slow, has no say
+        in that for others.
+        """
+        everybody, alone_s = [*running, newcomer], self.alone_s
         targets = _targets(everybody)
         if not running or not targets:
             return True
-        if any(self.due_s(s) + min(targets) < now_s for s in running if is_decoding(s)):
+        if max(targets) > alone_s:
+            targets = [target for target in targets if target > alone_s]
+        in_reach = [s for s in running if (s.request.slo.tpot_s or 0.0) >= min(targets)]
+        if any(self.due_s(s) + min(targets) < now_s for s in in_reach if is_decoding(s)):
             return False  # debts first
         return self.decode_step_s(everybody) <= min(targets) * DECODE_SHARE
 
@@ -191,6 +214,12 @@ class Pace:
 def is_decoding(sequence: Sequence) -> bool:
     """Tell whether a sequence has had tokens here and waits for its next one only."""
     return sequence.first_token_s is not None and sequence.num_pending == 1
+
+
+def _is_about_to(sequence: Sequence, ends_s: Mapping[int, float]) -> bool:
+    """Tell whether another lane is about to bring a sequence its first token, and not its last."""
+    is_read = sequence.num_reached == len(sequence.token_ids) and sequence.arrival in ends_s
+    return sequence.first_token_s is None and is_read and sequence.num_left > 1
 
 
 def _most_prefill(

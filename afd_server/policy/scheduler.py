@@ -26,7 +26,7 @@ from afd_server.policy.tables import BlockTables
 
 MOST_TURNS = 8  # waiting sequences that are looked at in a step
 HARDLY_BEGUN = 0.3  # of its expected time: what begins until then counts as beside a step
-RESERVED_TOKENS = 256  # that a running sequence is taken to want still, if it may
+RESERVED_TOKENS = 512  # at most, of what a running sequence may still want, are kept for it
 RESUME_PATIENCE_S = 10.0  # that begun ones wait, after which one of them goes on at anybody's cost
 
 
@@ -190,6 +190,7 @@ class Scheduler:
         may_decode = sum(load.rows > 0 for load, _ in self._begun.values()) < num_lanes
         share = -(-len(self._running) // num_lanes)
         budget = self._config.max_batch_tokens
+        pace, reads = self.pace, self._num_unread() > 0
         filling = self._filling[lane] = set()
         load = beside(self._loads_beside(lane))
         chosen: list[tuple[Sequence, int]] = []
@@ -204,14 +205,14 @@ class Scheduler:
             decodes = sequence.num_pending == 1
             if decodes and not may_decode:
                 continue
-            if decodes and chosen and self.pace.can_wait(sequence, load, chosen[0][0], now_s):
+            if decodes and chosen and pace.can_wait(sequence, load, chosen[0][0], reads, now_s):
                 continue
-            if not decodes and load.rows and num_lanes < self.pace.most_lanes:
+            if not decodes and load.rows and num_lanes < pace.most_lanes:
                 break
             if not decodes and load.prefill == 0:
                 start, ends_s = sequence.num_computed, self._ends_s(load)
-                most = min(budget, self._num_unread)
-                budget = self.pace.prefill_budget(load, start, self._running, most, now_s, ends_s)
+                most = min(budget, self._num_unread())
+                budget = pace.prefill_budget(load, start, self._running, most, now_s, ends_s)
             num_tokens = min(sequence.num_pending, budget)
             if num_tokens == 0 or not self._reserve(sequence, sequence.num_computed + num_tokens):
                 continue
@@ -263,10 +264,10 @@ class Scheduler:
             ends_s |= dict.fromkeys((s.arrival for s in self._in_lane[lane]), begun_s + step_s)
         return ends_s
 
-    @property
-    def _num_unread(self) -> int:
-        """Return the tokens of prompts that were begun and not read yet."""
-        return sum(s.num_pending for s in self._running if s.num_pending > 1)
+    def _num_unread(self, until_s: float = inf) -> int:
+        """Return the tokens of prompts that were begun, are due by then and not read yet."""
+        unread = (s for s in self._running if s.num_pending > 1)
+        return sum(s.num_pending for s in unread if self.pace.due_s(s) <= until_s)
 
     def expected_s(self, lane: int) -> float:
         """Return the median time of what a lane computes, beside what others do."""
@@ -349,12 +350,13 @@ class Scheduler:
     def _may_begin(self, sequence: Sequence, now_s: float) -> bool:
         """Tell whether a sequence can be begun, or go on, without harm to those that run.
 
-        Prompts that were begun come first, so that who is waiting may still be overtaken by who
-        is in a greater hurry; and blocks are kept for what running ones will soon want.
+        Prompts that were begun and are due no later come first, so that who is waiting may still
+        be overtaken by who is in a greater hurry; and blocks are kept for what running ones will
+        soon want.
         """
         if not self._config.holds_back:
             return True
-        if self._num_unread >= self._config.max_batch_tokens:
+        if self._num_unread(self.pace.due_s(sequence)) >= self._config.max_batch_tokens:
             return False
         wanted = sum(
             self._tables.num_wanted(s.tables, len(s.token_ids) + min(s.num_left, RESERVED_TOKENS))
@@ -434,8 +436,13 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's blocks; as one that was moved, it has a new schedule when it goes on.
+
+        What it could not have meanwhile would be a debt, which shuts out prompts, its own too.
+        """
         self._running.remove(sequence)
         self.blocks.free(sequence.forget_computed())
+        sequence.begin_anew()
         older = sum(waiting.arrival < sequence.arrival for waiting in self._waiting)
         self._waiting.insert(older, sequence)
         self.num_preemptions += 1

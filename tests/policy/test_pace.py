@@ -46,9 +46,10 @@ def decoding(first_s, tokens, tpot_s=0.05, length=100, key=1):
     return sequence
 
 
-def waiting(tpot_s=0.05, length=100):
-    request = Request(9, tuple(range(length)), SamplingParams(max_tokens=500), slo=SLO(4.0, tpot_s))
-    return Sequence(request, 9, arrived_s=100.0)
+def waiting(tpot_s=0.05, length=100, key=9, max_tokens=500):
+    sampling = SamplingParams(max_tokens=max_tokens)
+    request = Request(key, tuple(range(length)), sampling, slo=SLO(4.0, tpot_s))
+    return Sequence(request, key, arrived_s=100.0)
 
 
 def test_a_token_is_due_one_target_after_the_other_counted_from_the_first(pace):
@@ -164,6 +165,32 @@ def test_whose_token_another_lane_is_about_to_bring_may_wait_for_the_next_one(pa
     assert far == 0, "somebody else's step"
 
 
+def test_who_is_about_to_begin_elsewhere_will_want_the_next_token_in_time(pace):
+    """A first token 10 ms from now leaves 57 ms, of which a step takes 9 besides the tokens."""
+    now_s, load = 100.0, StepLoad()
+    reading = waiting(key=2)
+    alone = pace.prefill_budget(load, 0, [reading], 256, now_s, {})
+    assert alone == 256, "nobody else is there"
+    soon = waiting(key=3)
+    soon.num_reached = len(soon.token_ids)
+    ends_s = {soon.arrival: now_s + 0.01}
+    assert 30 < pace.prefill_budget(load, 0, [reading, soon], 256, now_s, ends_s) < 50
+    soon.num_reached -= 1  # not the last part of its prompt
+    in_a_gap = pace.prefill_budget(load, 0, [reading, soon], 256, now_s, ends_s)
+    assert 60 < in_a_gap < 85, "two are reading: neither is to wait longer for a second token"
+    single = waiting(key=4, max_tokens=1)
+    single.num_reached = len(single.token_ids)
+    ends_s = {single.arrival: now_s + 0.01}
+    assert pace.prefill_budget(load, 0, [reading, single], 256, now_s, ends_s) == 256
+
+
+def test_a_target_that_has_become_out_of_reach_has_no_say_for_others(pace):
+    hopeless, running = decoding(95.0, 9, tpot_s=0.005), [decoding(99.99, 1, key=2)]
+    assert pace.fits(waiting(), [hopeless, *running], 100.0)
+    assert not pace.fits(waiting(), [decoding(95.0, 9), *running], 100.0), "debts first"
+    assert not pace.fits(waiting(0.005), [hopeless], 100.0), "if nobody's is in reach, one by one"
+
+
 def test_one_more_fits_as_long_as_a_step_of_all_is_short_enough(pace):
     running = []
     while pace.fits(waiting(), running, 100.0):
@@ -229,15 +256,16 @@ def test_a_tight_target_keeps_others_out_and_loose_ones_count_in_part(pace):
     assert not pace.fits(waiting(0.02), [tight, *loose, *[tight] * 6], 100.0)
 
 
-def test_a_loose_one_misses_a_step_only_for_a_tight_one_that_would_be_late(pace):
+def test_a_loose_one_misses_a_step_for_a_tight_one_that_would_be_late_or_for_prompts(pace):
     now_s = 100.0
     tight, loose = decoding(now_s - 0.001, 1, tpot_s=0.02), decoding(now_s, 2, tpot_s=0.1)
     crowded, empty = StepLoad(rows=14, keys=2800), StepLoad(rows=1, keys=100)
-    assert pace.can_wait(loose, crowded, tight, now_s)
-    assert not pace.can_wait(loose, empty, tight, now_s)
-    assert not pace.can_wait(tight, crowded, loose, now_s)
+    assert pace.can_wait(loose, crowded, tight, False, now_s)
+    assert not pace.can_wait(loose, empty, tight, False, now_s)
+    assert pace.can_wait(loose, empty, tight, True, now_s)
+    assert not pace.can_wait(tight, crowded, loose, True, now_s)
     due_soon = decoding(now_s - 0.18, 2, tpot_s=0.1)
-    assert not pace.can_wait(due_soon, crowded, tight, now_s)
+    assert not pace.can_wait(due_soon, crowded, tight, True, now_s)
 
 
 def test_what_a_request_alone_gets_is_known(pace):

@@ -155,8 +155,9 @@ def test_who_is_alone_too_many_shortens_the_wait_of_nobody_else():
     assert queue.wait_share == LONGEST_WAIT
 
 
-def test_an_empty_queue_takes_anybody_however_slow_it_was():
-    queue_of(interval_s=60.0).check(ENFORCED, 0.001, 0, "a", 1, NOW)
+@pytest.mark.parametrize("num_new", [1, 8])
+def test_an_empty_queue_takes_anybody_however_slow_it_was(num_new):
+    queue_of(interval_s=60.0).check(ENFORCED, 0.001, 0, "a", num_new, NOW)
 
 
 def test_the_pace_is_known_from_the_first_tokens_on():
@@ -167,6 +168,18 @@ def test_the_pace_is_known_from_the_first_tokens_on():
     assert queue.expected_wait_s(0, "a") == pytest.approx(3 * 2.0)
     queue.serve(1, 3.0)
     assert queue.expected_wait_s(0, "a") == pytest.approx(2 * 1.5)
+
+
+def test_a_long_prompt_that_nobody_waited_behind_says_little_of_the_pace():
+    queue = FirstTokenQueue()
+    queue.enter(0, 0, "a", 0.0)
+    queue.serve(0, 14.0)
+    for key in range(1, 4):
+        queue.enter(key, 0, "a", 14.0)
+    queue.check(ENFORCED, 4.0, 0, "a", 1, 14.0)
+    assert 0 < queue.expected_wait_s(0, "a") < 2.0
+    queue.serve(1, 14.5)
+    assert queue.expected_wait_s(0, "a") == pytest.approx(2 * 0.5), "now it is known"
 
 
 def test_nobody_is_told_to_come_back_sooner_than_after_as_long_a_silence_as_there_was():
@@ -253,6 +266,7 @@ def test_those_who_leave_without_a_token_do_not_count_as_served():
     ("slo", "complaint", "param"),
     [
         (SLO(4.0, 0.001), r"TPOT of 1 ms is out of reach.*every 10\.0 ms", "x-slo-tpot-ms"),
+        (SLO(4.0, 0.012), r"TPOT of 12 ms .* ask for at least 12\.2 ms", "x-slo-tpot-ms"),
         (SLO(0.002, 0.05), r"TTFT of 2 ms is out of reach.*takes 10\.0 ms", "x-slo-ttft-ms"),
     ],
 )
@@ -262,7 +276,7 @@ def test_a_target_below_what_a_request_alone_gets_is_refused_by_name(slo, compla
     assert refusal.value.param == param
 
 
-@pytest.mark.parametrize("slo", [SLO(0.01, 0.01), SLO(None, None), SLO(1.0, 0.05)])
+@pytest.mark.parametrize("slo", [SLO(0.01, 0.0123), SLO(None, None), SLO(1.0, 0.05)])
 def test_a_target_that_one_alone_keeps_is_in_reach_and_nobodys_own_ones_are_not_judged(slo):
     check_reachable(slo, SLO(4.0, 0.05), alone_s=0.01)
     check_reachable(SLO(4.0, 0.05), SLO(4.0, 0.05), alone_s=10.0)

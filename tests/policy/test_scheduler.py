@@ -198,6 +198,18 @@ def test_when_blocks_run_out_the_youngest_prefills_again():
     assert scheduler.blocks.num_free == 6
 
 
+def test_who_was_preempted_has_no_debt_for_the_time_without_blocks():
+    scheduler = Scheduler(config(num_lanes=1, num_blocks=6, max_model_len=24, max_batch_tokens=32))
+    for key in (1, 2):
+        scheduler.submit(request(key, num_prompt=8, max_tokens=12, first=100 * key), 0.0)
+    while not scheduler.num_preemptions:
+        plan = scheduler.plan(0, 1.0)
+        scheduler.commit(result_of(plan), 1.0)
+    (preempted,) = scheduler._waiting
+    assert preempted.num_emitted > 0
+    assert (preempted.first_token_s, preempted.num_since_first) == (None, 0)
+
+
 def prefilled(scheduler, lane=0) -> list[tuple[int, int, int]]:
     """Run everything; return (key, start, number of tokens) of each run of two tokens or more."""
     runs = []

@@ -223,6 +223,35 @@ def test_a_long_prompt_among_decoding_streams_costs_them_no_target():
     assert late.ttft_s < 12
 
 
+def test_answers_of_a_few_tokens_are_on_time_too():
+    for tokens, rate in ((2, 2.0), (4, 6.0), (8, 20.0)):
+        outcomes = []
+        for seed in (4, 5, 6):
+            arrivals = poisson(rate, 0, 30, random.Random(seed))
+            short = [replace(arrival, num_output=2 + n % (tokens - 1))
+                     for n, arrival in enumerate(arrivals)]  # fmt: skip
+            outcomes += simulation(seed).run(short)
+        assert attainment(outcomes) >= 0.98, f"up to {tokens} tokens at {rate}/s"
+
+
+def test_a_long_prompt_that_has_time_keeps_nobody_out():
+    short = poisson(2.0, 0, 60, random.Random(2), tokens=(32, 128))
+    patient = [Arrival(5 + 12 * n, 7800, 50, SLO(60.0, 0.05)) for n in range(4)]
+    outcomes = simulation(2).run([*short, *patient])
+    assert len(begun(outcomes)) >= 0.99 * len(outcomes)
+    assert attainment(outcomes) == 1.0
+    assert max(outcome.ttft_s for outcome in begun(outcomes[: len(short)])) < 2.0
+
+
+def test_those_with_loose_targets_leave_time_for_the_prompts_of_others():
+    loose = [Arrival(0.05 * n, 64, 600, SLO(600.0, 1.0)) for n in range(50)]
+    others = poisson(0.7, 20, 60, random.Random(12))
+    outcomes = simulation(12, max_num_seqs=128).run([*loose, *others])
+    assert len(begun(outcomes)) == len(outcomes)
+    assert attainment(outcomes) == 1.0
+    assert max(outcome.ttft_s for outcome in outcomes[len(loose) :]) < TARGETS.ttft_s
+
+
 def test_requests_of_a_lost_worker_go_on_without_harm_to_those_of_the_one_that_is_left():
     streams = [Arrival(0.2 * i, 32, 700, TARGETS) for i in range(30)]
     moved = [Arrival(8.0, 32, 400, TARGETS, num_emitted=10) for _ in range(40)]
@@ -251,7 +280,7 @@ def test_where_blocks_run_short_targets_are_kept_and_those_preempted_finish():
     for seed in (1, 2, 3):
         rng = random.Random(seed)
         arrivals = [
-            replace(arrival, num_output=rng.randint(300, 700))  # more than is reserved for them
+            replace(arrival, num_output=rng.randint(600, 900))  # more than is reserved for them
             for arrival in poisson(2.5, 0, 40, rng, tokens=(32, 64))
         ]
         simulated = simulation(seed, num_blocks=120, max_model_len=1000)
