@@ -24,6 +24,7 @@ TRIAL_STEPS = 8
 TRIAL_COST = 1.25  # unless these are thought to take so many times as long
 STEP_QUANTILE = 0.75  # of a step's time, for what must be done by a moment
 GAP_QUANTILE = 0.98  # the same for the longest gap: how far a step may stray depends on the machine
+STALLED_QUANTILE = 0.9  # where it would be exceeded without any prompt too: short ones do not help
 MEAN_QUANTILE = 0.6  # of many steps' time, whose mean lies above the median
 
 
@@ -147,8 +148,12 @@ class Pace:
         def is_on_time(step: StepLoad) -> bool:
             return now_s + self.model.predict(step, STEP_QUANTILE) <= latest_s
 
+        quantile = GAP_QUANTILE
+        if self.model.longest(load, quantile) > longest_s:
+            quantile = STALLED_QUANTILE
+
         def is_short(step: StepLoad) -> bool:
-            return self.model.longest(step, GAP_QUANTILE) <= longest_s
+            return self.model.longest(step, quantile) <= longest_s
 
         in_a_gap = max(min(MIN_PREFILL, most), _most_prefill(load, start, most, is_short))
         fitting = _most_prefill(load, start, in_a_gap, is_on_time)

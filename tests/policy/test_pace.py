@@ -100,6 +100,15 @@ def test_what_holds_short_steps_up_does_not_keep_prompts_out(pace):
     assert pace.prefill_budget(load, 0, [ahead], 256, 100.0, {}) > 0.6 * before
 
 
+def test_gaps_that_are_too_long_without_any_prompt_do_not_cut_prompts(pace):
+    ahead, load = decoding(99.0, 200), StepLoad(rows=1, keys=100)
+    usual_s = pace.model.predict(load)
+    for step in range(400):
+        pace.model.observe(load, usual_s + (step % 25 == 0) * 0.12)
+    assert pace.model.longest(load, GAP_QUANTILE) > LONGEST_GAP * 0.05
+    assert pace.prefill_budget(load, 0, [ahead], 256, 100.0, {}) > 50
+
+
 def test_who_has_least_slack_decides_how_much_is_read(pace):
     pace.note_prefill(100.0)
     ahead, near = decoding(99.975, 4), decoding(99.975, 2)
