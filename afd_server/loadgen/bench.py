@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import resource
 import secrets
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any  # Any: JSON
 
 import uvloop
@@ -14,7 +16,13 @@ from afd_server.loadgen.client import BodyStyle, Client
 from afd_server.loadgen.config import BenchConfig
 from afd_server.loadgen.http import Origin, find_origin, get_json
 from afd_server.loadgen.plan import Plan, Point
-from afd_server.loadgen.results import ServerFacts, header_line, make_result, summary_line
+from afd_server.loadgen.results import (
+    ServerFacts,
+    header_line,
+    make_result,
+    summary_line,
+    unique_names,
+)
 from afd_server.loadgen.run import Run, run_load
 from afd_server.workload.limits import FixedLimit
 from afd_server.workload.report import Outcome, RequestRecord
@@ -35,8 +43,8 @@ def run_bench(config: BenchConfig, say: Say) -> int:
         ConfigError: settings do not fit each other or the server.
         TransportError: no server of OpenAI's API answers, or not the first request.
     """
-    if config.output is not None and not config.output.parent.is_dir():  # before an hour's work
-        raise ConfigError(f"{config.output} cannot be written: there is no such directory")
+    _check_output(config.output)
+    _allow_connections()
     plan = Plan(config)
     headers = {"authorization": f"Bearer {config.api_key}"} if config.api_key else {}
     origin = find_origin(config.url, headers)
@@ -48,6 +56,20 @@ def run_bench(config: BenchConfig, say: Say) -> int:
         runner.run(bench.warm_up())
         say(header_line())
         return runner.run(bench.find_goodput() if config.find_goodput else bench.sweep())
+
+
+def _check_output(path: Path | None) -> None:
+    """Refuse what cannot be written before an hour's work."""
+    if path is not None and path.is_dir():
+        raise ConfigError(f"{path} cannot be written: it is a directory")
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"{path} cannot be written: there is no such directory")
+
+
+def _allow_connections() -> None:
+    """Let this process have as many connections as it may: each request has one of its own."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _ask_server(origin: Origin, config: BenchConfig) -> ServerFacts:
@@ -104,12 +126,13 @@ class _Bench:
     async def sweep(self) -> int:
         """Make a run of each rate and width."""
         pairs = [(r, w) for r in self._config.request_rate for w in self._config.max_concurrency]
+        points = [Point(number, *pair) for number, pair in enumerate(pairs)]
+        names = unique_names([point.name for point in points])
         status = 0
-        for number, (rate, width) in enumerate(pairs):
-            point = Point(number, rate, width)
+        for point, name in zip(points, names, strict=True):
             result, run = await self._measure(point, None)
             self._say(summary_line(result))
-            self._write(result, point.name if len(pairs) > 1 else None)
+            self._write(result, name if len(points) > 1 else None)
             self._warn(run)
             if run.interrupted:
                 return INTERRUPTED
@@ -129,26 +152,29 @@ class _Bench:
             )
             interrupted = run.interrupted
             missed = ["interrupted"] if interrupted else list(missed_targets(result))
-            search.note(rate, holds=not missed)
+            if not interrupted:
+                search.note(rate, holds=not missed)
             self._say(f"{summary_line(result)}  {'; '.join(missed) or 'holds'}")
             self._warn(run)
             best = best if missed else result
             points.append(result | {"holds": not missed, "missed": missed})
-        self._write(
-            best | {"goodput_rate": search.best, "points": points, "interrupted": interrupted}, None
-        )
-        self._say(self._conclusion(search.best))
+        found = {"goodput_rate": search.best, "lowest_missed_rate": search.lowest_missed}
+        self._write(best | found | {"points": points, "interrupted": interrupted}, None)
+        self._say(self._conclusion(search, interrupted))
         if interrupted:
             return INTERRUPTED
         return FAILED if search.best is None else 0
 
-    def _conclusion(self, best_per_s: float | None) -> str:
+    def _conclusion(self, search: RateSearch, interrupted: bool) -> str:
         target = f"{self._config.tpot_slo_ms:g} ms"
         if self._config.clients.targets:
             target = "the target of each class"
-        if best_per_s is None:
-            return f"no rate tried keeps p99 TPOT within {target}"
-        return f"goodput: {best_per_s:.4g} requests/s with p99 TPOT within {target}"
+        if search.best is None:
+            return f"no rate tried{' so far' * interrupted} keeps p99 TPOT within {target}"
+        found = f"{search.best:.4g} requests/s with p99 TPOT within {target}"
+        if interrupted:
+            return f"goodput so far: {found}"
+        return f"goodput: {found}" if search.lowest_missed else f"goodput: at least {found}"
 
     async def _measure(self, point: Point, limit_s: float | None) -> tuple[dict[str, Any], Run]:
         offers, count = self._plan.offers(point)

@@ -92,30 +92,31 @@ class Client:
         an unfinished request.
         """
         offer, stream = prepared.offer, AnswerStream()
-        cancel_s = offer.cancel_after_s
+        leaves = offer.cancel_after_s is not None and offer.cancel_after_s < self._timeout_s
         sent_s = time.monotonic()
         try:
-            async with asyncio.timeout(self._timeout_s if cancel_s is None else cancel_s):
+            async with asyncio.timeout(offer.cancel_after_s if leaves else self._timeout_s):
                 await exchange(self.origin, prepared.request, stream)
             outcome, reason = stream.verdict()
         except TransportError as error:
             outcome, reason = Outcome.FAILED, str(error)
-            if stream.finished:  # all was said before the connection ended
-                outcome, reason = stream.verdict()
         except TimeoutError:
             outcome, reason = Outcome.CANCELLED, ""
-            if cancel_s is None:
+            if not leaves:
                 outcome, reason = Outcome.FAILED, f"no end within {self._timeout_s:g} s"
         except asyncio.CancelledError:
             outcome, reason = Outcome.UNFINISHED, ""
+        if stream.finished:  # all was said, whatever became of the connection
+            outcome, reason = stream.verdict()
         wanted, got = offer.shape.num_output_tokens, stream.num_output_tokens
         if outcome is Outcome.COMPLETED and prepared.exact_output and got != wanted:
-            outcome, reason = Outcome.FAILED, f"{got} tokens instead of {wanted}"
+            hint = """, the server may not know ignore_eos: --extra-body '{"ignore_eos": null}'"""
+            outcome, reason = Outcome.FAILED, f"{got} tokens instead of {wanted}{hint}"
         completed = outcome is Outcome.COMPLETED
         return RequestRecord(
             intended_s,
             sent_s,
-            stream.chunk_times_s[-1] if completed else time.monotonic(),
+            stream.end_s if completed else time.monotonic(),
             tuple(stream.chunk_times_s),
             stream.num_input_tokens or offer.shape.num_input_tokens,
             stream.num_output_tokens,
@@ -131,6 +132,7 @@ class AnswerStream:
 
     def __init__(self) -> None:
         self.chunk_times_s: list[float] = []
+        self.end_s = 0.0  # when the last chunk came that tells of tokens, also of some without text
         self.num_input_tokens = 0
         self.num_output_tokens = 0
         self.finished = False
@@ -151,6 +153,8 @@ class AnswerStream:
         for line in lines:
             if line.startswith(b"data:"):
                 self._take(line[5:].strip(), now_s)
+        if self._rest.rstrip() == b"data: [DONE]":  # the last line may lack its end
+            self.finished = True
 
     @property
     def retry_after_s(self) -> float | None:
@@ -167,8 +171,9 @@ class AnswerStream:
         if reason is not None or (self._status in REFUSALS and code not in FAULTS):
             return Outcome.REFUSED, str(reason or code or f"HTTP {self._status}")
         if self._status != 200:
-            message = error.get("message", "")
-            return Outcome.FAILED, f"HTTP {self._status}: {message}"[:200]
+            said = str(error.get("message") or self._rest.decode("utf-8", "replace"))
+            parts = f"HTTP {self._status}", self._headers.get("location"), " ".join(said.split())
+            return Outcome.FAILED, ": ".join(filter(None, parts))[:200]
         if self._error is not None:
             return Outcome.FAILED, self._error[:200]
         if not self.finished:
@@ -185,8 +190,10 @@ class AnswerStream:
             return
         try:
             chunk = json.loads(event)
-            if any(map(_has_output, chunk.get("choices", ()))):
-                self.chunk_times_s.append(now_s)
+            if choices := chunk.get("choices"):
+                self.end_s = now_s
+                if any(map(_has_output, choices)):
+                    self.chunk_times_s.append(now_s)
             if usage := chunk.get("usage"):
                 self._has_usage = True
                 self.num_input_tokens = int(usage["prompt_tokens"])

@@ -62,23 +62,27 @@ class BenchConfig:
         for name in positive:
             if not 0 < getattr(self, name) < inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must be above 0 and finite")
-        for name in ("num_prompts", "ttft_slo_ms"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} is {value}, must be above 0")
+        if self.num_prompts is not None and self.num_prompts < 1:
+            raise ConfigError(f"num_prompts is {self.num_prompts}, must be at least 1")
+        if self.ttft_slo_ms is not None and not 0 < self.ttft_slo_ms < inf:
+            raise ConfigError(f"ttft_slo_ms is {self.ttft_slo_ms}, must be above 0 and finite")
         for name in ("prefix_len", "num_warmups"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 0")
-        if not all(rate is None or rate > 0 for rate in self.request_rate):
-            raise ConfigError(f"request_rate is {self.request_rate}, must be above 0 or inf")
+        for rate in self.request_rate:
+            if rate is not None and not rate > 0:
+                raise ConfigError(f"request_rate is {rate}, must be above 0 or inf")
         if self.trace is None and None in self.request_rate:
             raise ConfigError("request_rate is None, which only a trace may have")
-        if not all(width is None or width >= 1 for width in self.max_concurrency):
-            raise ConfigError(f"max_concurrency is {self.max_concurrency}, must be at least 1")
+        for width in self.max_concurrency:
+            if width is not None and width < 1:
+                raise ConfigError(f"max_concurrency is {width}, must be at least 1")
         if not 0 <= self.clients.cancel_share <= 1:
             raise ConfigError(f"cancel_share is {self.clients.cancel_share}, must be in 0 … 1")
-        if not self.clients.cancel_after_s > 0:
-            raise ConfigError(f"cancel_after_s is {self.clients.cancel_after_s}, must be above 0")
+        if not 0 < self.clients.cancel_after_s < inf:
+            raise ConfigError(
+                f"cancel_after_s is {self.clients.cancel_after_s}, must be above 0 and finite"
+            )
         if self.find_goodput:
             self._check_search()
 
@@ -169,13 +173,16 @@ def bench_config(flags: dict[str, Any]) -> BenchConfig:
         values["request_rate"] = _numbers(values["request_rate"], "request_rate", float)
     elif "trace" in values:
         values["request_rate"] = (None,)
+    has_duration = "trace" not in values and set(values.get("request_rate", ())) != {inf}
+    if "duration_s" in values and not (has_duration or values.get("find_goodput")):
+        raise ConfigError(
+            "duration_s has no effect on a trace or the rate inf: say with num_prompts how much "
+            "to send"
+        )
     if "max_concurrency" in values:
         values["max_concurrency"] = _numbers(values["max_concurrency"], "max_concurrency", int)
     if "token_ids" in values:
-        ids = parse_lengths(values.pop("token_ids"), "token_ids")
-        if not isinstance(ids, UniformLengths):
-            raise ConfigError("token_ids must be LOW:HIGH")
-        values["vocabulary"] = range(ids.shortest, ids.longest + 1)
+        values["vocabulary"] = _token_ids(values.pop("token_ids"))
     if "extra_body" in values:
         values["extra_body"] = _json_object(values["extra_body"], "extra_body")
     clients: dict[str, Any] = {
@@ -194,6 +201,16 @@ def _numbers(text: str, setting: str, kind: type[float] | type[int]) -> tuple[fl
     if any(number != number or number == -inf for number in numbers):
         raise ConfigError(f"{setting} is {text!r}; write numbers, as in 1,2,4")
     return numbers
+
+
+def _token_ids(text: str) -> range:
+    try:
+        lowest, highest = map(int, text.split(":"))
+    except ValueError:
+        lowest, highest = 0, -1
+    if not 0 <= lowest <= highest:
+        raise ConfigError(f"token_ids is {text!r}, must be LOW:HIGH from 0, as in 100:39999")
+    return range(lowest, highest + 1)
 
 
 def _json_object(text: str, setting: str) -> dict[str, Any]:

@@ -28,9 +28,12 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
+    root = Path(__file__).parents[2]
+    if not (root / "pyproject.toml").is_file():
+        return ""  # installed, perhaps into an environment within somebody else's repository
     try:
         described = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+            ["git", "describe", "--always", "--dirty"], cwd=root,
             capture_output=True, text=True, check=False,
         )  # fmt: skip
     except FileNotFoundError:  # no git on this machine

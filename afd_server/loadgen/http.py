@@ -52,7 +52,8 @@ class Origin:
         self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
     ) -> bytes:
         """Return the bytes of a request; `path` is that below the server's URL."""
-        fields = {"host": f"{self.host}:{self.port}", "connection": "close"}
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        fields = {"host": f"{host}:{self.port}", "connection": "close"}
         fields |= {"content-type": "application/json", "content-length": str(len(body))}
         fields |= {**self.headers, **(headers or {})}
         lines = [f"{method} {self.prefix}{path} HTTP/1.1"]
@@ -146,6 +147,7 @@ class _Exchange(asyncio.Protocol):
         self._receiver = receiver
         self._parser = HttpResponseParser(self)
         self._headers: dict[str, str] = {}
+        self._has_begun = False
         self._now_s = 0.0
 
     def data_received(self, data: bytes) -> None:
@@ -156,6 +158,9 @@ class _Exchange(asyncio.Protocol):
             self._end(TransportError(f"the answer is no HTTP: {error}"))
 
     def connection_lost(self, error: Exception | None) -> None:
+        framing = {"content-length", "transfer-encoding"}
+        if error is None and self._has_begun and framing.isdisjoint(self._headers):
+            self._end(None)  # where the answer ends (RFC 9112, section 6.3)
         cause = f": {error}" if error else ""
         self._end(TransportError(f"the connection ended before the answer{cause}"))
 
@@ -163,6 +168,7 @@ class _Exchange(asyncio.Protocol):
         self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
+        self._has_begun = True
         self._receiver.begin(self._parser.get_status_code(), self._headers)
 
     def on_body(self, data: bytes) -> None:

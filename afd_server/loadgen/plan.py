@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice, repeat
+from itertools import chain, count, islice, repeat
 from math import ceil, inf
 
 from afd_server.core.errors import ConfigError
@@ -44,13 +44,20 @@ class Plan:
         """Read the trace, if there is one.
 
         Raises:
-            ConfigError: it cannot be read, or is none.
+            ConfigError: it cannot be read, is none, or has no rate and is to be replayed at one.
         """
         self._config = config
         self._trace = _read_trace(config)
         if self._trace and (config.num_prompts or 0) > len(self._trace):
             raise ConfigError(
                 f"num_prompts is {config.num_prompts}, but {config.trace} has {len(self._trace)}"
+            )
+        self._trace = self._trace[: config.num_prompts]
+        at_once = sum(entry.at_s == self._trace[0].at_s for entry in self._trace)
+        self._fewest = max(FEWEST_PROMPTS, at_once + 1)  # one more: a mean rate needs two times
+        if self._trace and at_once == len(self._trace) and set(config.request_rate) != {inf}:
+            raise ConfigError(
+                f"the {at_once} requests to replay of {config.trace} have the same timestamp"
             )
 
     def check_lengths(self, model: str, max_model_len: int) -> None:
@@ -80,32 +87,25 @@ class Plan:
     def offers(self, point: Point) -> tuple[Iterator[Offer], int]:
         """Return a run's offers and how many they are."""
         config, seed = self._config, f"{self._config.seed} {point.number}"
-        shapes, count = self._shapes(seed), self._count(point)
+        shapes, num_offers = self._shapes(seed), self._count(point)
         if self._trace and point.rate_per_s != inf:
-            times: Iterator[float | None] = iter(self._trace_times_s(point.rate_per_s))
+            times: Iterator[float | None] = iter(self._trace_times_s(num_offers, point.rate_per_s))
         elif point.rate_per_s == inf:
             times = repeat(None)
         else:
             assert point.rate_per_s is not None, "only a trace has a rate of its own"
             rate, arrivals = point.rate_per_s, f"{seed} arrivals"
-            times = iter(arrival_times(rate, config.burstiness, count, arrivals))
-        return islice(make_offers(times, shapes, config.clients, seed), count), count
+            times = iter(arrival_times(rate, config.burstiness, num_offers, arrivals))
+        return islice(make_offers(times, shapes, config.clients, seed), num_offers), num_offers
 
     def recorded_rate(self) -> float:
-        """Return the mean rate of the trace.
-
-        Raises:
-            ConfigError: all came at once.
-        """
-        lasted_s = self._trace[-1].at_s - self._trace[0].at_s
-        if not lasted_s:
-            raise ConfigError(f"all requests of {self._config.trace} have the same timestamp")
-        return (len(self._trace) - 1) / lasted_s
+        """Return the mean rate of what is replayed of the trace."""
+        return (len(self._trace) - 1) / (self._trace[-1].at_s - self._trace[0].at_s)
 
     def limit_s(self, rate_per_s: float) -> float:
         """Return when to end a run of a search: a server that holds the rate is done by then."""
         config = self._config
-        arrivals_s = max(config.duration_s, FEWEST_PROMPTS / rate_per_s)
+        arrivals_s = max(config.duration_s, self._fewest / rate_per_s)
         longest = max((entry.num_output_tokens for entry in self._trace),
                       default=config.output_len.longest)  # fmt: skip
         slowest_ms = max([config.tpot_slo_ms, *(1000 * t for t, _ in config.clients.targets)])
@@ -113,29 +113,32 @@ class Plan:
 
     def _count(self, point: Point) -> int:
         config, rate = self._config, point.rate_per_s
+        if self._trace and not config.find_goodput:
+            return len(self._trace)
         if config.num_prompts is not None:
-            count = config.num_prompts
-        elif self._trace and not config.find_goodput:
-            count = len(self._trace)
-        elif rate is None or rate == inf:
-            count = max(32, 4 * (point.max_concurrency or 0))
-        else:
-            count = max(FEWEST_PROMPTS, ceil(rate * config.duration_s))
-        return min(count, len(self._trace)) if self._trace else count
+            return config.num_prompts
+        if rate is None or rate == inf:
+            return max(32, 4 * (point.max_concurrency or 0))
+        return max(self._fewest, ceil(rate * config.duration_s))
 
     def _shapes(self, seed: str) -> Iterator[Shape]:
         config = self._config
         if self._trace:
-            return trace_shapes(self._trace, config.trace_block_size, str(config.seed))
+            size, rounds = config.trace_block_size, (f"{config.seed} {n}" for n in count())
+            return chain.from_iterable(trace_shapes(self._trace, size, each) for each in rounds)
         return synthetic_shapes(
             config.input_len, config.output_len, seed,
             prefix_tokens=config.prefix_len, num_prefixes=config.num_prefixes,
             prefix_seed=str(config.seed),
         )  # fmt: skip
 
-    def _trace_times_s(self, rate_per_s: float | None) -> list[float]:
-        times_s = [entry.at_s for entry in self._trace]
-        return stretch(times_s, rate_per_s or self.recorded_rate())
+    def _trace_times_s(self, num_offers: int, rate_per_s: float | None) -> list[float]:
+        """Return when to send; a search may need more than there is, and repeats the trace."""
+        rate = self.recorded_rate()
+        period_s = len(self._trace) / rate
+        rounds = (divmod(number, len(self._trace)) for number in range(num_offers))
+        times_s = [number * period_s + self._trace[place].at_s for number, place in rounds]
+        return stretch(times_s, rate_per_s or rate)
 
 
 def _read_trace(config: BenchConfig) -> list[TraceEntry]:

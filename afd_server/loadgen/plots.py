@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any  # Any: JSON
 
 from afd_server.core.errors import ConfigError
+from afd_server.loadgen.results import unique_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 
 TOPOLOGY = re.compile(r"(\d+)A(\d+)F")
-NEEDED = ("request_rate", "output_throughput", "slo", "label")
+NEEDED = (
+    "request_rate", "output_throughput", "slo", "label", "completed", "max_concurrency",
+    "request_goodput",
+)  # fmt: skip
 
 
 def draw_report(paths: Sequence[Path], directory: Path) -> list[Path]:
@@ -32,20 +36,27 @@ def draw_report(paths: Sequence[Path], directory: Path) -> list[Path]:
         The files written.
 
     Raises:
-        ConfigError: matplotlib is missing, or a file is no result or cannot be written.
+        ConfigError: matplotlib is missing, a file is no result or cannot be written, or nothing
+            can be drawn.
     """
     runs = [run for path in paths for run in _read(path)]
     if not runs:
         raise ConfigError(f"there is no completed request in {', '.join(map(str, paths))}")
-    detailed = [(name, run) for name, run in runs if "tpots" in run]
     results = [run for _, run in runs]
-    figures = {"pareto": _pareto(results), "rate": _against_rate(results)}
+    figures: dict[str, Figure] = {}
+    if fast := [run for run in results if run.get("p50_tpot_ms")]:
+        figures["pareto"] = _pareto(fast)
+    if rated := [run for run in results if _rate(run) is not None]:
+        figures["rate"] = _against_rate(rated)
     if rates := _rates_in_common(results):
         figures["compare"] = _comparison(results, rates)
-    if detailed:
-        figures["cdf"] = _cdfs([run for _, run in detailed])
-    for name, run in detailed:
-        figures[f"timeline-{name}"] = _timeline(run)
+    if spread := [run for run in results if "tpots" in run and "p50_tpot_ms" in run]:
+        figures["cdf"] = _cdfs(spread)
+    for name, (_, run) in zip(unique_names([name for name, _ in runs]), runs, strict=True):
+        if "tpots" in run:
+            figures[f"timeline-{name}"] = _timeline(run)
+    if not figures:
+        raise ConfigError(f"there is no TPOT and no rate in {', '.join(map(str, paths))}")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
@@ -61,12 +72,13 @@ def _read(path: Path) -> Iterator[tuple[str, Result]]:
         result = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    points = result.get("points") if isinstance(result, dict) else None
-    for number, run in enumerate([result] if points is None else points):
+    has_points = isinstance(result, dict) and "points" in result
+    points = result["points"] if has_points else [result]
+    for number, run in enumerate(points if isinstance(points, list) else [points]):
         if not isinstance(run, dict) or not all(key in run for key in NEEDED):
             raise ConfigError(f"{path} is no result of afd-server bench")
         if run["completed"]:
-            yield (path.stem if points is None else f"{path.stem}-{number}"), run
+            yield (f"{path.stem}-{number}" if has_points else path.stem), run
 
 
 def _figure(rows: int, columns: int) -> "tuple[Figure, list[Axes]]":
@@ -102,12 +114,11 @@ def _pareto(results: Sequence[Result]) -> "Figure":
         points = sorted(
             (1000 / result["p50_tpot_ms"], result["output_throughput"]
              / (_num_workers(result) if per_worker else 1))
-            for result in group if "p50_tpot_ms" in result
+            for result in group
         )  # fmt: skip
-        (line,) = axes.plot(*zip(*points, strict=True), "o", label=label) if points else (None,)
+        (line,) = axes.plot(*zip(*points, strict=True), "o", label=label)
         front = [p for n, p in enumerate(points) if p[1] >= max(y for _, y in points[n:])]
-        if line is not None:
-            axes.plot(*zip(*front, strict=True), "-", color=line.get_color())
+        axes.plot(*zip(*front, strict=True), "-", color=line.get_color())
     _target_line(axes.axvline, [1000 / ms for ms in _targets_ms(results)])
     axes.set(xlabel="output tokens/s of one user (1 / median TPOT)",
              ylabel=f"output tokens/s of {'a worker' if per_worker else 'the server'}",
@@ -119,17 +130,14 @@ def _pareto(results: Sequence[Result]) -> "Figure":
 def _against_rate(results: Sequence[Result]) -> "Figure":
     figure, (tpot, goodput, attainment) = _figure(1, 3)
     for label, group in _by_label(results).items():
-        rated = [result for result in group if _rate(result) is not None]
-        if not rated:
-            continue
-        rates = [float(result["request_rate"]) for result in rated]
+        rates = [float(result["request_rate"]) for result in group]
         for percent, style in ((50, ":"), (90, "--"), (99, "-")):
-            values = [result.get(f"p{percent}_tpot_ms", nan) for result in rated]
+            values = [result.get(f"p{percent}_tpot_ms", nan) for result in group]
             tpot.plot(rates, values, style, marker="o", label=f"{label} p{percent}")
-        goodput.plot(rates, [r["request_goodput"] for r in rated], "o-", label=label)
+        goodput.plot(rates, [r["request_goodput"] for r in group], "o-", label=label)
         for key, style in (("attainment", "-"), ("refused", "--")):
             shares = [
-                r["slo"]["refusals"]["share"] if key == "refused" else r["slo"][key] for r in rated
+                r["slo"]["refusals"]["share"] if key == "refused" else r["slo"][key] for r in group
             ]
             attainment.plot(rates, shares, style, marker="o", label=f"{label}: {key}")
     _target_line(tpot.axhline, _targets_ms(results))
@@ -175,11 +183,13 @@ def _cdfs(results: Sequence[Result]) -> "Figure":
             if own is not None
         ]
         tpot.ecdf([own * 1000 for own, _ in done], label=label)
-        gaps.ecdf([gap * 1000 for _, own_gaps in done for gap in own_gaps], label=label)
+        if gaps_ms := [gap * 1000 for _, own_gaps in done for gap in own_gaps]:
+            gaps.ecdf(gaps_ms, label=label)
     for axes, title in ((tpot, "TPOT of requests"), (gaps, "Single gaps (ITL)")):
         _target_line(axes.axvline, _targets_ms(results))
         axes.set(xlabel="ms", ylabel="share", title=title)
-        axes.legend()
+        if axes.get_legend_handles_labels()[0]:  # answers in one piece have no gaps
+            axes.legend()
     return figure
 
 

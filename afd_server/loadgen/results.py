@@ -1,7 +1,9 @@
 """A run as a result file and as a line of a table."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain, count
 from math import inf
 from typing import Any  # Any: JSON
 
@@ -56,6 +58,15 @@ def make_result(
         "environment": environment(),
         **(details(run.records, config.slo) if config.save_detailed else {}),
     }
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Return names for files; of equal ones each but the first has a number."""
+    found: list[str] = []
+    for name in names:
+        choices = chain([name], (f"{name}-{number}" for number in count(2)))
+        found.append(next(choice for choice in choices if choice not in found))
+    return found
 
 
 def header_line() -> str:

@@ -3,22 +3,28 @@
 import asyncio
 import resource
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from afd_server.loadgen.client import Client, Prepared
 from afd_server.workload.offers import Offer
 from afd_server.workload.report import RequestRecord, percentile
 
-HEAD_START_S = 0.1  # to prepare the first request
+HEAD_START_S = 0.1  # to prepare the first requests
+SPARE_S = 0.02  # before a request is due, kept free of preparing others
+AHEAD = 32  # requests at most that are ready before they are due: a burst goes out together
 BUSY_SHARE = 0.8  # of its one core; above, chunks wait for the client before they are timed
 LATE_S = 0.02  # a loaded client's p99; shorter delays are the system's timers and scheduler
 
 
 @dataclass(frozen=True, slots=True)
 class ClientLoad:
-    """How hard the client itself had to work."""
+    """How hard the client itself had to work.
+
+    Preparing a request counts as lateness: so long no chunk of any answer can be timed.
+    """
 
     cpu_share: float
     p99_lateness_s: float
@@ -98,6 +104,14 @@ async def run_load(
     return Run(sorted(sender.records, key=lambda record: record.intended_s), load, interrupted)
 
 
+class _Ready(NamedTuple):
+    """A request that waits for its time, and how long it took to prepare it."""
+
+    prepared: Prepared
+    due_s: float
+    prepare_s: float
+
+
 class _Sender:
     """Sends at the due times and collects the records."""
 
@@ -112,16 +126,34 @@ class _Sender:
 
     async def send_all(self, offers: Iterable[Offer], requests: asyncio.TaskGroup) -> None:
         begin_s = free_s = time.monotonic() + HEAD_START_S
-        for offer in offers:
-            prepared = self._client.prepare(offer)
-            due_s = begin_s + (offer.at_s or 0.0)
+        left, ready = iter(offers), deque[_Ready]()
+        while True:
+            await self._fill(ready, left, begin_s)
+            if not ready:
+                return
+            prepared, due_s, prepare_s = ready.popleft()
             await asyncio.sleep(due_s - time.monotonic())
-            self.late_s.append(time.monotonic() - max(due_s, free_s))
+            self.late_s.append(max(time.monotonic() - max(due_s, free_s), prepare_s))
             if self._room is not None:
                 await self._room.enter()
-                free_s = time.monotonic()
-            intended_s = time.monotonic() if offer.at_s is None else due_s
-            requests.create_task(self._follow(prepared, intended_s))
+            now_s, has_time = time.monotonic(), prepared.offer.at_s is not None
+            if self._room is not None or not has_time:
+                free_s = now_s
+            requests.create_task(self._follow(prepared, due_s if has_time else now_s))
+
+    async def _fill(self, ready: deque[_Ready], left: Iterator[Offer], begin_s: float) -> None:
+        """Prepare offers while there is time, in any case the next one."""
+        while len(ready) < AHEAD:
+            now_s = time.monotonic()
+            if ready and ready[0].due_s - now_s < SPARE_S:
+                return
+            offer = next(left, None)
+            if offer is None:
+                return
+            prepared = self._client.prepare(offer)
+            due_s = begin_s + (offer.at_s or 0.0)
+            ready.append(_Ready(prepared, due_s, time.monotonic() - now_s))
+            await asyncio.sleep(0)
 
     async def _follow(self, prepared: Prepared, intended_s: float) -> None:
         record = await self._client.send(prepared, intended_s)

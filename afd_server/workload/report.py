@@ -35,7 +35,9 @@ class RequestRecord:
     """One request as its client saw it; seconds on one clock.
 
     `intended_s` is when it should have been sent: a late client must not flatter the server.
-    `reason` says why it was refused or how it failed. `slo` is what the request itself asked for.
+    `end_s` is when the last token came, which may have had no text and so no time in
+    `chunk_times_s`. `reason` says why it was refused or how it failed. `slo` is what the request
+    itself asked for.
     """
 
     intended_s: float
@@ -57,7 +59,8 @@ class RequestRecord:
     @property
     def tpot_s(self) -> float | None:
         """Return the mean time per output token after the first; None for fewer than two."""
-        return time_per_token_s(self.chunk_times_s, self.num_output_tokens)
+        times_s = (*self.chunk_times_s[:1], self.end_s)
+        return time_per_token_s(times_s, self.num_output_tokens)
 
     @property
     def gaps_s(self) -> list[float]:

@@ -12,25 +12,26 @@ class RateSearch:
     """Doubles or halves a rate until the limit is bracketed, then halves the bracket.
 
     Bisects in the logarithm, until what holds and what does not are within `precision` of each
-    other or `most_points` rates have been tried.
+    other. Gives up if `most_points` rates have not bracketed the limit.
+
+    Attributes:
+        best: the highest rate that was held; None if there was none.
+        lowest_missed: the lowest rate that was not; None if all were.
     """
 
-    def __init__(self, first_per_s: float, precision: float = 0.05, most_points: int = 12) -> None:
+    def __init__(self, first_per_s: float, precision: float = 0.05, most_points: int = 16) -> None:
         assert first_per_s > 0, f"first rate is {first_per_s}, must be positive"
         self.best: float | None = None
+        self.lowest_missed: float | None = None
         self._next = first_per_s
-        self._lowest_missed: float | None = None
         self._precision = precision
         self._points_left = most_points
 
     def next_rate(self) -> float | None:
         """Return the rate to try now, or None at the end."""
-        found = (
-            self.best is not None
-            and self._lowest_missed is not None
-            and self._lowest_missed / self.best <= 1 + self._precision
-        )
-        return self._next if self._points_left and not found else None
+        if self.best is None or self.lowest_missed is None:
+            return self._next if self._points_left else None
+        return self._next if self.lowest_missed / self.best > 1 + self._precision else None
 
     def note(self, rate_per_s: float, holds: bool) -> None:
         """Say whether the rate of `next_rate` was held."""
@@ -38,13 +39,13 @@ class RateSearch:
         if holds:
             self.best = rate_per_s
         else:
-            self._lowest_missed = rate_per_s
+            self.lowest_missed = rate_per_s
         if self.best is None:
             self._next = rate_per_s / 2
-        elif self._lowest_missed is None:
+        elif self.lowest_missed is None:
             self._next = rate_per_s * 2
         else:
-            self._next = sqrt(self.best * self._lowest_missed)
+            self._next = sqrt(self.best * self.lowest_missed)
 
 
 def missed_targets(report: dict[str, Any]) -> Iterator[str]:

@@ -1,14 +1,20 @@
 """`afd-server bench` as a user meets it: lines, files, exit statuses, errors."""
 
+import dataclasses
 import json
+import resource
 import signal
 import subprocess
+from functools import partial
 
 import pytest
 
 from afd_server.core.errors import ConfigError, TransportError
+from afd_server.loadgen import bench as bench_module
 from afd_server.loadgen.bench import FAILED, INTERRUPTED, run_bench
 from afd_server.loadgen.config import bench_config
+from afd_server.loadgen.results import unique_names
+from afd_server.workload.search import RateSearch
 from support.fake_openai import faking
 from support.server import command, environment
 
@@ -85,6 +91,28 @@ def test_a_sweep_is_a_line_and_a_file_for_each_rate_and_width(tmp_path):
     assert load(tmp_path / "r-c2.json")["request_rate"] == "inf"
 
 
+def test_points_of_the_same_rate_are_files_of_their_own(tmp_path):
+    with faking() as fake:
+        bench(fake, request_rate="100,100,1e2", num_prompts=2, output=tmp_path / "r.json")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["r-r100-2.json", "r-r100-3.json", "r-r100.json"]
+
+
+def test_a_number_makes_no_name_equal_to_another():
+    assert unique_names(["a", "a", "a-2", "b"]) == ["a", "a-2", "a-2-2", "b"]
+
+
+def test_as_many_connections_are_allowed_as_may_be():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, before[1]), before[1]))
+    try:
+        with faking() as fake:
+            bench(fake, request_rate="100", num_prompts=1)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 def test_failed_requests_give_exit_status_one_with_the_reason(tmp_path):
     with faking(conduct=lambda number: "break" if number == 3 else "serve") as fake:
         status, lines = bench(fake, request_rate="50", output=tmp_path / "r.json")
@@ -120,6 +148,7 @@ def test_find_goodput_reports_a_rate_that_holds_and_all_points(tmp_path):
     assert status == 0
     assert result["goodput_rate"] == result["request_rate"] == max(held)
     assert any("refused" in reason for reasons in missed for reason in reasons)
+    assert max(held) < result["lowest_missed_rate"] <= 1.05 * max(held)
     assert lines[-1].startswith(f"goodput: {result['goodput_rate']:.4g} requests/s")
 
 
@@ -131,7 +160,50 @@ def test_find_goodput_without_a_rate_that_holds_says_so(tmp_path):
         )  # fmt: skip
     assert status == FAILED
     assert lines[-1] == "no rate tried keeps p99 TPOT within 0.001 ms"
-    assert load(tmp_path / "r.json")["goodput_rate"] is None
+    result = load(tmp_path / "r.json")
+    assert result["goodput_rate"] is None
+    assert result["lowest_missed_rate"] == min(p["request_rate"] for p in result["points"])
+
+
+def test_a_search_that_never_missed_has_found_a_lower_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_module, "missed_targets", lambda _result: [])
+    monkeypatch.setattr(bench_module, "RateSearch", partial(RateSearch, most_points=2))
+    with faking() as fake:
+        status, lines = bench(
+            fake, request_rate="50", find_goodput=True, output=tmp_path / "r.json"
+        )
+    result = load(tmp_path / "r.json")
+    assert (status, result["goodput_rate"], result["lowest_missed_rate"]) == (0, 100.0, None)
+    assert lines[-1] == "goodput: at least 100 requests/s with p99 TPOT within 50 ms"
+
+
+@pytest.mark.parametrize(
+    ("num_held", "says"),
+    [
+        (0, "no rate tried so far keeps p99 TPOT within 50 ms"),
+        (1, "goodput so far: 50 requests/s with p99 TPOT within 50 ms"),
+    ],
+)
+def test_an_interrupted_search_says_what_it_has_and_judges_no_unfinished_run(
+    tmp_path, monkeypatch, num_held, says
+):
+    real, runs = bench_module.run_load, []
+
+    async def run_load(*arguments, **options):
+        run = await real(*arguments, **options)
+        runs.append(run)
+        return dataclasses.replace(run, interrupted=len(runs) == 2 + num_held)
+
+    monkeypatch.setattr(bench_module, "missed_targets", lambda _result: [])
+    monkeypatch.setattr(bench_module, "run_load", run_load)
+    with faking() as fake:
+        status, lines = bench(
+            fake, request_rate="50", find_goodput=True, output=tmp_path / "r.json"
+        )
+    result = load(tmp_path / "r.json")
+    assert (status, result["interrupted"], lines[-1]) == (INTERRUPTED, True, says)
+    assert result["lowest_missed_rate"] is None
+    assert [point["missed"] for point in result["points"]] == [[]] * num_held + [["interrupted"]]
 
 
 def test_a_trace_is_replayed_at_the_asked_rate_with_its_shared_blocks(tmp_path):
@@ -153,11 +225,12 @@ def test_a_trace_is_replayed_at_the_asked_rate_with_its_shared_blocks(tmp_path):
 
 def test_lengths_beyond_the_models_are_refused_before_anything_is_sent(tmp_path):
     trace = tmp_path / "t.jsonl"
-    trace.write_text('{"timestamp": 0, "input_length": 5000, "output_length": 1}\n')
+    line = '{{"timestamp": {}, "input_length": 5000, "output_length": 1}}\n'
+    trace.write_text(line.format(0) + line.format(9))
     with faking() as fake:
         with pytest.raises(ConfigError, match=r"make 4100 tokens, but max_model_len of fake is 40"):
             bench(fake, input_len="8:4096")
-        with pytest.raises(ConfigError, match=r"1 of 1 requests of .* the longest has 5001"):
+        with pytest.raises(ConfigError, match=r"2 of 2 requests of .* the longest has 5001"):
             replay(fake, trace=trace)
         assert not fake.bodies
         fake.max_model_len = None
@@ -198,9 +271,12 @@ def test_a_file_that_cannot_be_written_is_named_if_possible_before_the_run(tmp_p
     with faking() as fake:
         with pytest.raises(ConfigError, match=r"none/r.json cannot be written: there is no such"):
             bench(fake, output=tmp_path / "none" / "r.json")
+        with pytest.raises(ConfigError, match="cannot be written: it is a directory"):
+            bench(fake, output=tmp_path)
         assert not fake.bodies
-        with pytest.raises(ConfigError, match="cannot be written: Is a directory"):
-            bench(fake, request_rate="100", output=tmp_path)
+        (tmp_path / "r-r99.json").mkdir()
+        with pytest.raises(ConfigError, match=r"r-r99.json cannot be written: Is a directory"):
+            bench(fake, request_rate="99,100", output=tmp_path / "r.json")
 
 
 def test_a_client_that_cannot_keep_up_says_so():

@@ -8,7 +8,7 @@ import pytest
 from afd_server.core.errors import ConfigError, TransportError
 from afd_server.core.request import SLO
 from afd_server.loadgen.client import AnswerStream, BodyStyle, Client
-from afd_server.loadgen.http import find_origin, get_json
+from afd_server.loadgen.http import Origin, find_origin, get_json
 from afd_server.workload.offers import Offer, PromptPart, Shape
 from afd_server.workload.report import Outcome
 from support.fake_openai import faking
@@ -29,6 +29,23 @@ def send(fake, one=None, timeout_s=10.0, **options):
         client = Client(find_origin(fake.url, {"authorization": "Bearer k"}),
                         style(**options), timeout_s)  # fmt: skip
         return await client.send(client.prepare(one or offer()), 0.0)
+
+    return asyncio.run(sending())
+
+
+def send_raw(raw):
+    """Send a request to a server that answers with these bytes and hangs up."""
+
+    async def answer(reader, writer):
+        await reader.read(65536)
+        writer.write(raw)
+        writer.close()
+
+    async def sending():
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            client = Client(find_origin(f"http://127.0.0.1:{port}", {}), style(), 10.0)
+            return await client.send(client.prepare(offer()), 0.0)
 
     return asyncio.run(sending())
 
@@ -59,6 +76,42 @@ def test_tokens_are_counted_by_usage_where_a_chunk_brings_several():
     assert (len(record.chunk_times_s), record.num_output_tokens) == (2, 4)
 
 
+def test_an_answer_lasts_until_its_last_token_with_text_or_without():
+    with faking(gap_s=0.02, conduct=lambda _: "blank") as fake:
+        record = send(fake)
+    assert (record.outcome, len(record.chunk_times_s)) == (Outcome.COMPLETED, 1)
+    assert record.end_s - record.chunk_times_s[0] >= 0.06
+    assert record.tpot_s >= 0.02
+
+
+def test_an_answer_that_was_said_to_be_done_counts_whatever_becomes_of_the_connection():
+    with faking(conduct=lambda _: "linger") as fake:
+        assert send(fake, timeout_s=0.5).outcome is Outcome.COMPLETED
+        record = send(fake, offer(cancel_after_s=0.5))
+    assert (record.outcome, record.reason, record.num_output_tokens) == (Outcome.COMPLETED, "", 4)
+    assert record.end_s - record.sent_s < 0.5
+
+
+def test_an_answer_may_end_with_its_connection():
+    body = b'{"error": {"code": "overloaded"}}'
+    record = send_raw(b"HTTP/1.1 503 Unavailable\r\nserver: x\r\n\r\n" + body)
+    assert (record.outcome, record.reason) == (Outcome.REFUSED, "overloaded")
+    chunk = {"choices": [{"text": "a"}], "usage": {"prompt_tokens": 8, "completion_tokens": 4}}
+    events = f"data: {json.dumps(chunk)}\n\ndata: [DONE]".encode()
+    assert send_raw(b"HTTP/1.1 200 OK\r\n\r\n" + events).outcome is Outcome.COMPLETED
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"HTTP/1.1 503 Un", b"HTTP/1.1 503 Unavailable\r\ncontent-length: 9\r\n\r\n{",
+     b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n"],
+)  # fmt: skip
+def test_an_answer_that_has_told_its_length_or_none_at_all_may_not(raw):
+    record = send_raw(raw)
+    assert record.outcome is Outcome.FAILED
+    assert record.reason.startswith("the connection ended before the answer")
+
+
 def test_a_body_has_exact_token_ids_and_headers_carry_key_and_target():
     with faking() as fake:
         record = send(fake, offer(slo=SLO(tpot_s=0.02)), extra={"seed": 7, "cache_salt": None})
@@ -87,7 +140,7 @@ def test_a_chat_has_as_many_words_and_no_target_unless_the_request_has_one():
         ("break", Outcome.FAILED, "the connection ended before the answer"),
         ("error", Outcome.FAILED, "a worker failed"),
         ("no usage", Outcome.FAILED, "no usage in the stream"),
-        ("short", Outcome.FAILED, "3 tokens instead of 4"),
+        ("short", Outcome.FAILED, "3 tokens instead of 4, the server may not know ignore_eos"),
         ("die", Outcome.FAILED, "HTTP 500|the connection ended before the answer"),
     ],
 )
@@ -103,7 +156,9 @@ def test_a_client_that_gives_up_is_no_failure_but_a_server_that_never_answers_is
     with faking(conduct=lambda _: "silence") as fake:
         assert send(fake, offer(cancel_after_s=0.05)).outcome is Outcome.CANCELLED
         record = send(fake, timeout_s=0.05)
-    assert (record.outcome, record.reason) == (Outcome.FAILED, "no end within 0.05 s")
+        assert (record.outcome, record.reason) == (Outcome.FAILED, "no end within 0.05 s")
+        patient = send(fake, offer(cancel_after_s=20.0), timeout_s=0.05)
+    assert (patient.outcome, patient.reason) == (record.outcome, record.reason)
 
 
 def test_a_server_that_is_gone_is_a_failure():
@@ -134,6 +189,7 @@ def test_only_chunks_that_bring_tokens_have_a_time():
         b"data: [DONE]\n\n",
     )
     assert stream.chunk_times_s == [1.0, 2.0, 3.0]
+    assert stream.end_s == 4.0
     assert stream.verdict() == (Outcome.COMPLETED, "")
 
 
@@ -142,6 +198,8 @@ def test_events_are_read_however_they_are_cut():
     stream = read(*(whole[n : n + 1] for n in range(len(whole))))
     assert stream.finished
     assert len(stream.chunk_times_s) == 1
+    assert not read(b"data: [DO").finished
+    assert read(b"data: [DO", b"NE]").finished
 
 
 @pytest.mark.parametrize("event", [b"data: {\n", b"data: 5\n", b'data: {"usage": {"a": 1}}\n'])
@@ -163,6 +221,27 @@ def test_a_refusal_without_a_header_is_named_by_its_code_or_status(status):
     named = read(b'{"error": {"code": "slow_down"}}', status=status)
     assert named.verdict() == (Outcome.REFUSED, "slow_down")
     assert read(b"busy", status=status).verdict() == (Outcome.REFUSED, f"HTTP {status}")
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b'{"error": {"message": "too long"}}', "HTTP 400: too long"),
+        (b'{"error": "too long"}', 'HTTP 400: {"error": "too long"}'),
+        (b'{"detail": "too long"}', 'HTTP 400: {"detail": "too long"}'),
+        (b"<html>\n  Bad\n</html>\n", "HTTP 400: <html> Bad </html>"),
+        (b"[1]", "HTTP 400: [1]"),
+        (b"\xff", "HTTP 400: \N{REPLACEMENT CHARACTER}"),
+        (b"", "HTTP 400"),
+    ],
+)
+def test_what_other_servers_say_of_an_error_is_kept(body, says):
+    assert read(body, status=400).verdict() == (Outcome.FAILED, says)
+
+
+def test_a_redirection_says_where_to():
+    answer = read(b"moved", status=307, headers={"location": "/v2"})
+    assert answer.verdict() == (Outcome.FAILED, "HTTP 307: /v2: moved")
 
 
 @pytest.mark.parametrize("code", ["worker_failed", "server_is_starting"])
@@ -188,6 +267,12 @@ def test_a_url_may_end_as_openais_clients_want_it_and_other_paths_are_kept():
     with faking() as fake:
         assert find_origin(f"{fake.url}/v1/", {}).prefix == ""
         assert find_origin(f"{fake.url}/proxy", {}).prefix == "/proxy"
+
+
+@pytest.mark.parametrize(("host", "said"), [("::1", b"[::1]:80"), ("a.example", b"a.example:80")])
+def test_a_host_that_is_an_ipv6_address_is_written_in_brackets(host, said):
+    request = Origin(host, host, 80, None, "", {}).request("GET", "/v1/models")
+    assert b"\r\nhost: " + said + b"\r\n" in request
 
 
 def test_a_document_that_is_not_there_is_an_error():

@@ -1,22 +1,35 @@
 """Requests are sent when they are due, whatever the answers do."""
 
 import asyncio
+import time
 
 import pytest
 
 from afd_server.core.request import SLO
 from afd_server.loadgen.client import BodyStyle, Client
 from afd_server.loadgen.http import find_origin
-from afd_server.loadgen.run import ClientLoad, run_load
+from afd_server.loadgen.run import AHEAD, ClientLoad, run_load
 from afd_server.workload.limits import AIMD, FixedLimit
 from afd_server.workload.offers import Offer, PromptPart, Shape
 from afd_server.workload.report import Outcome, summarise
 from support.fake_openai import faking
 
 
-def client_of(fake):
+class SlowClient(Client):
+    """Takes `prepare_s` for each request, as for a very long prompt."""
+
+    prepare_s = 0.0
+
+    def prepare(self, offer):
+        time.sleep(self.prepare_s)
+        return super().prepare(offer)
+
+
+def client_of(fake, prepare_s=0.0):
     style = BodyStyle("completions", "fake", range(100, 200), "salt", {})
-    return Client(find_origin(fake.url, {}), style, 10.0)
+    client = SlowClient(find_origin(fake.url, {}), style, 10.0)
+    client.prepare_s = prepare_s
+    return client
 
 
 def offers(*times_s):
@@ -25,8 +38,8 @@ def offers(*times_s):
     ]
 
 
-def run(fake, wanted, **options):
-    return asyncio.run(run_load(client_of(fake), wanted, **options))
+def run(fake, wanted, prepare_s=0.0, **options):
+    return asyncio.run(run_load(client_of(fake, prepare_s), wanted, **options))
 
 
 def outcomes(found):
@@ -67,6 +80,34 @@ def test_requests_without_a_time_follow_each_other_and_wait_for_none():
     assert all(record.ttft_s >= 0.3 for record in found.records)
     assert all(record.sent_s - record.intended_s < 0.2 for record in found.records)
     assert summarise(found.records, SLO())["max_concurrent_requests"] == 2
+
+
+def test_a_burst_of_long_prompts_goes_out_together():
+    with faking() as fake:
+        found = run(fake, offers(*[0.6] * 6), prepare_s=0.08)
+    sent = [record.sent_s for record in found.records]
+    assert max(sent) - min(sent) < 0.08
+
+
+def test_what_keeps_the_client_from_timing_chunks_counts_as_lateness():
+    with faking() as fake:
+        found = run(fake, offers(0.3, 0.6), prepare_s=0.05)
+    assert found.load.p99_lateness_s >= 0.05
+    assert found.load.is_bottleneck
+
+
+def test_no_more_is_prepared_ahead_than_allowed():
+    left = iter(offers(0.0, *[60.0] * 99))
+    with faking() as fake:
+        run(fake, left, limit_s=0.5)
+    assert len(list(left)) == 99 - AHEAD
+
+
+def test_requests_without_a_time_are_not_late_against_the_beginning():
+    with faking() as fake:
+        found = run(fake, offers(*[None] * 60), prepare_s=0.01)
+    assert found.records[-1].sent_s - found.records[0].sent_s > 0.4
+    assert found.load.p99_lateness_s < 0.2
 
 
 def test_every_record_is_noted_at_once_and_refusals_stand_beside_the_others():

@@ -16,8 +16,9 @@ class FakeServer:
     """Streams tokens at a steady pace.
 
     `conduct` says for each request, by its number, what becomes of it: "serve", "pairs" (two
-    tokens a chunk), "refuse", "reject" (status 400), "break", "error", "no usage", "short",
-    "silence" (never answers) or "die" (the server goes away).
+    tokens a chunk), "blank" (tokens after the first have no text), "refuse", "reject" (status
+    400), "break", "error", "no usage", "short", "linger" (does not end after [DONE]), "silence"
+    (never answers) or "die" (the server goes away).
     """
 
     def __init__(self, first_s: float, gap_s: float, conduct: Conduct) -> None:
@@ -82,12 +83,17 @@ class FakeServer:
             if conduct == "error" and token == 2:
                 await _event(send, {"error": {"message": "a worker failed"}})
                 break
-            await _event(send, {"choices": [{"text": "x" * at_once}]})
+            text = "" if conduct == "blank" and token else "x" * at_once
+            await _event(send, {"choices": [{"text": text}]})
             await asyncio.sleep(self.gap_s)
         if conduct != "no usage":
             usage = {"prompt_tokens": len(body.get("prompt", "x")), "completion_tokens": count}
             await _event(send, {"choices": [], "usage": usage})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\r\n\r\n"})
+        lingers = conduct == "linger"
+        done = {"type": "http.response.body", "body": b"data: [DONE]\r\n\r\n"}
+        await send(done | {"more_body": lingers})
+        if lingers:
+            await asyncio.sleep(30)
 
 
 @contextlib.contextmanager

@@ -33,6 +33,13 @@ def test_tpot_leaves_the_first_token_out():
     assert record(1.0).tpot_s is None
 
 
+def test_an_answer_ends_with_its_last_token_even_one_without_text():
+    silent = RequestRecord(0.0, 0.0, 1.3, (1.0, 1.1), 10, 4)
+    assert silent.tpot_s == pytest.approx(0.1)
+    assert silent.gaps_s == [pytest.approx(0.1)]
+    assert summarise([silent], TARGET)["mean_e2el_ms"] == pytest.approx(1300)
+
+
 def test_ttft_counts_from_the_intended_send():
     late = RequestRecord(2.0, 2.5, 3.0, (3.0,), 1, 1)
     assert late.ttft_s == pytest.approx(1.0)

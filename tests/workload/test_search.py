@@ -14,18 +14,27 @@ def search_for(limit, first, **options):
     while (rate := search.next_rate()) is not None:
         tried.append(rate)
         search.note(rate, holds=rate <= limit)
-    return search.best, tried
+    return search, tried
 
 
 @given(st.floats(0.01, 1000), st.floats(0.01, 1000))
 def test_the_limit_is_found_within_the_precision(limit, first):
-    best, _ = search_for(limit, first, precision=0.05, most_points=40)
-    assert limit / 1.05 <= best <= limit
+    search, _ = search_for(limit, first, precision=0.05, most_points=40)
+    assert limit / 1.05 <= search.best <= limit < search.lowest_missed <= search.best * 1.05
 
 
-def test_no_more_points_are_tried_than_allowed():
-    assert search_for(1e9, 1.0, most_points=5) == (16.0, [1.0, 2.0, 4.0, 8.0, 16.0])
-    assert search_for(0.0, 1.0, most_points=3) == (None, [1.0, 0.5, 0.25])
+@pytest.mark.parametrize("limit", [1.5 * 2**14, 1.5 / 2**15])
+def test_a_limit_far_from_the_first_rate_is_found_as_precisely(limit):
+    search, tried = search_for(limit, 1.0)
+    assert limit / 1.05 <= search.best <= limit < search.lowest_missed
+    assert len(tried) > 16
+
+
+def test_a_limit_is_not_looked_for_without_end():
+    search, tried = search_for(1e9, 1.0, most_points=5)
+    assert (search.best, search.lowest_missed, tried) == (16.0, None, [1.0, 2.0, 4.0, 8.0, 16.0])
+    search, tried = search_for(0.0, 1.0, most_points=3)
+    assert (search.best, search.lowest_missed, tried) == (None, 0.25, [1.0, 0.5, 0.25])
 
 
 def record(at, tpot=0.04, ttft=0.1, outcome=Outcome.COMPLETED, slo=None):
