@@ -112,7 +112,7 @@ class Body(BaseModel):
         for field, neutral in {**self.refused, **self._also_neutral()}.items():
             if field in extra and extra[field] not in neutral:
                 raise InvalidRequest(
-                    f"{field} {_short(extra[field])} is not supported by this server; "
+                    f"{field} {short(extra[field])} is not supported by this server; "
                     f"leave {field} out",
                     param=field,
                 )
@@ -228,7 +228,7 @@ def check_token_ids(token_ids: Iterable[int], vocab_size: int, param: str) -> No
     wrong = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)
     if wrong is not None:
         raise InvalidRequest(
-            f"{param}: token id {_short(wrong)} is outside of the vocabulary; "
+            f"{param}: token id {short(wrong)} is outside of the vocabulary; "
             f"expected 0 to {vocab_size - 1}",
             param=param,
         )
@@ -248,10 +248,11 @@ def validation_error(exc: ValidationError) -> InvalidRequest:
     if first["type"] == "missing":
         return InvalidRequest(f"{param} is required", param)
     message = first["msg"][:1].lower() + first["msg"][1:]
-    return InvalidRequest(f"{param}: {message}; got {_short(first['input'])}", param)
+    return InvalidRequest(f"{param}: {message}; got {short(first['input'])}", param)
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """Return how a value is shown to those who sent it, whatever its length."""
     return reprlib.repr(value)
 
 

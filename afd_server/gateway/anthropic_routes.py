@@ -9,7 +9,14 @@ from fastapi.responses import JSONResponse
 from afd_server.api import anthropic, sse
 from afd_server.gateway.choices import ChoiceState, Piece
 from afd_server.gateway.errors import ANTHROPIC_PATH, anthropic_body, new_request_id
-from afd_server.gateway.exchange import admit, answer, plan_choices, read_body
+from afd_server.gateway.exchange import (
+    admit_and_tokenise,
+    answer,
+    num_chat_chars,
+    plan_choices,
+    read_body,
+    tokenise,
+)
 from afd_server.gateway.service import Service
 
 
@@ -20,8 +27,14 @@ def anthropic_routes(service: Service) -> APIRouter:
     @router.post("")
     async def messages(request: Request) -> Response:
         body = await read_body(service, request, anthropic.MessagesRequest)
-        asker = admit(service, request, body, 1)
-        prompt = _encode(service, body)
+        asker, prompt = await admit_and_tokenise(
+            service,
+            request,
+            body,
+            1,
+            num_chat_chars(body.conversation),
+            lambda: _encode(service, body, service.admission.max_model_len),
+        )
         plans = plan_choices(service, body, [prompt], "messages", body.max_tokens)
         writer = MessageWriter(service.model_name, new_request_id(), body.return_metrics)
         return await answer(service, request, asker, plans, writer, body.stream)
@@ -29,7 +42,9 @@ def anthropic_routes(service: Service) -> APIRouter:
     @router.post("/count_tokens")
     async def count_tokens(request: Request) -> JSONResponse:
         body = await read_body(service, request, anthropic.CountTokensRequest)
-        count: anthropic.TokenCount = {"input_tokens": len(_encode(service, body))}
+        num_chars = num_chat_chars(body.conversation)
+        prompt = await tokenise(num_chars, lambda: _encode(service, body, None))  # of any length
+        count: anthropic.TokenCount = {"input_tokens": len(prompt)}
         return JSONResponse(count, headers={"request-id": new_request_id()})
 
     return router
@@ -85,10 +100,12 @@ class MessageWriter:
         return sse.json_event(body, body["type"])
 
 
-def _encode(service: Service, body: anthropic.CountTokensRequest) -> list[int]:
-    if body.is_open:
-        return service.codec.encode_open_chat(body.conversation)
-    return service.codec.encode_chat(body.conversation)
+def _encode(
+    service: Service, body: anthropic.CountTokensRequest, most_tokens: int | None
+) -> list[int]:
+    codec = service.codec
+    encode = codec.encode_open_chat if body.is_open else codec.encode_chat
+    return encode(body.conversation, most_tokens)
 
 
 def _framed(event: anthropic.Event) -> bytes:

@@ -6,8 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from starlette.datastructures import Headers
+
+from afd_server.api.body import short
 from afd_server.core.errors import InvalidRequest
 from afd_server.core.request import LONGEST_TARGET_MS, SLO
+
+TARGET_HEADERS = ("x-slo-ttft-ms", "x-slo-tpot-ms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +24,14 @@ class Asker:
         tenant: shared by the requests with its API key.
         priority: lower ones go first.
         slo: its targets.
+        arrived_s: when its body had been read, before any work was done for it.
     """
 
     salt: str
     tenant: str
     priority: int
     slo: SLO
+    arrived_s: float
 
 
 def api_key(headers: Mapping[str, str]) -> str | None:
@@ -35,6 +42,17 @@ def api_key(headers: Mapping[str, str]) -> str | None:
     """
     authorization, key = headers.get("authorization"), headers.get("x-api-key")
     return f"Bearer {key}" if authorization is None and key is not None else authorization
+
+
+def check_given_once(headers: Headers) -> None:
+    """Refuse a target that is given twice: no server can know which one is meant.
+
+    Raises:
+        InvalidRequest: so it is; names the header.
+    """
+    for name in TARGET_HEADERS:
+        if len(headers.getlist(name)) > 1:
+            raise InvalidRequest(f"{name} is given more than once; give it once", name)
 
 
 def targets_of(headers: Mapping[str, str], default: SLO) -> SLO:
@@ -54,12 +72,13 @@ def _target_s(headers: Mapping[str, str], name: str, default_s: float | None) ->
     if text is None:
         return default_s
     try:
-        target_ms = float(text)
+        target_ms = math.nan if "_" in text else float(text)  # Python's 1_000 is nobody else's
     except ValueError:
         target_ms = math.nan
     if not 0 < target_ms <= LONGEST_TARGET_MS:
         raise InvalidRequest(
-            f"{name} is {text!r}, expected milliseconds above 0 and up to {LONGEST_TARGET_MS:.0f}",
+            f"{name} is {short(text)}, expected milliseconds above 0 and up to "
+            f"{LONGEST_TARGET_MS:.0f}",
             name,
         )
     return target_ms / 1e3

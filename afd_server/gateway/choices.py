@@ -76,7 +76,8 @@ class Choices:
     """Runs the choices of one HTTP request side by side.
 
     Use it as a context manager: generation starts on entry, and what still runs at the exit is
-    cancelled, so that its KV blocks are freed.
+    cancelled, so that its KV blocks are freed. It is counted as the one that failed or was
+    refused, if any was, and else as left by its client.
 
     Args:
         generations: runs the requests.
@@ -98,7 +99,8 @@ class Choices:
         self._asker = asker
         self._silent_stops = silent_stops
         self._events: EventQueue = EventQueue()
-        self._first: Event | None = None  # taken from the queue, and still to be told
+        self._first: TokenEvent | None = None  # taken from the queue, and still to be told
+        self._ended_by = "abort"
         self.states = [ChoiceState(plan, TextStream(codec, plan.stop)) for plan in plans]
 
     def __enter__(self) -> "Choices":
@@ -112,7 +114,7 @@ class Choices:
     def __exit__(self, *_exc: object) -> None:
         for state in self.states:
             if state.key is not None:
-                self._generations.abandon(state.key, "abort")
+                self._generations.abandon(state.key, self._ended_by)
 
     async def begin(self) -> None:
         """Wait until the first of them has its first token.
@@ -120,9 +122,7 @@ class Choices:
         Raises:
             AFDError: it failed, or was refused, before that.
         """
-        self._first = await self._events.get()
-        if isinstance(self._first, FailureEvent):
-            raise self._first.error
+        self._first = self._unfailed(await self._events.get())
 
     async def pieces(self, quiet_s: float | None = None) -> AsyncIterator[Piece | None]:
         """Yield what each token adds, at once, until every choice has ended.
@@ -137,18 +137,22 @@ class Choices:
             event, self._first = self._first, None
             try:
                 async with asyncio.timeout(quiet_s):
-                    event = event or await self._events.get()
+                    event = event or self._unfailed(await self._events.get())
             except TimeoutError:
                 yield None
                 continue
-            if isinstance(event, FailureEvent):
-                raise event.error
             state = self.states[event.choice]
             if state.finish is not None:
                 continue  # tokens that were under way when a stop string ended the choice
             piece = self._take(state, event)
             num_open -= piece.finish is not None
             yield piece
+
+    def _unfailed(self, event: Event) -> TokenEvent:
+        if isinstance(event, FailureEvent):
+            self._ended_by = event.reason
+            raise event.error
+        return event
 
     def _take(self, state: ChoiceState, event: TokenEvent) -> Piece:
         token_id, finish = event.token_id, event.finish

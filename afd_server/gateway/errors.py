@@ -6,6 +6,7 @@ import random
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -37,7 +38,11 @@ class ModelNotFound(InvalidRequest):
 
 
 class NotReady(AFDError):
-    """The server is starting or stopping."""
+    """The server is starting or stopping; `reason` is for metrics and clients."""
+
+    def __init__(self, reason: Literal["starting", "stopping"]) -> None:
+        super().__init__("not ready yet" if reason == "starting" else "the server is stopping")
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +115,7 @@ def retry_headers(error: Exception) -> dict[str, str]:
         case Overloaded():
             delay_s, reason = error.retry_after_s, {"x-afd-reject-reason": error.reason}
         case NotReady():
-            delay_s, reason = START_AGAIN_S, {}
+            delay_s, reason = START_AGAIN_S, {"x-afd-reject-reason": error.reason}
         case WorkerFailed():
             delay_s, reason = REPLACE_AGAIN_S, {}
         case _:

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from fastapi import Request, Response
@@ -17,15 +18,17 @@ from starlette.types import Receive, Scope, Send
 
 from afd_server.api.body import Body, GenerationBody, check_token_ids, sampling_params
 from afd_server.core.errors import Overloaded, TargetOutOfReach
-from afd_server.gateway.asker import Asker
+from afd_server.gateway.asker import Asker, check_given_once
 from afd_server.gateway.choices import ChoicePlan, Choices, ChoiceState, Piece, run_to_end
 from afd_server.gateway.errors import CLIENT_GONE, ModelNotFound, NotReady, end_openly
 from afd_server.gateway.service import Service
+from afd_server.gateway.text import MOST_CHARS_AT_ONCE
 from afd_server.policy.admission import check_capacity, fit_max_tokens
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 4 * 2**20
+MESSAGE_CHARS = 32  # what a chat template writes around a message, roughly
 KEEP_ALIVE_S = 15.0
 SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
@@ -70,7 +73,9 @@ async def read_body(service: Service, request: Request, kind: type[BodyType]) ->
         ValidationError, InvalidRequest: it is not of this kind.
     """
     if service.is_draining or not service.is_ready:
-        raise NotReady("the server is stopping" if service.is_draining else "not ready yet")
+        error = NotReady("stopping" if service.is_draining else "starting")
+        service.metrics.refused(error.reason)  # how many choices it wants is not known yet
+        raise error
     raw = bytearray()
     async for part in request.stream():
         raw += part
@@ -90,6 +95,40 @@ def check_model(service: Service, name: str) -> None:
         raise ModelNotFound(f"model {name!r} is not served here; use {service.model_name!r}")
 
 
+async def tokenise(num_chars: int, encode: Callable[[], Result]) -> Result:
+    """Encode texts of so many characters; long ones in a thread, beside the running streams."""
+    return encode() if num_chars <= MOST_CHARS_AT_ONCE else await asyncio.to_thread(encode)
+
+
+def num_chat_chars(messages: Sequence[Mapping[str, str]]) -> int:
+    """Return about how much text a chat template makes of a conversation."""
+    return sum(MESSAGE_CHARS + len(message["content"]) for message in messages)
+
+
+async def admit_and_tokenise(
+    service: Service,
+    request: Request,
+    body: GenerationBody,
+    num_new: int,
+    num_chars: int,
+    encode: Callable[[], Result],
+) -> tuple[Asker, Result]:
+    """Return on whose behalf `num_new` choices run, and their prompts.
+
+    From here to the start of the choices nothing is awaited, so that those admitted next find
+    them counted. Others may have come while a long text was tokenised: its request is admitted
+    again.
+
+    Raises:
+        AFDError: what `admit` and `encode` raise.
+    """
+    asker = admit(service, request, body, num_new)
+    prompts = await tokenise(num_chars, encode)
+    if num_chars > MOST_CHARS_AT_ONCE:
+        asker = replace(admit(service, request, body, num_new), arrived_s=asker.arrived_s)
+    return asker, prompts
+
+
 def admit(service: Service, request: Request, body: GenerationBody, num_new: int) -> Asker:
     """Return on whose behalf `num_new` choices may run, before any work is done for them.
 
@@ -98,6 +137,7 @@ def admit(service: Service, request: Request, body: GenerationBody, num_new: int
         TargetOutOfReach: not even one alone would keep their target.
         InvalidRequest: their targets are nonsense, or they are more than may ever wait.
     """
+    check_given_once(request.headers)
     asker = service.asker_of(request.headers, body.cache_salt, body.priority)
     admission, generations, now_s = service.admission, service.generations, service.clock.now()
     try:
@@ -109,7 +149,7 @@ def admit(service: Service, request: Request, body: GenerationBody, num_new: int
                 admission, asker.slo.ttft_s, asker.priority, asker.tenant, num_new, now_s
             )
     except (Overloaded, TargetOutOfReach) as error:
-        service.metrics.refused(error.reason)
+        service.metrics.refused(error.reason, num_new)
         raise
     return asker
 
@@ -134,8 +174,8 @@ def plan_choices(
     drawn = secrets.randbits(63)
     plans = []
     for prompt_index, prompt in enumerate(prompts):
-        check_token_ids(prompt, service.vocab_size, param)
         max_tokens = fit_max_tokens(service.admission, len(prompt), wanted_tokens, param)
+        check_token_ids(prompt, service.vocab_size, param)
         if wanted_tokens is None and default_tokens is not None:
             max_tokens = min(max_tokens, default_tokens)
         for choice in range(num_choices):

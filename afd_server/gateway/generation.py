@@ -70,10 +70,11 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class FailureEvent:
-    """A choice ended without its last token."""
+    """A choice ended without its last token; `reason` is what it is counted by."""
 
     choice: int
     error: AFDError
+    reason: str
 
 
 Event = TokenEvent | FailureEvent
@@ -95,7 +96,7 @@ class JournalEntry:
     sampling: SamplingParams
     asker: Asker
     events: EventQueue
-    arrived_s: float
+    started_s: float  # when it was journalled
     patience_from_s: float  # it is begun within its target from here on, or refused
     heard_s: float  # any sign of life of the present attempt
     asked_s: float | None  # the last submit; None if it could not be sent
@@ -157,7 +158,16 @@ class Generations:
         """
         now = self._clock.now()
         entry = JournalEntry(
-            self._next_key, choice, prompt_ids, sampling, asker, events, now, now, now, now
+            key=self._next_key,
+            choice=choice,
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            asker=asker,
+            events=events,
+            started_s=now,
+            patience_from_s=asker.arrived_s,
+            heard_s=now,
+            asked_s=now,
         )
         self._next_key += 1
         self._live[entry.key] = entry
@@ -206,7 +216,8 @@ class Generations:
                 ending = FinishReason(finish) if finish else None
                 event = TokenEvent(entry.choice, token_id, ending, num_cached)
                 if not entry.emitted_ids:
-                    entry.queue_s = queued_us / 1e6
+                    since_s = entry.started_s - entry.asker.arrived_s  # its text was tokenised
+                    entry.queue_s = since_s + queued_us / 1e6
                 self._take_token(entry, index, event, bits_float(bits))
 
     def expect_step(self, worker: str, step_s: float) -> None:
@@ -266,7 +277,7 @@ class Generations:
             entry.first_token_s = now
             entry.events.has_begun = True
             self.queue.serve(entry.key, now)
-            self._metrics.first_token(now - entry.arrived_s)
+            self._metrics.first_token(now - entry.asker.arrived_s)
         else:
             self._metrics.next_token(now - entry.last_token_s)
         entry.last_token_s = now
@@ -324,7 +335,7 @@ class Generations:
 
     def _fail(self, entry: JournalEntry, error: AFDError) -> None:
         self._end(entry, "error")
-        entry.events.put_nowait(FailureEvent(entry.choice, error))
+        entry.events.put_nowait(FailureEvent(entry.choice, error, "error"))
 
     def _refuse_or_renew(self, entry: JournalEntry) -> None:
         """Refuse what was not begun in time, but for the rest of what its client has begun to get.
@@ -340,20 +351,21 @@ class Generations:
             self._refuse(entry)
 
     def _refuse(self, entry: JournalEntry) -> None:
-        waited_s = self._clock.now() - entry.arrived_s
-        self._metrics.refused("queue_timeout")
+        waited_s = self._clock.now() - entry.asker.arrived_s
         self._end(entry, "refused")  # before the others are counted
         error = Overloaded(
             f"the request waited for {waited_s:.1f} s and was not begun; try again later",
             self.queue.retry_after_s(self._clock.now()),
             "queue_timeout",
         )
-        entry.events.put_nowait(FailureEvent(entry.choice, error))
+        entry.events.put_nowait(FailureEvent(entry.choice, error, "refused"))
 
     def _end(self, entry: JournalEntry, reason: str) -> None:
         del self._live[entry.key]
         self.queue.leave(entry.key)
         timing = _timing_of(entry)
+        if reason == "refused":  # itself, or a choice beside it
+            self._metrics.refused("queue_timeout")
         self._metrics.finished(reason, timing.tpot_s if timing else None)
         if timing is not None:
             self._metrics.judged(timing.slo_met)
@@ -382,7 +394,7 @@ def _timing_of(entry: JournalEntry) -> Timing | None:
     """Return how a request was served so far; None before its first token."""
     if entry.first_token_s is None or entry.last_token_s is None:
         return None
-    ttft_s = entry.first_token_s - entry.arrived_s
+    ttft_s = entry.first_token_s - entry.asker.arrived_s
     times_s = (entry.first_token_s, entry.last_token_s)
     tpot_s = time_per_token_s(times_s, len(entry.emitted_ids))
     return Timing(ttft_s, tpot_s, entry.queue_s, entry.asker.slo.is_met(ttft_s, tpot_s))

@@ -11,7 +11,14 @@ from afd_server.api import openai, sse
 from afd_server.core.errors import InvalidRequest
 from afd_server.gateway.choices import ChoiceState, Piece
 from afd_server.gateway.errors import openai_body
-from afd_server.gateway.exchange import admit, answer, check_model, plan_choices, read_body
+from afd_server.gateway.exchange import (
+    admit_and_tokenise,
+    answer,
+    check_model,
+    num_chat_chars,
+    plan_choices,
+    read_body,
+)
 from afd_server.gateway.service import Service
 
 MAX_PROMPTS = 32
@@ -34,8 +41,14 @@ def openai_routes(service: Service) -> APIRouter:
     @router.post("/chat/completions")
     async def chat_completions(request: Request) -> Response:
         body = await read_body(service, request, openai.ChatCompletionRequest)
-        asker = admit(service, request, body, body.n)
-        prompt = service.codec.encode_chat(body.conversation)
+        asker, prompt = await admit_and_tokenise(
+            service,
+            request,
+            body,
+            body.n,
+            num_chat_chars(body.conversation),
+            lambda: service.codec.encode_chat(body.conversation, service.admission.max_model_len),
+        )
         plans = plan_choices(
             service, body, [prompt], "messages", body.output_limit, num_choices=body.n
         )
@@ -49,11 +62,18 @@ def openai_routes(service: Service) -> APIRouter:
             raise InvalidRequest(
                 f"{len(body.prompt)} prompts in one request, at most {MAX_PROMPTS}", "prompt"
             )
-        asker = admit(service, request, body, body.n * len(body.prompt))
+        asker, prompts = await admit_and_tokenise(
+            service,
+            request,
+            body,
+            body.n * len(body.prompt),
+            sum(len(prompt) for prompt in body.prompt if isinstance(prompt, str)),
+            lambda: [_encode_prompt(service, prompt) for prompt in body.prompt],
+        )
         plans = plan_choices(
             service,
             body,
-            [_encode_prompt(service, prompt) for prompt in body.prompt],
+            prompts,
             "prompt",
             body.output_limit,
             default_tokens=DEFAULT_COMPLETION_TOKENS,
@@ -191,7 +211,10 @@ class CompletionWriter(_Writer):
 
 
 def _encode_prompt(service: Service, prompt: str | list[int]) -> list[int]:
-    ids = service.codec.encode(prompt) if isinstance(prompt, str) else prompt
+    if isinstance(prompt, str):
+        ids = service.codec.encode(prompt, service.admission.max_model_len)
+    else:
+        ids = prompt
     if not ids:
         raise InvalidRequest("the prompt is empty; give at least one token", "prompt")
     return ids

@@ -95,7 +95,7 @@ class Service:
         return "fp_" + hashlib.sha256(" ".join(prints).encode()).hexdigest()[:12]
 
     def asker_of(self, headers: Mapping[str, str], cache_salt: str | None, priority: int) -> Asker:
-        """Return on whose behalf a request with these headers runs.
+        """Return on whose behalf a request with these headers runs, which came now.
 
         Raises:
             InvalidRequest: a target in the headers is nonsense.
@@ -104,7 +104,9 @@ class Service:
         salt = tenant_salt(self._salt_secret, key, cache_salt)
         tenant = tenant_salt(self._salt_secret, key, None)
         slo = targets_of(headers, self.admission.slo)
-        return Asker(salt, tenant, priority, SLO() if self.admission.slo_mode == "off" else slo)
+        if self.admission.slo_mode == "off":
+            slo = SLO()
+        return Asker(salt, tenant, priority, slo, self.clock.now())
 
     def check_reachable(self, slo: SLO) -> None:
         """Refuse targets of the client's own that no attention worker would meet.

@@ -20,6 +20,11 @@ from tokenizers import Tokenizer
 
 from afd_server.core.errors import InvalidRequest, ModelError
 from afd_server.core.model_spec import read_json
+from afd_server.gateway.token_bytes import find_measure
+
+MOST_CHARS_AT_ONCE = 2**14
+"""Tokenised in a few milliseconds, in which no other thread runs; longer texts go into one of their
+own (docs/decisions/0026-long-texts-in-a-thread.md)."""
 
 PRIVATE_USE = range(0xE000, 0xF900)
 """Code points without a meaning: at most one is needed for each special token."""
@@ -36,6 +41,9 @@ class TextCodec:
 
     Special tokens spelled in the content of a chat message become ordinary text, so a client
     cannot forge a turn. A raw completion prompt is the client's own and may spell them.
+
+    Encoding long texts lets other threads run, and may be done in several at once. Given
+    `most_tokens`, it refuses at once what cannot be so few, whatever the tokens are.
 
     Args:
         tokenizer_json: the content of tokenizer.json.
@@ -58,6 +66,7 @@ class TextCodec:
         # A second one, because the attribute is part of the tokenizer's shared state.
         self._literal_tokenizer = _parse_tokenizer(tokenizer_json)
         self._literal_tokenizer.encode_special_tokens = True
+        self._measure = find_measure(json.loads(self.tokenizer.to_str()))
         self._template = _compile(template, now) if template is not None else None
         self._template_tokens = template_tokens
         added = self.tokenizer.get_added_tokens_decoder()
@@ -80,12 +89,19 @@ class TextCodec:
         config = read_json(config_path) if config_path.is_file() else {}
         return cls(_read_text(path), _template_source(directory, config), _named_tokens(config))
 
-    def encode(self, text: str) -> list[int]:
-        """Tokenise a raw prompt, with what the tokenizer puts around one (such as BOS)."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=True).ids
+    def encode(self, text: str, most_tokens: int | None = None) -> list[int]:
+        """Tokenise a raw prompt, with what the tokenizer puts around one (such as BOS).
+
+        Raises:
+            InvalidRequest: it cannot be `most_tokens` or fewer.
+        """
+        self._check_length([text], most_tokens, "prompt")
+        (ids,) = _encode(self.tokenizer, [text], add_special_tokens=True)
         return ids
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], most_tokens: int | None = None
+    ) -> list[int]:
         """Render a conversation and the opening of the assistant's turn, and tokenise it.
 
         A special token spelled in a message is replaced by a private-use character while the
@@ -93,14 +109,18 @@ class TextCodec:
 
         Args:
             messages: each with `role` and `content`.
+            most_tokens: what cannot be so few is refused.
 
         Raises:
-            InvalidRequest: there is no template, or it refuses these messages.
+            InvalidRequest: there is no template, it refuses these messages, or they are too long.
         """
         marked, literals = self._mark(messages)
-        return self._encode_marked(self._render(marked, add_generation_prompt=True), literals)
+        rendered = self._render(marked, add_generation_prompt=True)
+        return self._encode_marked(rendered, literals, most_tokens)
 
-    def encode_open_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_open_chat(
+        self, messages: Sequence[Mapping[str, str]], most_tokens: int | None = None
+    ) -> list[int]:
         """Render a conversation up to the end of its last message, for the model to go on there.
 
         A private-use character at that end shows where the template puts it.
@@ -118,7 +138,7 @@ class TextCodec:
                 "end with one of another role",
                 "messages",
             )
-        return self._encode_marked(rendered[: rendered.index(end)], literals)
+        return self._encode_marked(rendered[: rendered.index(end)], literals, most_tokens)
 
     def _mark(
         self, messages: Sequence[Mapping[str, str]]
@@ -155,14 +175,36 @@ class TextCodec:
         except TemplateError as error:
             raise InvalidRequest(f"the chat template refuses: {error}", "messages") from error
 
-    def _encode_marked(self, text: str, literals: Mapping[str, str]) -> list[int]:
-        pieces = re.split(f"([{''.join(literals)}])" if literals else r"(?!)", text)
+    def _encode_marked(
+        self, text: str, literals: Mapping[str, str], most_tokens: int | None
+    ) -> list[int]:
+        split = re.split(f"([{''.join(literals)}])" if literals else r"(?!)", text)
+        pieces = [piece for piece in split if piece]
+        self._check_length(
+            [literals.get(piece, piece) for piece in pieces], most_tokens, "messages"
+        )
+        literal_ids = {
+            mark: self._literal_tokenizer.encode(literal, add_special_tokens=False).ids
+            for mark, literal in literals.items()
+        }
+        texts = [piece for piece in pieces if piece not in literals]
+        text_ids = _encode(self.tokenizer, texts, add_special_tokens=False)
         ids: list[int] = []
-        for piece in filter(None, pieces):
-            literal = literals.get(piece)
-            tokenizer = self.tokenizer if literal is None else self._literal_tokenizer
-            ids += tokenizer.encode(literal or piece, add_special_tokens=False).ids
+        for piece in pieces:
+            ids += literal_ids[piece] if piece in literals else next(text_ids)
         return ids
+
+    def _check_length(self, pieces: Sequence[str], most_tokens: int | None, param: str) -> None:
+        if most_tokens is None or self._measure is None:
+            return
+        num_bytes = self._measure.num_bytes(pieces)
+        most_bytes = self._measure.longest_token * most_tokens
+        if num_bytes > most_bytes:
+            raise InvalidRequest(
+                f"the prompt has {num_bytes} bytes, the context holds {most_tokens} tokens, which "
+                f"stand for {most_bytes} at most; shorten the prompt",
+                param,
+            )
 
 
 class TextStream:
@@ -247,6 +289,22 @@ class TextStream:
         found = ((self._held.find(stop), stop) for stop in self._stop)
         matches = [(start, stop) for start, stop in found if start >= 0]
         return min(matches, key=lambda match: (match[0] + len(match[1]), match[0]), default=None)
+
+
+def _encode(
+    tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool
+) -> Iterator[list[int]]:
+    """Yield the ids of each text. The library releases the GIL for batches only.
+
+    Those it gives to threads of its own, which is too far for a short one.
+    """
+    if sum(map(len, texts)) <= MOST_CHARS_AT_ONCE:
+        for text in texts:
+            yield tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return
+    # "fast" is without offsets, which nobody needs
+    for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens):
+        yield encoding.ids
 
 
 def _free_characters(contents: Sequence[str]) -> Iterator[str]:

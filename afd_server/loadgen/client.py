@@ -168,7 +168,7 @@ class AnswerStream:
         reason = self._headers.get("x-afd-reject-reason")
         error = self._error_of_body() if self._status != 200 else {}
         code = error.get("code")
-        if reason is not None or (self._status in REFUSALS and code not in FAULTS):
+        if code not in FAULTS and (reason is not None or self._status in REFUSALS):
             return Outcome.REFUSED, str(reason or code or f"HTTP {self._status}")
         if self._status != 200:
             said = str(error.get("message") or self._rest.decode("utf-8", "replace"))

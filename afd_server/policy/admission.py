@@ -139,7 +139,8 @@ class FirstTokenQueue:
         if num_new > config.max_queued_requests:
             raise InvalidRequest(
                 f"{num_new} choices in one request, at most {config.max_queued_requests} may wait "
-                "for their first token here; ask for fewer at once"
+                "for their first token here; ask for fewer at once",
+                "n",
             )
         num_ahead = self._num_ahead(priority, tenant)
         share = self.wait_share if num_ahead >= self.num_waiting else LONGEST_WAIT
@@ -188,7 +189,14 @@ def check_capacity(
 
     Raises:
         Overloaded: `num_new` more requests would exceed the limit.
+        InvalidRequest: they would even if there were no others.
     """
+    if num_new > config.max_live_requests:
+        raise InvalidRequest(
+            f"{num_new} choices in one request, at most {config.max_live_requests} requests may "
+            "be live here; ask for fewer at once",
+            "n",
+        )
     if num_live + num_new > config.max_live_requests:
         raise Overloaded(
             f"{num_live} requests are live and the limit is {config.max_live_requests}; "

@@ -26,6 +26,11 @@ STAGE_BUCKETS_S = (
     0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0003, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01,
     0.02, 0.05, 0.1, 0.2, 0.5, 1.0,
 )  # fmt: skip
+FINISHES = ("stop", "length", "abort", "refused", "error")
+REFUSALS = (
+    "expected_wait", "queue_full", "queue_timeout", "target_out_of_reach", "max_live_requests",
+    "starting", "stopping",
+)  # fmt: skip
 
 
 class Durations:
@@ -165,7 +170,10 @@ class GatewayMetrics:
             "afd_admitted_requests", "Requests taken, each choice as one", registry=registry
         )
         self._refused = Counter(
-            "afd_refused_requests", "Requests refused", ("reason",), registry=registry
+            "afd_refused_requests",
+            "Requests refused, each choice as one",
+            ("reason",),
+            registry=registry,
         )
         self._judged = Counter(
             "afd_requests_by_slo", "Ended requests that had tokens, by whether targets were met",
@@ -213,6 +221,13 @@ class GatewayMetrics:
             ("layer",),
             registry=registry,
         )
+        for counter, values in (
+            (self._finished, tuple((model_name, reason) for reason in FINISHES)),
+            (self._refused, tuple((reason,) for reason in REFUSALS)),
+            (self._judged, (("yes",), ("no",))),
+        ):
+            for labels in values:
+                counter.labels(*labels)  # there from the start: a rate needs a zero to rise from
         self._spans = self._declare_spans()
         self._model_name = model_name
 
@@ -221,9 +236,9 @@ class GatewayMetrics:
         self._admitted.inc()
         self._prompt.inc(num_prompt_tokens)
 
-    def refused(self, reason: str) -> None:
-        """Count a request that was not taken."""
-        self._refused.labels(reason).inc()
+    def refused(self, reason: str, num_choices: int = 1) -> None:
+        """Count a request that was not taken, or not begun."""
+        self._refused.labels(reason).inc(num_choices)
 
     def first_token(self, ttft_s: float) -> None:
         """Count a request's first token."""

@@ -3,10 +3,11 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.datastructures import Headers
 
 from afd_server.core.errors import InvalidRequest
 from afd_server.core.request import SLO
-from afd_server.gateway.asker import api_key, targets_of, tenant_salt
+from afd_server.gateway.asker import api_key, check_given_once, targets_of, tenant_salt
 
 SECRET = bytes(16)
 maybe_text = st.none() | st.text()
@@ -50,6 +51,20 @@ def test_a_second_key_beside_an_authorization_makes_no_other_tenant():
     assert api_key({"authorization": "Bearer a", "x-api-key": "b"}) == "Bearer a"
 
 
+def test_a_target_that_is_given_twice_is_refused_by_name():
+    name, value = b"x-slo-tpot-ms", b"20"
+    check_given_once(Headers(raw=[(name, value), (b"accept", b"a"), (b"accept", b"b")]))
+    with pytest.raises(InvalidRequest, match="more than once") as refusal:
+        check_given_once(Headers(raw=[(name, value), (name, value)]))
+    assert refusal.value.param == name.decode()
+
+
+def test_a_target_is_shown_in_part_if_it_is_long():
+    with pytest.raises(InvalidRequest) as refusal:
+        targets_of({"x-slo-tpot-ms": "9" * 5000}, DEFAULT)
+    assert len(str(refusal.value)) < 150
+
+
 DEFAULT = SLO(ttft_s=4.0, tpot_s=0.05)
 
 
@@ -61,7 +76,7 @@ def test_targets_are_those_of_the_headers_and_else_the_servers():
 
 
 @pytest.mark.parametrize("name", ["x-slo-ttft-ms", "x-slo-tpot-ms"])
-@pytest.mark.parametrize("text", ["", "0", "-5", "fast", "nan", "inf", "3600001", "50ms"])
+@pytest.mark.parametrize("text", ["", "0", "-5", "fast", "nan", "inf", "3600001", "50ms", "1_000"])
 def test_a_target_that_is_no_number_of_milliseconds_is_refused_by_name(name, text):
     with pytest.raises(InvalidRequest, match="expected milliseconds") as refusal:
         targets_of({name: text}, DEFAULT)

@@ -25,7 +25,8 @@ from afd_server.gateway.errors import (
         (InvalidRequest("bad", "n"), 400, "invalid_value"),
         (ModelNotFound("no"), 404, "model_not_found"),
         (Overloaded("full", 1.0, "full"), 503, "server_is_overloaded"),
-        (NotReady("soon"), 503, "server_is_starting"),
+        (NotReady("starting"), 503, "server_is_starting"),
+        (NotReady("stopping"), 503, "server_is_starting"),
         (WorkerFailed("gone"), 503, "worker_failed"),
         (HTTPException(405, "Method Not Allowed"), 405, None),
         (ClientDisconnect(), 499, None),
@@ -49,11 +50,13 @@ def test_overload_says_when_to_return_with_jitter():
     assert retry_headers(InvalidRequest("bad")) == {}
 
 
-@pytest.mark.parametrize(("error", "seconds"), [(NotReady("soon"), 1), (WorkerFailed("gone"), 5)])
+@pytest.mark.parametrize(
+    ("error", "seconds"), [(NotReady("stopping"), 1), (WorkerFailed("gone"), 5)]
+)
 def test_who_meets_a_server_without_its_workers_is_told_when_they_may_be_back(error, seconds):
     headers = retry_headers(error)
     assert seconds <= int(headers["retry-after-ms"]) / 1000 <= 1.5 * seconds
-    assert "x-afd-reject-reason" not in headers
+    assert headers.get("x-afd-reject-reason") == getattr(error, "reason", None)
 
 
 def test_a_target_out_of_reach_says_so_to_those_who_count_refusals_and_not_to_come_back():
@@ -77,7 +80,7 @@ OWN_DOING = Overloaded("yours", 2.0, "expected_wait", is_own_doing=True)
         (OWN_DOING, 429, "rate_limit_error"),
         (RuntimeError("secret"), 500, "api_error"),
         (WorkerFailed("gone"), 503, "api_error"),
-        (NotReady("soon"), 503, "api_error"),
+        (NotReady("starting"), 503, "api_error"),
         (FULL, 529, "overloaded_error"),
     ],
 )

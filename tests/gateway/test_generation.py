@@ -1,6 +1,7 @@
 """The journal: no token lost, repeated or taken from an attempt that is over."""
 
 import array
+import asyncio
 
 import pytest
 
@@ -9,6 +10,8 @@ from afd_server.core.errors import Overloaded, ProtocolError, WorkerFailed
 from afd_server.core.request import SLO, FinishReason, SamplingParams
 from afd_server.core.topology import Member, Role, Topology
 from afd_server.gateway.asker import Asker
+from afd_server.gateway.byte_codec import byte_codec
+from afd_server.gateway.choices import ChoicePlan, Choices, run_to_end
 from afd_server.gateway.generation import (
     ASK_AGAIN_AFTER_S,
     GIVE_UP_AFTER_S,
@@ -50,7 +53,7 @@ class FakeEndpoint:
         return sent
 
 
-ASKER = Asker("salt", "tenant", -3, SLO(ttft_s=4.0, tpot_s=0.05))
+ASKER = Asker("salt", "tenant", -3, SLO(ttft_s=4.0, tpot_s=0.05), arrived_s=0.0)
 
 
 class Bench:
@@ -459,7 +462,43 @@ def test_a_choice_beside_one_that_has_begun_is_not_refused_but_waits_on():
     bench.token(0, 60, key=late, attempt=submit.attempt, finish=FinishReason.LENGTH)
     assert not bench.heard()[0].timing.slo_met
     refused = bench.metrics.registry.get_sample_value
-    assert refused("afd_refused_requests_total", {"reason": "queue_timeout"}) is None
+    assert refused("afd_refused_requests_total", {"reason": "queue_timeout"}) == 0
+
+
+@pytest.mark.parametrize(
+    ("finish", "reason", "num_refused"),
+    [(FinishReason.REFUSED, "refused", 3), (FinishReason.ERROR, "error", 0)],
+)
+@pytest.mark.parametrize("wait", [Choices.begin, run_to_end])
+def test_choices_beside_one_that_is_refused_or_fails_are_counted_as_it_is(
+    wait, finish, reason, num_refused
+):
+    bench, plan = Bench(), ChoicePlan(0, (7,), SamplingParams(max_tokens=5), ())
+    bench.generations.abandon(bench.key, "length")
+    choices = Choices(bench.generations, byte_codec(300), [plan] * 3, ASKER, ())
+    with pytest.raises((Overloaded, WorkerFailed)), choices:
+        bench.chunk((choices.states[1].key, 1, 0, 0, 0, finish, 0, 0, 0))
+        asyncio.run(wait(choices))
+    sample = bench.metrics.registry.get_sample_value
+    for name, count in ((reason, 3), ("abort", 0)):
+        labels = {"model_name": "m", "finished_reason": name}
+        assert sample("vllm:request_success_total", labels) == count
+    assert sample("afd_refused_requests_total", {"reason": "queue_timeout"}) == num_refused
+
+
+def test_what_was_done_for_a_request_before_its_start_is_part_of_its_wait():
+    bench = Bench()
+    bench.clock.advance(1.0)  # a long text is tokenised
+    bench.endpoint.take()
+    bench.key = bench.start()
+    ((_, submit),) = bench.endpoint.take()
+    assert submit.ttft_s == 3.0
+    bench.clock.advance(2.0)
+    bench.token(0, 50, queued_us=700_000)
+    timing = bench.heard()[-1].timing
+    assert (timing.ttft_s, timing.queue_s) == (3.0, 1.7)
+    ttft = bench.metrics.registry.get_sample_value
+    assert ttft("vllm:time_to_first_token_seconds_sum", {"model_name": "m"}) == 3.0
 
 
 def test_requests_are_in_the_queue_until_their_first_token():

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 from pathlib import Path
 
 import httpx
@@ -14,8 +15,9 @@ from afd_server.core.request import SLO
 from afd_server.core.topology import Member, Role, Topology
 from afd_server.gateway.app import create_app
 from afd_server.gateway.config import GatewaySpec
-from afd_server.gateway.exchange import admit
+from afd_server.gateway.exchange import admit, admit_and_tokenise, num_chat_chars
 from afd_server.gateway.service import Service
+from afd_server.gateway.text import MOST_CHARS_AT_ONCE
 from afd_server.transport.messages import EMPTY, LoadReport
 
 MODEL = Path(__file__).parents[2] / "configs" / "llama-mini"
@@ -80,6 +82,7 @@ def fill(service, *keys):
     for number, key in enumerate(keys):
         tenant = service.asker_of({"authorization": key}, None, 0).tenant
         queue.enter(number, 0, tenant, 1.0)
+        service.generations._live[number] = None
 
 
 def metric(service, name, **labels):
@@ -146,7 +149,7 @@ def test_who_fills_the_queue_alone_gets_a_429_and_another_one_is_taken():
     [
         {"max_queued_requests": 4, "ttft_slo_s": None},
         {"max_queued_requests": 64},
-        {"max_live_requests": 0},
+        {"max_live_requests": 4},
     ],
 )
 @pytest.mark.parametrize(("path", "body"), [COMPLETION, CHAT, MESSAGE])
@@ -156,6 +159,101 @@ def test_who_is_refused_is_refused_before_its_prompt_is_looked_at(refusal, path,
         service.codec = NoCodec()
         answer = post(service, path, body)
         assert answer.status_code == (529 if path == MESSAGE[0] else 503)
+
+
+@pytest.mark.parametrize("slo_mode", ["enforce", "best-effort", "off"])
+def test_more_choices_than_may_ever_live_are_no_overload(slo_mode):
+    with gateway(slo_mode, max_live_requests=7, max_queued_requests=100) as service:
+        answer = post(service, COMPLETION[0], {"prompt": ["a"] * 4, "n": 2})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, "n")
+        assert "8 choices" in error["message"]
+        assert "at most 7" in error["message"]
+
+
+def test_refusals_are_counted_by_choice_as_those_admitted_are():
+    with gateway(max_live_requests=5) as service:
+        fill(service, *["Bearer a"] * 4)
+        post(service, COMPLETION[0], {"prompt": ["a", "b"], "n": 2})
+        assert metric(service, "afd_refused_requests_total", reason="max_live_requests") == 4
+
+
+def test_who_comes_while_the_server_starts_or_stops_is_told_so_and_counted():
+    with gateway() as service:
+        service.is_draining = True
+        answers = [post(service, *MESSAGE)]
+        service.is_draining = False
+        service.pools.follow(Topology(2, ()))
+        answers.append(post(service, *COMPLETION))
+        for answer, reason in zip(answers, ("stopping", "starting"), strict=True):
+            assert (answer.status_code, answer.headers["x-afd-reject-reason"]) == (503, reason)
+            assert metric(service, "afd_refused_requests_total", reason=reason) == 1
+
+
+LONG = "ab" * 2**14
+
+
+def long_body(path):
+    return {"prompt": LONG} if path == COMPLETION[0] else {
+        "max_tokens": 5, "messages": [{"role": "user", "content": LONG}]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [COMPLETION[0], CHAT[0], MESSAGE[0]])
+def test_what_cannot_fit_the_context_is_refused_by_its_length(path):
+    with gateway() as service:
+        answer = post(service, path, long_body(path))
+        assert answer.status_code == 400
+        assert "shorten the prompt" in answer.json()["error"]["message"]
+        assert "bytes, the context holds 512 tokens" in answer.json()["error"]["message"]
+
+
+def test_the_tokens_of_a_prompt_that_does_not_fit_are_counted_all_the_same():
+    with gateway() as service:
+        path = MESSAGE[0] + "/count_tokens"
+        answer = post(service, path, {"messages": long_body(MESSAGE[0])["messages"]})
+        assert answer.json()["input_tokens"] == len("user: \nassistant:") + len(LONG)
+
+
+class SlowCodec:
+    """Takes a second for a prompt, in which something else may happen."""
+
+    def __init__(self, service, meanwhile=lambda: None):
+        self.service, self.meanwhile = service, meanwhile
+        self.thread = None
+
+    def encode(self, *_text):
+        self.thread = threading.current_thread()
+        self.service.clock.advance(1.0)
+        self.meanwhile()
+        return [1]
+
+    encode_chat = encode_open_chat = encode
+
+
+@pytest.mark.parametrize("path", [COMPLETION[0], CHAT[0], MESSAGE[0]])
+def test_who_has_no_room_any_more_after_a_long_text_was_tokenised_is_refused(path):
+    with gateway(max_live_requests=4) as service:
+        service.codec = SlowCodec(service, lambda: fill(service, *["Bearer a"] * 4))
+        answer = post(service, path, long_body(path))
+        assert answer.headers["x-afd-reject-reason"] == "max_live_requests"
+
+
+@pytest.mark.parametrize(("num_chars", "is_beside"), [(100, False), (10**6, True)])
+def test_long_texts_are_tokenised_in_a_thread_and_the_time_counts(num_chars, is_beside):
+    with gateway() as service:
+        service.codec = SlowCodec(service)
+        request = Request({"type": "http", "headers": []})
+        body = CompletionRequest.model_validate(COMPLETION[1])
+        asker, ids = asyncio.run(
+            admit_and_tokenise(service, request, body, 1, num_chars, service.codec.encode)
+        )
+        assert (asker.arrived_s, service.clock.now(), ids) == (1.0, 2.0, [1])
+        assert (service.codec.thread is not threading.main_thread()) == is_beside
+
+
+def test_many_empty_messages_are_a_long_text():
+    assert num_chat_chars([{"role": "user", "content": ""}] * 1000) > MOST_CHARS_AT_ONCE
 
 
 def test_best_effort_knows_targets_and_refuses_nobody_for_them():

@@ -255,6 +255,31 @@ def test_a_raw_prompt_gets_a_bos_and_may_spell_special_tokens():
     assert CODEC.encode("a<|im_end|>") == [control("<s>"), control("a"), control("<|im_end|>")]
 
 
+def test_long_texts_are_tokenised_as_short_ones_are(monkeypatch):
+    text = "hello <think> im_end 你😀<|im_end|><s><s>"
+    short = CODEC.encode(text), CODEC.encode_chat(user(text)), CODEC.encode_chat(user(""))
+    monkeypatch.setattr("afd_server.gateway.text.MOST_CHARS_AT_ONCE", -1)
+    assert short == (CODEC.encode(text), CODEC.encode_chat(user(text)), CODEC.encode_chat(user("")))
+
+
+def test_a_text_that_no_so_few_tokens_stand_for_is_refused_before_it_is_tokenised(monkeypatch):
+    longest = max(len(token) for token in TOKENIZER.get_vocab())
+    assert CODEC.encode("ü" * 50, 100) == CODEC.encode("ü" * 50)
+    monkeypatch.setattr("afd_server.gateway.text._encode", None)
+    text = "ü" * (50 * longest + 1)
+    with pytest.raises(InvalidRequest, match=f"has {100 * longest + 2} bytes.* shorten") as raw:
+        CODEC.encode(text, 100)
+    assert raw.value.param == "prompt"
+    for encode in (CODEC.encode_chat, CODEC.encode_open_chat):
+        with pytest.raises(InvalidRequest, match="100 tokens") as chat:
+            encode(user(text), 100)
+        assert chat.value.param == "messages"
+
+
+def test_blanks_that_the_template_drops_do_not_make_a_chat_too_long():
+    assert CODEC.encode_chat(user(" " * 9999 + "a"), 20) == CODEC.encode_chat(user("a"))
+
+
 def test_a_template_may_refuse_a_conversation():
     with pytest.raises(InvalidRequest, match='tools are "off"') as caught:
         CODEC.encode_chat([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}])

@@ -247,7 +247,9 @@ def test_a_redirection_says_where_to():
 @pytest.mark.parametrize("code", ["worker_failed", "server_is_starting"])
 def test_a_server_that_could_not_is_no_server_that_would_not(code):
     body = json.dumps({"error": {"code": code, "message": "gone"}}).encode()
-    assert read(body, status=503).verdict() == (Outcome.FAILED, "HTTP 503: gone")
+    headers = {"x-afd-reject-reason": "starting"}
+    for answer in (read(body, status=503), read(body, status=503, headers=headers)):
+        assert answer.verdict() == (Outcome.FAILED, "HTTP 503: gone")
 
 
 def test_whatever_the_status_an_answer_with_a_reason_is_a_refusal():

@@ -61,6 +61,12 @@ def test_a_full_gateway_refuses_and_says_when_to_come_back():
     assert refusal.value.retry_after_s == 7.0
 
 
+def test_more_choices_than_may_ever_live_are_a_wrong_request_and_not_to_be_sent_again():
+    with pytest.raises(InvalidRequest, match=r"5 choices .* at most 4") as refusal:
+        check_capacity(LIMITS, num_live=0, num_new=5, retry_after_s=7.0)
+    assert refusal.value.param == "n"
+
+
 def test_who_is_refused_comes_back_when_the_queue_is_drained_but_within_the_patience_of_clients():
     assert queue_of().retry_after_s(NOW) == 1.0
     waiting = [(0, "a")] * 6

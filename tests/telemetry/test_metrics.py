@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
-from afd_server.telemetry.metrics import DurationHistogram, GatewayMetrics
+from afd_server.telemetry.metrics import FINISHES, REFUSALS, DurationHistogram, GatewayMetrics
 from afd_server.telemetry.timeline import EventKind
 
 EDGES_S = (0.001, 0.01, 0.1)
@@ -35,6 +35,17 @@ def test_bubbles_are_counted_by_pool_and_stages_of_either_pool_together():
     assert value("afd_ffn_seconds_count") == 2
     assert value("afd_bubble_seconds_count", {"pool": "attention"}) == 1
     assert value("afd_bubble_seconds_sum", {"pool": "ffn"}) == 0.25
+
+
+def test_what_is_counted_by_a_known_label_has_its_series_from_the_start():
+    text = GatewayMetrics("m").render().decode().splitlines()
+    for reason in REFUSALS:
+        assert f'afd_refused_requests_total{{reason="{reason}"}} 0.0' in text
+    for reason in FINISHES:
+        name = f'vllm:request_success_total{{finished_reason="{reason}",model_name="m"}}'
+        assert f"{name} 0.0" in text
+    for met in ("yes", "no"):
+        assert f'afd_requests_by_slo_total{{met="{met}"}} 0.0' in text
 
 
 def test_prefix_cache_figures_are_counted_by_worker_and_for_all():
