@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from math import inf
 
 GUARD_WINDOWS = range(2, 65)  # the paper's runs had 7
 LONGEST_TARGET_MS = 3_600_000.0
@@ -61,6 +62,10 @@ class SLO:
 
     ttft_s: float | None = None
     tpot_s: float | None = None
+
+    def first_due_s(self, arrived_s: float) -> float:
+        """Return when the first token of a request that arrived then is due; may be never."""
+        return inf if self.ttft_s is None else arrived_s + self.ttft_s
 
     def is_met(self, ttft_s: float, tpot_s: float | None) -> bool:
         """Tell whether these times are within the targets; without a TPOT, any of it is kept."""

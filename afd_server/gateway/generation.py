@@ -171,7 +171,8 @@ class Generations:
         )
         self._next_key += 1
         self._live[entry.key] = entry
-        self.queue.enter(entry.key, asker.priority, asker.tenant, now)
+        due_s = asker.slo.first_due_s(asker.arrived_s)
+        self.queue.enter(entry.key, asker.priority, asker.tenant, due_s, now)
         self._metrics.started(len(prompt_ids))
         self._assign(entry)
         return entry.key

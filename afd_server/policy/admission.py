@@ -47,11 +47,11 @@ class FirstTokenQueue:
     """The requests that wait for their first token, and how fast these come.
 
     Its order is that of the attention workers' schedulers: by priority, then evenly between
-    tenants.
+    tenants, then by when the first token is due.
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[int, tuple[int, str]] = {}  # by key, priority and tenant
+        self._waiting: dict[int, tuple[int, str, float]] = {}  # priority, tenant, when it is due
         self._num_served = 0  # while others waited
         self._interval_s = 0.0  # between first tokens while somebody waits for one
         self._since_s = 0.0  # the latest first token, or when the queue was last empty
@@ -88,11 +88,11 @@ class FirstTokenQueue:
         """Return when to come back for those who are refused though few are ahead of them."""
         return min(LONGEST_RETRY_S, max(RETRY_AFTER_S, self.drain_s(now_s)))
 
-    def enter(self, key: int, priority: int, tenant: str, now_s: float) -> None:
-        """Add a request that was admitted."""
+    def enter(self, key: int, priority: int, tenant: str, due_s: float, now_s: float) -> None:
+        """Add a request that was admitted, and whose first token is due by `due_s`."""
         if not self._waiting:
             self._since_s = now_s
-        self._waiting[key] = (priority, tenant)
+        self._waiting[key] = (priority, tenant, due_s)
 
     def serve(self, key: int, now_s: float) -> None:
         """Take out a request that has its first token."""
@@ -110,9 +110,9 @@ class FirstTokenQueue:
         """Take out a request that waits no more, if it is there."""
         self._waiting.pop(key, None)
 
-    def expected_wait_s(self, priority: int, tenant: str) -> float:
+    def expected_wait_s(self, priority: int, tenant: str, due_s: float = inf) -> float:
         """Return how long a new request would wait for those ahead of it."""
-        return self._interval_s * self._num_ahead(priority, tenant)
+        return self._interval_s * self._num_ahead(priority, tenant, due_s)
 
     def check(
         self,
@@ -142,14 +142,16 @@ class FirstTokenQueue:
                 "for their first token here; ask for fewer at once",
                 "n",
             )
-        num_ahead = self._num_ahead(priority, tenant)
-        share = self.wait_share if num_ahead >= self.num_waiting else LONGEST_WAIT
+        due_s = SLO(ttft_s=ttft_s).first_due_s(now_s)
+        num_ahead = self._num_ahead(priority, tenant, due_s)
+        num_in_time = sum(due <= due_s for *_, due in self._waiting.values())
+        share = self.wait_share if num_ahead >= num_in_time else LONGEST_WAIT
         most_s = inf if ttft_s is None else share * ttft_s
         wait_s = self._interval_s * (num_ahead + num_new - 1) if num_ahead else 0.0
         places = config.max_queued_requests
         is_full = self.num_waiting + num_new > places or num_ahead >= places - places // KEPT_SHARE
         is_refused = is_full or wait_s > most_s
-        is_own_doing = is_refused and self._is_own_doing(priority, tenant, most_s, is_full)
+        is_own_doing = is_refused and self._is_own_doing(priority, tenant, due_s, most_s, is_full)
         if not self._waiting:  # what there was of an overload is over
             self._refused_share *= EASING
         if not is_own_doing:  # which would say nothing of the load of others
@@ -165,21 +167,31 @@ class FirstTokenQueue:
             is_own_doing=is_own_doing,
         )
 
-    def _is_own_doing(self, priority: int, tenant: str, most_s: float, is_full: bool) -> bool:
+    def _is_own_doing(
+        self, priority: int, tenant: str, due_s: float, most_s: float, is_full: bool
+    ) -> bool:
         """Tell whether a tenant, and not the only one, has most places or stands in its own way."""
-        num_by_tenant = Counter(t for _, t in self._waiting.values())
+        num_by_tenant = Counter(t for _, t, _ in self._waiting.values())
         if is_full:
             return len(num_by_tenant) > 1 and 2 * num_by_tenant[tenant] > self.num_waiting
-        own = sum(waiting == (priority, tenant) for waiting in self._waiting.values())
-        others_s = self.expected_wait_s(priority, tenant) - self._interval_s * own
+        own = self._in_time(priority, due_s)[tenant]
+        others_s = self.expected_wait_s(priority, tenant, due_s) - self._interval_s * own
         return len(num_by_tenant) > 1 and own > 0 and others_s <= most_s
 
-    def _num_ahead(self, priority: int, tenant: str) -> int:
-        """Count who is served before a new request: of other tenants, as many as of its own."""
-        more_urgent = sum(p < priority for p, _ in self._waiting.values())
-        equals = Counter(t for p, t in self._waiting.values() if p == priority)
+    def _num_ahead(self, priority: int, tenant: str, due_s: float) -> int:
+        """Count who is served before a new request: of other tenants, as many as of its own.
+
+        Those of its priority that have more time are not, so a long prompt with a loose target
+        keeps nobody out.
+        """
+        more_urgent = sum(p < priority for p, *_ in self._waiting.values())
+        equals = self._in_time(priority, due_s)
         own = equals[tenant]
         return more_urgent + own + sum(min(n, own + 1) for t, n in equals.items() if t != tenant)
+
+    def _in_time(self, priority: int, due_s: float) -> Counter[str]:
+        """Count, by tenant, who waits with this priority and is due no later."""
+        return Counter(t for p, t, due in self._waiting.values() if p == priority and due <= due_s)
 
 
 def check_capacity(

@@ -84,7 +84,7 @@ class Pace:
         """Return when the next token of a sequence is due; without a target, never."""
         slo, first_s = sequence.request.slo, sequence.first_token_s
         if first_s is None:
-            return inf if slo.ttft_s is None else sequence.arrived_s + slo.ttft_s
+            return slo.first_due_s(sequence.arrived_s)
         if slo.tpot_s is None:
             return inf
         return first_s + sequence.num_since_first * slo.tpot_s * HEADROOM
@@ -95,7 +95,7 @@ class Pace:
         """Tell whether a sequence with a loose target may miss the step of one with a tighter one.
 
         It may if the next one will still do, and the step would else be late for the tighter one
-        or take slack that prompts are waiting for.
+        or take slack that prompts are waiting for; but not while its first tokens are held.
 
         Args:
             sequence: that may miss it.
@@ -105,7 +105,7 @@ class Pace:
             now_s: the present.
         """
         loose, tight = sequence.request.slo.tpot_s, first.request.slo.tpot_s
-        if loose is None or tight is None or loose <= tight:
+        if loose is None or tight is None or loose <= tight or sequence.is_held:
             return False
         step_s = self.model.predict(with_row(load, sequence), STEP_QUANTILE)
         is_late = now_s + step_s > self.due_s(first)
@@ -137,7 +137,7 @@ class Pace:
             now_s: the present.
             ends_s: when the steps of other lanes will end, by the arrival of their sequences.
         """
-        awaiting = [s for s in running if is_decoding(s) or _is_about_to(s, ends_s)]
+        awaiting = [s for s in running if _is_awaited(s) or _is_about_to(s, ends_s)]
         reading = [s for s in running if s.first_token_s is None and s.num_left > 1]
         targets = _targets(awaiting if len(reading) == 1 else [*awaiting, *reading])
         if not targets:
@@ -195,7 +195,7 @@ class Pace:
         if max(targets) > alone_s:
             targets = [target for target in targets if target > alone_s]
         in_reach = [s for s in running if (s.request.slo.tpot_s or 0.0) >= min(targets)]
-        if any(self.due_s(s) + min(targets) < now_s for s in in_reach if is_decoding(s)):
+        if any(self.due_s(s) + min(targets) < now_s for s in in_reach if _is_awaited(s)):
             return False  # debts first
         return self.decode_step_s(everybody) <= min(targets) * DECODE_SHARE
 
@@ -219,6 +219,11 @@ class Pace:
 def is_decoding(sequence: Sequence) -> bool:
     """Tell whether a sequence has had tokens here and waits for its next one only."""
     return sequence.first_token_s is not None and sequence.num_pending == 1
+
+
+def _is_awaited(sequence: Sequence) -> bool:
+    """Tell whether a client has had tokens and waits for the next one."""
+    return is_decoding(sequence) and not sequence.is_held
 
 
 def _is_about_to(sequence: Sequence, ends_s: Mapping[int, float]) -> bool:

@@ -26,6 +26,7 @@ from afd_server.policy.tables import BlockTables
 
 MOST_TURNS = 8  # waiting sequences that are looked at in a step
 HARDLY_BEGUN = 0.3  # of its expected time: what begins until then counts as beside a step
+FIRST_TOKENS = 3  # that a client gets together while prompts wait to be read
 RESERVED_TOKENS = 512  # at most, of what a running sequence may still want, are kept for it
 RESUME_PATIENCE_S = 10.0  # that begun ones wait, after which one of them goes on at anybody's cost
 
@@ -103,6 +104,7 @@ class Scheduler:
         self._begun: dict[int, tuple[StepLoad, float]] = {}  # by lane, its step and since when
         self._filling: dict[int, set[bytes]] = {}  # by lane, the blocks its step will fill
         self._by_key: dict[tuple[int, int], Sequence] = {}
+        self._held: dict[int, list[Emitted]] = {}  # first tokens of a sequence, by its arrival
         self._num_arrivals = 0
         self._num_steps = 0
         self._resumed_s = -inf  # when a begun sequence last went on, or none waited to
@@ -278,7 +280,8 @@ class Scheduler:
         """Take in a finished step: advance, extend or end its sequences.
 
         Returns:
-            What the gateway must hear, in the order of the plan.
+            What the gateway must hear, in the order of the plan; of a sequence whose first
+            tokens were held, all of them.
         """
         sequences = self._in_lane.pop(result.plan.lane)
         del self._filling[result.plan.lane]
@@ -295,9 +298,36 @@ class Scheduler:
             if sequence.cancelled:
                 self._end(sequence, FinishReason.CANCELLED)
             elif token is not None:
-                emitted.append(self._extend(sequence, token, now_s))
+                emitted += self._hand_out(sequence, self._extend(sequence, token, now_s), now_s)
         assert next(sampled, None) is None, "more tokens were sampled than planned"
         return emitted
+
+    def _hand_out(self, sequence: Sequence, newest: Emitted, now_s: float) -> list[Emitted]:
+        """Return what a client gets now that its sequence has a new token.
+
+        A stream that begins has no slack, so that others' prompts wait, and with a short answer
+        no time to catch up. So the first tokens are held while any prompt is to be read: the
+        schedule begins when the client gets them.
+        """
+        tokens = [*self._held.pop(sequence.arrival, ()), newest]
+        is_new = newest.index == 0 or sequence.is_held
+        sequence.is_held = is_new and newest.finish is None and self._holds(sequence, now_s)
+        if sequence.is_held:
+            self._held[sequence.arrival] = tokens
+            return []
+        if is_new:
+            sequence.first_token_s = now_s
+        return tokens
+
+    def _holds(self, sequence: Sequence, now_s: float) -> bool:
+        """Tell whether a client should get its first tokens later, but within its target."""
+        slo = sequence.request.slo
+        if slo.tpot_s is None or not self._config.holds_back:
+            return False
+        if now_s + FIRST_TOKENS * slo.tpot_s > slo.first_due_s(sequence.arrived_s):
+            return False
+        in_a_hurry = self._waiting or self._num_unread(slo.first_due_s(now_s))
+        return sequence.num_emitted < FIRST_TOKENS and bool(in_a_hurry)
 
     def _admit(self, now_s: float) -> None:
         """Give waiting sequences their place while there are blocks for all they know already.
@@ -474,6 +504,8 @@ class Scheduler:
             self._waiting.remove(sequence)
         else:
             self._running.remove(sequence)
+        if finish is FinishReason.CANCELLED:
+            self._held.pop(sequence.arrival, None)
         self.blocks.free(sequence.release())
         sequence.state = SequenceState.FINISHED
         sequence.finish = finish

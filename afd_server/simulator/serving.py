@@ -109,7 +109,8 @@ class ServingSimulation:
             outcome.refusal, outcome.refused_s = error.reason, now_s
             return
         self._live[key] = outcome
-        self.queue.enter(key, arrival.priority, arrival.tenant, now_s)
+        due_s = arrival.slo.first_due_s(now_s)
+        self.queue.enter(key, arrival.priority, arrival.tenant, due_s, now_s)
         self.scheduler.submit(_request(key, arrival), now_s)
 
     def _start_steps(self, now_s: float) -> None:

@@ -105,6 +105,15 @@ def goodput_within(
     return sum(begin_s < first_s <= end_s for first_s in firsts_s) / (end_s - begin_s)
 
 
+def offered_within(records: Iterable[RequestRecord], begin_s: float, end_s: float) -> float:
+    """Return the requests that were due to be sent in a window, per second of it.
+
+    That is the goodput of who answers all of them in time, whatever is under way at the edges.
+    """
+    times_s = [record.intended_s for record in records]
+    return sum(begin_s < time_s <= end_s for time_s in times_s) / (end_s - begin_s)
+
+
 def summarise(records: Sequence[RequestRecord], slo: SLO) -> dict[str, Any]:
     """Return counts, rates and latencies (milliseconds) of a run, and its `slo` block.
 

@@ -17,7 +17,7 @@ from afd_server.loadgen.results import ServerFacts, make_result
 from afd_server.loadgen.run import Limit, Run, run_load
 from afd_server.workload.lengths import UniformLengths
 from afd_server.workload.offers import Clients, Offer, parse_targets
-from afd_server.workload.report import Outcome, RequestRecord, goodput_within
+from afd_server.workload.report import Outcome, RequestRecord, goodput_within, offered_within
 
 LENGTHS = UniformLengths(32, 256)
 TTFT_S = 4.0  # the target that servers have unless told otherwise
@@ -98,17 +98,21 @@ async def put(
     begin_s = first.intended_s - (load.offers[0].at_s or 0.0)
     result = await _result(contender, load, run)
     slo, length_s = load.config.slo, load.duration_s
+    both = replace(slo, ttft_s=TTFT_S)
     # Until then who began when all was empty has ended; of a short load half has to do.
     warm_s = min(longest_answer_s(load.config.tpot_slo_ms), length_s / 2)
     window = begin_s + warm_s, begin_s + length_s
+    keeps_up = len(run.records) == len(load.offers) and all(r.is_good(both) for r in run.records)
+    offered = offered_within(run.records, *window) if keeps_up else None
     point = {
         "label": contender.label,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "request_rate": load.rate_per_s,
         "seed": load.config.seed,
         "offered": len(load.offers),  # more than were sent, where the run was cut
-        "goodput": goodput_within(run.records, slo, *window),
-        "goodput_with_ttft": goodput_within(run.records, replace(slo, ttft_s=TTFT_S), *window),
+        "keeps_up": keeps_up,
+        "goodput": offered if keeps_up else goodput_within(run.records, slo, *window),
+        "goodput_with_ttft": offered if keeps_up else goodput_within(run.records, both, *window),
         "goodput_of_one": 1 / (length_s - warm_s),
         "tpot_slo_ms": load.config.tpot_slo_ms,
         **({} if limit is None else {"last_width": limit.width}),

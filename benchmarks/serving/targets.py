@@ -21,10 +21,12 @@ a shorter time), per second of it. Those are left out because everybody begins e
 what the machine cannot end. Nor does it count what begins after the arrivals: a server under
 overload always has more to do, so a queue must not count that is worked off when nothing comes any
 more, nor the time until the last answer. So a run of a baseline may be cut as soon as all that can
-count have ended; ours are waited for, as every admitted request is judged. Counting what ends in
-that time instead leaves more to chance: runs of the same arrivals on simulated machines of 12 %
-noise differ by 0.2 requests/s at half the highest rate and by 0.6 at the whole (standard
-deviations), counted by beginnings by 0.02 and 0.3.
+count have ended; ours are waited for, as every admitted request is judged. Who answers all that is
+offered within both targets has the goodput that was offered, as there is no more: two who do that
+would else differ by what each has under way at the edges. Counting what ends in that time instead
+leaves more to chance: runs of the same arrivals on simulated machines of 12 % noise differ by 0.2
+requests/s at half the highest rate and by 0.6 at the whole (standard deviations), counted by
+beginnings by 0.02 and 0.3.
 
     python benchmarks/serving/targets.py                       # about 100 minutes
     python benchmarks/serving/targets.py --parts burst,plots   # again; what else there is, stays

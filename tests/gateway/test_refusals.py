@@ -75,13 +75,13 @@ def admitted(service, **headers):
 def fill(service, *keys):
     """Let requests with these API keys wait, whose first tokens come every second."""
     queue = service.generations.queue
-    queue.enter(-1, 0, "", 0.0)
-    queue.enter(-2, 0, "", 0.0)
+    queue.enter(-1, 0, "", 0.0, 0.0)
+    queue.enter(-2, 0, "", 0.0, 0.0)
     queue.serve(-1, 1.0)
     queue.leave(-2)
     for number, key in enumerate(keys):
         tenant = service.asker_of({"authorization": key}, None, 0).tenant
-        queue.enter(number, 0, tenant, 1.0)
+        queue.enter(number, 0, tenant, 1.0, 1.0)
         service.generations._live[number] = None
 
 

@@ -95,13 +95,13 @@ ENFORCED = AdmissionConfig(100, 100, max_queued_requests=8, slo_mode="enforce")
 def queue_of(*waiting, interval_s=0.5):
     """Return a queue of (priority, tenant), whose first tokens come at this interval."""
     queue = FirstTokenQueue()
-    queue.enter(0, 0, "", 0.0)
+    queue.enter(0, 0, "", 0.0, 0.0)
     for turn in range(1, 200):
-        queue.enter(turn, 0, "", turn * interval_s)
+        queue.enter(turn, 0, "", 0.0, turn * interval_s)
         queue.serve(turn - 1, turn * interval_s)
     queue.leave(199)
     for key, (priority, tenant) in enumerate(waiting, 1000):
-        queue.enter(key, priority, tenant, NOW)
+        queue.enter(key, priority, tenant, NOW, NOW)
     return queue
 
 
@@ -169,7 +169,7 @@ def test_an_empty_queue_takes_anybody_however_slow_it_was(num_new):
 def test_the_pace_is_known_from_the_first_tokens_on():
     queue = FirstTokenQueue()
     for key in range(4):
-        queue.enter(key, 0, "a", 0.0)
+        queue.enter(key, 0, "a", 0.0, 0.0)
     queue.serve(0, 2.0)
     assert queue.expected_wait_s(0, "a") == pytest.approx(3 * 2.0)
     queue.serve(1, 3.0)
@@ -178,10 +178,10 @@ def test_the_pace_is_known_from_the_first_tokens_on():
 
 def test_a_long_prompt_that_nobody_waited_behind_says_little_of_the_pace():
     queue = FirstTokenQueue()
-    queue.enter(0, 0, "a", 0.0)
+    queue.enter(0, 0, "a", 0.0, 0.0)
     queue.serve(0, 14.0)
     for key in range(1, 4):
-        queue.enter(key, 0, "a", 14.0)
+        queue.enter(key, 0, "a", 14.0, 14.0)
     queue.check(ENFORCED, 4.0, 0, "a", 1, 14.0)
     assert 0 < queue.expected_wait_s(0, "a") < 2.0
     queue.serve(1, 14.5)
@@ -202,7 +202,7 @@ def test_nobody_is_told_to_come_back_sooner_than_after_as_long_a_silence_as_ther
 def test_the_queue_is_bounded_even_when_nothing_is_known_of_its_pace():
     queue = FirstTokenQueue()
     for key in range(8):
-        queue.enter(key, 0, "a", 0.0)
+        queue.enter(key, 0, "a", 0.0, 0.0)
     with pytest.raises(Overloaded) as refusal:
         queue.check(ENFORCED, 4.0, 0, "a", 1, NOW)
     assert refusal.value.reason == "queue_full"
@@ -221,7 +221,7 @@ def test_no_mixture_of_priorities_and_tenants_gets_more_places_than_there_are(as
     for key, (priority, tenant) in enumerate(askers):
         with contextlib.suppress(Overloaded):
             queue.check(ENFORCED, None, priority, tenant, 1, NOW)
-            queue.enter(key, priority, tenant, 100.0)
+            queue.enter(key, priority, tenant, NOW, NOW)
     assert 6 <= queue.num_waiting <= 8
 
 
@@ -232,8 +232,8 @@ def test_a_crowd_that_others_overtake_leaves_a_quarter_of_the_places_to_them():
     assert (refusal.value.reason, refusal.value.is_own_doing) == ("queue_full", False)
     queue.check(ENFORCED, None, 0, "few", 2, NOW)
     queue.check(ENFORCED, None, -1, "many", 2, NOW)
-    queue.enter(1, 0, "few", 100.0)
-    queue.enter(2, -1, "few", 100.0)
+    queue.enter(1, 0, "few", NOW, NOW)
+    queue.enter(2, -1, "few", NOW, NOW)
     for priority, tenant, is_own_doing in [(-1, "few", False), (-1, "many", True)]:
         with pytest.raises(Overloaded, match="8 requests wait .* 1 of them before") as refusal:
             queue.check(ENFORCED, None, priority, tenant, 1, NOW)
@@ -247,6 +247,18 @@ def test_the_more_urgent_and_those_who_ask_little_do_not_wait_for_the_rest():
     assert queue.expected_wait_s(0, "few") == pytest.approx(0.5, rel=0.01)
     assert queue.expected_wait_s(-1, "many") == 0
     assert queue.expected_wait_s(1, "few") == pytest.approx(3.0, rel=0.01)
+
+
+def test_who_has_more_time_keeps_nobody_out_who_has_less():
+    queue = queue_of((0, "a"), (0, "a"))
+    for key in range(3):
+        queue.enter(key, 0, "a", NOW + 60.0, NOW)
+    assert queue.expected_wait_s(0, "a", NOW + 4.0) == pytest.approx(1.0, rel=0.01)
+    assert queue.expected_wait_s(0, "a", NOW + 60.0) == pytest.approx(2.5, rel=0.01)
+    queue.check(ENFORCED, 1.05 / LONGEST_WAIT, 0, "a", 1, NOW)
+    with pytest.raises(Overloaded, match="2 of them before") as refusal:
+        queue.check(ENFORCED, 0.95 / LONGEST_WAIT, 0, "a", 1, NOW)
+    assert refusal.value.reason == "expected_wait"
 
 
 def test_who_alone_is_too_many_is_told_to_slow_down():

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from afd_server.core.batch import Emitted, Sampled, StepPlan, StepResult
 from afd_server.core.errors import ConfigError
-from afd_server.core.request import FinishReason, Request, SamplingParams
+from afd_server.core.request import SLO, FinishReason, Request, SamplingParams
 from afd_server.policy import pace
 from afd_server.policy.scheduler import Scheduler, SchedulerConfig
 from afd_server.policy.step_time import StepLoad
@@ -208,6 +208,73 @@ def test_who_was_preempted_has_no_debt_for_the_time_without_blocks():
     (preempted,) = scheduler._waiting
     assert preempted.num_emitted > 0
     assert (preempted.first_token_s, preempted.num_since_first) == (None, 0)
+
+
+@pytest.fixture
+def crowded(monkeypatch):
+    """Return a function that makes a scheduler with two prompts, read one after the other."""
+
+    def make(slo=SLO(4.0, 0.05), *, holds_back=True, second=SLO(4.0, 0.05)):  # noqa: B008
+        scheduler = Scheduler(config(num_lanes=1, max_batch_tokens=9, holds_back=holds_back))
+        monkeypatch.setattr(
+            scheduler.pace, "prefill_budget", lambda load, *_: 0 if load.rows else 8
+        )
+        for key, targets in ((1, slo), (2, second)):
+            wanted = request(key, num_prompt=8, max_tokens=12, first=100 * key)
+            scheduler.submit(replace(wanted, slo=targets), 0.0)
+        return scheduler
+
+    return make
+
+
+def step(scheduler, now_s, token=1):
+    """Return what clients get after a step, as key and index."""
+    emitted = scheduler.commit(result_of(scheduler.plan(0, now_s), token), now_s)
+    return [(e.key, e.index) for e in emitted]
+
+
+def test_a_stream_begins_with_several_tokens_while_prompts_are_to_be_read(crowded):
+    scheduler = crowded()
+    assert [step(scheduler, now_s) for now_s in (0.1, 0.2)] == [[], []]
+    assert step(scheduler, 0.3) == [(1, 0), (1, 1), (1, 2)]
+    first = scheduler._running[0]
+    assert (first.first_token_s, first.num_since_first, first.is_held) == (0.3, 3, False)
+    assert scheduler.pace.due_s(first) == pytest.approx(0.3 + 3 * 0.05 * pace.HEADROOM)
+    assert step(scheduler, 0.4) == [(1, 3)]
+
+
+def test_held_tokens_come_once_nothing_is_to_be_read_or_the_answer_has_ended(crowded):
+    scheduler = crowded()
+    assert step(scheduler, 0.1) == []
+    scheduler.cancel(2, 1)
+    assert step(scheduler, 0.2) == [(1, 0), (1, 1)]
+    assert step(scheduler, 0.3) == [(1, 2)]
+    short = crowded()
+    assert step(short, 0.1) == []
+    assert step(short, 0.2, STOP) == [(1, 0), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"slo": SLO(4.0, None)},
+        {"slo": SLO(0.2, 0.05)},  # its own first token would be late
+        {"second": SLO(60.0, 0.05)},  # the prompt has time
+        {"holds_back": False},
+    ],
+)
+def test_tokens_are_held_for_those_in_a_hurry_and_within_targets_only(crowded, how):
+    scheduler = crowded(**how)
+    assert (1, 0) in step(scheduler, 0.1)
+    assert (1, 1) in step(scheduler, 0.2)
+
+
+def test_of_a_request_that_is_cancelled_no_held_token_comes(crowded):
+    scheduler = crowded()
+    assert step(scheduler, 0.1) == []
+    scheduler.cancel(1, 1)
+    assert scheduler._held == {}
+    assert step(scheduler, 0.2) == [(2, 0)]
 
 
 def prefilled(scheduler, lane=0) -> list[tuple[int, int, int]]:

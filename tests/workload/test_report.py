@@ -11,6 +11,7 @@ from afd_server.workload.report import (
     RequestRecord,
     details,
     goodput_within,
+    offered_within,
     percentile,
     summarise,
 )
@@ -72,6 +73,8 @@ def test_in_a_window_a_good_request_counts_if_its_answer_begins_there():
     assert goodput_within(records, TARGET, 0.5, 2.0) == pytest.approx(3 / 1.5)
     assert goodput_within(records, SLO(ttft_s=1.5), 0.5, 2.0) == pytest.approx(2 / 1.5)
     assert goodput_within([], TARGET, 0.5, 2.0) == 0
+    sent = [record(1.0, 1.04, intended=at_s) for at_s in (0.4, 0.6, 2.0, 2.1)]
+    assert offered_within(sent, 0.5, 2.0) == pytest.approx(2 / 1.5)
 
 
 def test_a_run_in_which_nothing_was_done_has_no_latencies_and_no_throughput():
