@@ -56,12 +56,12 @@ class Sequence:
     `history` is kept for GUARD alone.
     `num_reached` is the most that `num_computed` has been or will be after the step in flight,
     and `num_cached` how many of these others had computed. `chain` names the full blocks.
-    `arrived_s`, `begun_s` (first planned) and `first_token_s` are of this attempt. `is_held` says
-    that the client gets the first tokens later, together.
+    `arrived_s`, `begun_s` (first planned) and `first_token_s` are of this attempt. Of the first
+    tokens, `num_held` have not been sent yet: the client gets them together.
     """
 
     __slots__ = ("arrival", "arrived_s", "begun_s", "cancelled", "chain", "finish",
-                 "first_token_s", "history", "is_held", "num_cached", "num_computed",
+                 "first_token_s", "history", "num_cached", "num_computed", "num_held",
                  "num_reached", "num_since_first", "request", "state", "tables",
                  "token_ids")  # fmt: skip
 
@@ -74,7 +74,7 @@ class Sequence:
         self.begun_s: float | None = None
         self.first_token_s: float | None = None
         self.num_since_first = 0  # tokens, the first included
-        self.is_held = False
+        self.num_held = 0
         self.token_ids = [*request.prompt_ids, *request.emitted_ids]
         self.history = History(request) if request.sampling.guard_window else None
         self.num_computed = 0

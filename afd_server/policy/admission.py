@@ -51,7 +51,7 @@ class FirstTokenQueue:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[int, tuple[int, str, float]] = {}  # priority, tenant, when it is due
+        self._waiting: dict[int, tuple[int, str, float]] = {}  # by key: priority, tenant, due
         self._num_served = 0  # while others waited
         self._interval_s = 0.0  # between first tokens while somebody waits for one
         self._since_s = 0.0  # the latest first token, or when the queue was last empty

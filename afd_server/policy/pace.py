@@ -105,7 +105,7 @@ class Pace:
             now_s: the present.
         """
         loose, tight = sequence.request.slo.tpot_s, first.request.slo.tpot_s
-        if loose is None or tight is None or loose <= tight or sequence.is_held:
+        if loose is None or tight is None or loose <= tight or sequence.num_held:
             return False
         step_s = self.model.predict(with_row(load, sequence), STEP_QUANTILE)
         is_late = now_s + step_s > self.due_s(first)
@@ -223,7 +223,7 @@ def is_decoding(sequence: Sequence) -> bool:
 
 def _is_awaited(sequence: Sequence) -> bool:
     """Tell whether a client has had tokens and waits for the next one."""
-    return is_decoding(sequence) and not sequence.is_held
+    return is_decoding(sequence) and not sequence.num_held
 
 
 def _is_about_to(sequence: Sequence, ends_s: Mapping[int, float]) -> bool:

@@ -104,7 +104,6 @@ class Scheduler:
         self._begun: dict[int, tuple[StepLoad, float]] = {}  # by lane, its step and since when
         self._filling: dict[int, set[bytes]] = {}  # by lane, the blocks its step will fill
         self._by_key: dict[tuple[int, int], Sequence] = {}
-        self._held: dict[int, list[Emitted]] = {}  # first tokens of a sequence, by its arrival
         self._num_arrivals = 0
         self._num_steps = 0
         self._resumed_s = -inf  # when a begun sequence last went on, or none waited to
@@ -298,36 +297,20 @@ class Scheduler:
             if sequence.cancelled:
                 self._end(sequence, FinishReason.CANCELLED)
             elif token is not None:
-                emitted += self._hand_out(sequence, self._extend(sequence, token, now_s), now_s)
+                emitted += self._extend(sequence, token, now_s)
         assert next(sampled, None) is None, "more tokens were sampled than planned"
         return emitted
-
-    def _hand_out(self, sequence: Sequence, newest: Emitted, now_s: float) -> list[Emitted]:
-        """Return what a client gets now that its sequence has a new token.
-
-        A stream that begins has no slack, so that others' prompts wait, and with a short answer
-        no time to catch up. So the first tokens are held while any prompt is to be read: the
-        schedule begins when the client gets them.
-        """
-        tokens = [*self._held.pop(sequence.arrival, ()), newest]
-        is_new = newest.index == 0 or sequence.is_held
-        sequence.is_held = is_new and newest.finish is None and self._holds(sequence, now_s)
-        if sequence.is_held:
-            self._held[sequence.arrival] = tokens
-            return []
-        if is_new:
-            sequence.first_token_s = now_s
-        return tokens
 
     def _holds(self, sequence: Sequence, now_s: float) -> bool:
         """Tell whether a client should get its first tokens later, but within its target."""
         slo = sequence.request.slo
         if slo.tpot_s is None or not self._config.holds_back:
             return False
+        if not sequence.num_emitted == sequence.num_held + 1 < FIRST_TOKENS:
+            return False  # the client has some already, or gets them now
         if now_s + FIRST_TOKENS * slo.tpot_s > slo.first_due_s(sequence.arrived_s):
             return False
-        in_a_hurry = self._waiting or self._num_unread(slo.first_due_s(now_s))
-        return sequence.num_emitted < FIRST_TOKENS and bool(in_a_hurry)
+        return bool(self._waiting) or self._num_unread(slo.first_due_s(now_s)) > 0
 
     def _admit(self, now_s: float) -> None:
         """Give waiting sequences their place while there are blocks for all they know already.
@@ -477,8 +460,14 @@ class Scheduler:
         self._waiting.insert(older, sequence)
         self.num_preemptions += 1
 
-    def _extend(self, sequence: Sequence, token: Sampled, now_s: float) -> Emitted:
-        index, (token_id, entropy) = sequence.num_emitted, token
+    def _extend(self, sequence: Sequence, token: Sampled, now_s: float) -> list[Emitted]:
+        """Take in a new token; return what the client gets now.
+
+        A stream that begins has no slack, so that others' prompts wait, and with a short answer
+        no time to catch up. So the first tokens are held while any prompt is to be read: the
+        schedule begins when the client gets them.
+        """
+        token_id, entropy = token
         sequence.append(token_id, now_s, entropy)
         sampling = sequence.request.sampling
         finish = None
@@ -491,21 +480,19 @@ class Scheduler:
             finish = FinishReason.LENGTH
         if finish is not None:
             self._end(sequence, finish)
-        request = sequence.request
-        num_cached = min(sequence.num_cached, len(request.prompt_ids))
-        assert sequence.begun_s is not None, "a token of a sequence that was never planned"
-        queued_s = sequence.begun_s - sequence.arrived_s
-        return Emitted(
-            request.key, request.attempt, index, token_id, finish, num_cached, queued_s, entropy
-        )
+        elif self._holds(sequence, now_s):
+            sequence.num_held += 1
+            return []
+        if sequence.num_held:
+            sequence.first_token_s = now_s
+        num_new, sequence.num_held = sequence.num_held + 1, 0
+        return [_emitted(sequence, back, finish) for back in reversed(range(num_new))]
 
     def _end(self, sequence: Sequence, finish: FinishReason) -> None:
         if sequence.state is SequenceState.WAITING:
             self._waiting.remove(sequence)
         else:
             self._running.remove(sequence)
-        if finish is FinishReason.CANCELLED:
-            self._held.pop(sequence.arrival, None)
         self.blocks.free(sequence.release())
         sequence.state = SequenceState.FINISHED
         sequence.finish = finish
@@ -524,4 +511,21 @@ def _planned(sequence: Sequence, num_tokens: int) -> PlannedSequence:
         samples=stop == len(sequence.token_ids),
         sampling=sequence.request.sampling,
         history=sequence.history,
+    )
+
+
+def _emitted(sequence: Sequence, back: int, finish: FinishReason | None) -> Emitted:
+    """Return what the gateway hears of the token `back` before the last one of a sequence."""
+    request, history = sequence.request, sequence.history
+    index = sequence.num_emitted - 1 - back
+    assert sequence.begun_s is not None, "a token of a sequence that was never planned"
+    return Emitted(
+        request.key,
+        request.attempt,
+        index,
+        sequence.token_ids[-1 - back],
+        None if back else finish,
+        num_cached=min(sequence.num_cached, len(request.prompt_ids)),
+        queued_s=sequence.begun_s - sequence.arrived_s,
+        entropy=None if history is None else history.entropies[index],
     )

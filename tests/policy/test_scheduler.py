@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from afd_server.core.batch import Emitted, Sampled, StepPlan, StepResult
 from afd_server.core.errors import ConfigError
 from afd_server.core.request import SLO, FinishReason, Request, SamplingParams
+from afd_server.core.sequence import History
 from afd_server.policy import pace
 from afd_server.policy.scheduler import Scheduler, SchedulerConfig
 from afd_server.policy.step_time import StepLoad
@@ -238,7 +239,7 @@ def test_a_stream_begins_with_several_tokens_while_prompts_are_to_be_read(crowde
     assert [step(scheduler, now_s) for now_s in (0.1, 0.2)] == [[], []]
     assert step(scheduler, 0.3) == [(1, 0), (1, 1), (1, 2)]
     first = scheduler._running[0]
-    assert (first.first_token_s, first.num_since_first, first.is_held) == (0.3, 3, False)
+    assert (first.first_token_s, first.num_since_first, first.num_held) == (0.3, 3, 0)
     assert scheduler.pace.due_s(first) == pytest.approx(0.3 + 3 * 0.05 * pace.HEADROOM)
     assert step(scheduler, 0.4) == [(1, 3)]
 
@@ -269,11 +270,23 @@ def test_tokens_are_held_for_those_in_a_hurry_and_within_targets_only(crowded, h
     assert (1, 1) in step(scheduler, 0.2)
 
 
+def test_held_tokens_come_each_with_its_own_entropy(crowded):
+    scheduler = crowded()
+    sequence = scheduler._waiting[0]
+    sequence.history = History(sequence.request)
+    emitted = []
+    for entropy in (0.1, 0.2, 0.3, 0.4):
+        plan = scheduler.plan(0, 0.0)
+        tokens = (Sampled(int(10 * entropy), entropy),) * len(plan.sequences)
+        emitted += scheduler.commit(StepResult(plan, tokens), 0.0)
+    got = [(e.index, e.token_id, e.entropy, e.finish) for e in emitted]
+    assert got == [(0, 1, 0.1, None), (1, 2, 0.2, None), (2, 3, 0.3, None), (3, 4, 0.4, None)]
+
+
 def test_of_a_request_that_is_cancelled_no_held_token_comes(crowded):
     scheduler = crowded()
     assert step(scheduler, 0.1) == []
     scheduler.cancel(1, 1)
-    assert scheduler._held == {}
     assert step(scheduler, 0.2) == [(2, 0)]
 
 
