@@ -30,15 +30,19 @@ class PlannedSequence:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """All that a lane must do in one step. `step` numbers the plans of one worker."""
+    """All that a lane must do in one step. `step` numbers the plans of one worker.
+
+    `may_be_cut` allows for two micro-batches, one of which is computed while the other is away.
+    """
 
     step: int
     lane: int
     sequences: tuple[PlannedSequence, ...]
+    may_be_cut: bool = True
 
     @property
     def num_tokens(self) -> int:
-        """Return the rows of the micro-batch."""
+        """Return the rows of all of it."""
         return sum(len(planned.token_ids) for planned in self.sequences)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from math import ceil, inf
 
 from afd_server.core.sequence import Sequence
-from afd_server.policy.ahead import least_prefill
 from afd_server.policy.step_time import StepLoad, StepTimeModel, with_prefill, with_row
 
 HEADROOM = 0.94  # of a target: tokens are due that much earlier than was promised
@@ -18,6 +17,7 @@ LONGEST_GAP = 1.7  # targets: slack or not, hardly any step with more prefill ta
 EXPECTED_GROWTH = 64  # tokens by which a sequence is taken to grow when it is judged
 PATIENCE_S = 0.5  # without any prefill, after which some is done at anybody's cost
 MIN_PREFILL = 16  # tokens; fewer are not worth their part of a step
+WORTH_A_STEP = 24  # tokens: until there is slack for so many, it is saved
 SWITCH_GAIN = 1.06  # that another number of lanes must promise: to change it costs half a step
 TRIAL_EVERY = 128  # steps, of which so many are in another number of lanes than is thought best
 TRIAL_STEPS = 8
@@ -33,12 +33,10 @@ class Pace:
 
     Args:
         num_lanes: that share the sequences; `open_lanes` may say so later.
-        cuts_steps: whether steps with much prefill go in two parts (`policy.ahead`).
     """
 
-    def __init__(self, num_lanes: int, cuts_steps: bool = True) -> None:
+    def __init__(self, num_lanes: int) -> None:
         self.model = StepTimeModel()
-        self._cuts_steps = cuts_steps
         self._lane_choices = range(num_lanes, num_lanes + 1)
         self._num_chosen = 0
         self._preferred = num_lanes  # lanes, but for trials of others
@@ -126,8 +124,8 @@ class Pace:
         who decode; and while several are reading, no step is so long that one of them would wait
         for it with a short answer. Somebody alone reads as much as there is room for.
 
-        Where steps go in two parts (`policy.ahead`), slack is saved until it is enough for one,
-        since a token costs 1.4 times as much in one that does not; unless no gap may be so long.
+        Slack is saved until there is enough for some more tokens, as each costs less among many;
+        unless no gap may be so long.
 
         Args:
             load: the rest of the step.
@@ -157,8 +155,7 @@ class Pace:
 
         in_a_gap = max(min(MIN_PREFILL, most), _most_prefill(load, start, most, is_short))
         fitting = _most_prefill(load, start, in_a_gap, is_on_time)
-        enough = least_prefill(load.rows) if self._cuts_steps else MIN_PREFILL
-        if fitting >= min(in_a_gap, enough):
+        if fitting >= min(in_a_gap, WORTH_A_STEP):
             return fitting
         is_starved = now_s - self._last_prefill_s > PATIENCE_S
         return max(fitting, min(MIN_PREFILL, most)) if is_starved else 0
@@ -235,16 +232,8 @@ def _is_about_to(sequence: Sequence, ends_s: Mapping[int, float]) -> bool:
 def _most_prefill(
     load: StepLoad, start: int, most: int, is_fine: Callable[[StepLoad], bool]
 ) -> int:
-    """Return with how many tokens of a prompt, at most, a load is still fine.
-
-    That may be so again from where the step goes in two parts.
-    """
-    fitting, too_many, fewest = 0, most + 1, ceil(least_prefill(load.rows))
-    if fewest <= most:
-        if is_fine(with_prefill(load, start, fewest)):
-            fitting = fewest
-        else:
-            too_many = fewest
+    """Return with how many tokens of a prompt, at most, a load is still fine."""
+    fitting, too_many = 0, most + 1
     while too_many - fitting > 1:
         middle = (fitting + too_many) // 2
         if is_fine(with_prefill(load, start, middle)):

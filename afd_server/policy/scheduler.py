@@ -45,7 +45,7 @@ class SchedulerConfig:
         prefix_caching: whether sequences take over blocks that others have computed.
         holds_back: whether sequences wait, and are refused in the end, that would make others
             miss their targets.
-        cuts_steps: whether steps with much prefill go in two parts (`policy.ahead`).
+        cuts_steps: whether steps of many rows go in two parts (`policy.ahead`).
         windows: of each KV group, in positions; None sees all.
     """
 
@@ -96,7 +96,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self.blocks = BlockPool(config.num_blocks, config.block_size)
-        self.pace = Pace(config.num_lanes, config.cuts_steps)
+        self.pace = Pace(config.num_lanes)
         self._tables = BlockTables(self.blocks, config.windows, config.max_batch_tokens)
         self._waiting: list[Sequence] = []  # oldest first
         self._running: list[Sequence] = []  # own blocks, oldest first
@@ -113,7 +113,7 @@ class Scheduler:
 
     @property
     def cuts_steps(self) -> bool:
-        """Tell whether steps are taken to go in two parts where these are large enough."""
+        """Tell whether steps go in two parts where these are large enough."""
         return self._config.cuts_steps
 
     @property
@@ -242,7 +242,7 @@ class Scheduler:
         if load.prefill:
             self.pace.note_prefill(now_s)
         planned = tuple(_planned(sequence, num_tokens) for sequence, num_tokens in chosen)
-        return StepPlan(self.number_step(), lane, planned)
+        return StepPlan(self.number_step(), lane, planned, self._config.cuts_steps)
 
     def _note_beside(self, newest: int, now_s: float) -> None:
         """Let steps that have hardly begun know of one that begins: it is beside them too."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from afd_server.core.batch import StepPlan
 from afd_server.core.sequence import Sequence
-from afd_server.policy.ahead import least_prefill
 
 LEAST_S = 1e-4  # no step is expected to be shorter
 LEAST_PACE = 0.1  # of a calibration's costs: nothing is expected to be done in less
@@ -31,7 +30,7 @@ OUTLIER = 2.0  # no step counts as slower than so many times its prediction
 
 # Seconds for each unit of `_features` before any was measured, and how much of what a step costs
 # itself it costs the steps beside it.
-_GUESS_S = (0.01, 0.015, 0.005, 0.09, 0.005, 0.03)
+_GUESS_S = (0.01, 0.015, 0.005, 0.09, 0.005)
 _BESIDE = 0.6
 _NUM_OWN = len(_GUESS_S)
 _PRIOR_WEIGHTS = (OWN_STEPS,) * _NUM_OWN + (BESIDE_STEPS,) * (_NUM_OWN - 1)  # all but `keys`
@@ -50,7 +49,6 @@ class StepLoad:
         other_rows: as `rows`, of these.
         other_prefill: as `prefill`, of these.
         other_prefill_keys: as `prefill_keys`, of these.
-        other_uncut: as `uncut`, of these.
     """
 
     rows: float = 0
@@ -61,12 +59,6 @@ class StepLoad:
     other_rows: float = 0
     other_prefill: float = 0
     other_prefill_keys: float = 0
-    other_uncut: float = 0
-
-    @property
-    def uncut(self) -> float:
-        """Return the tokens of prompts if they are too few for two parts, where each costs more."""
-        return self.prefill if self.prefill < least_prefill(self.rows) else 0
 
 
 def beside(loads: Iterable[StepLoad]) -> StepLoad:
@@ -77,7 +69,6 @@ def beside(loads: Iterable[StepLoad]) -> StepLoad:
         other_rows=sum(load.rows for load in others),
         other_prefill=sum(load.prefill for load in others),
         other_prefill_keys=sum(load.prefill_keys for load in others),
-        other_uncut=sum(load.uncut for load in others),
     )
 
 
@@ -89,7 +80,6 @@ def beside_those_of(load: StepLoad, others: StepLoad) -> StepLoad:
         other_rows=others.other_rows,
         other_prefill=others.other_prefill,
         other_prefill_keys=others.other_prefill_keys,
-        other_uncut=others.other_uncut,
     )
 
 
@@ -129,12 +119,10 @@ def _features(load: StepLoad) -> tuple[float, ...]:
         load.keys / 8192,
         load.prefill / 128,
         load.prefill_keys / 65536,
-        load.uncut / 128,
         load.others,
         load.other_rows / 16,
         load.other_prefill / 128,
         load.other_prefill_keys / 65536,
-        load.other_uncut / 128,
     )
 
 

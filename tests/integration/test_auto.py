@@ -29,11 +29,11 @@ def test_a_server_left_to_itself_starts_answers_and_says_what_it_chose(short_dir
         plan = f"{CORES} cores: {num_attention} attention and {num_ffn} FFN workers, because"
         assert plan in server.output
         # said before the server was ready
-        assert server.output.count(" streams through a layer with ") == num_attention
+        assert server.output.count(" streams through a layer as ") == num_attention
         assert server.wait_for(server.all_blocks_free)
     with serving(short_dir, tiny_llama()[0], *AUTO, "--lanes", 2) as server:
         assert tokens_of(server) == got
-        assert " streams through a layer with " not in server.output
+        assert " streams through a layer as " not in server.output
 
 
 def test_colocated_workers_may_be_as_many_as_there_are_cores(short_dir):

@@ -4,7 +4,6 @@ import pytest
 
 from afd_server.core.request import SLO, Request, SamplingParams
 from afd_server.core.sequence import Sequence
-from afd_server.policy.ahead import MIN_ROWS
 from afd_server.policy.pace import (
     GAP_QUANTILE,
     HEADROOM,
@@ -13,6 +12,7 @@ from afd_server.policy.pace import (
     PATIENCE_S,
     TRIAL_EVERY,
     TRIAL_STEPS,
+    WORTH_A_STEP,
     Pace,
 )
 from afd_server.policy.step_time import StepLoad
@@ -117,45 +117,20 @@ def test_who_has_least_slack_decides_how_much_is_read(pace):
     assert 0 < both < alone
 
 
-def test_slack_is_saved_until_a_step_goes_in_two_parts(pace):
+def test_slack_is_saved_until_it_is_worth_a_step(pace):
     pace.note_prefill(now_s := 100.0)
-    load, near = StepLoad(rows=8, keys=800), decoding(now_s - 0.048, 2)
-    fits = [pace.prefill_budget(load, 0, [near], most, now_s, {}) for most in (16, 24, 32, 256)]
-    assert fits == [16, 24, 0, 0], "what is left of a prompt needs no more room than it takes"
+    load, near = StepLoad(rows=8, keys=800), decoding(now_s - 0.0508, 2)
+    fits = [pace.prefill_budget(load, 0, [near], most, now_s, {}) for most in (16, 20, 32, 256)]
+    assert fits == [16, 20, 0, 0], "what is left of a prompt needs no more room than it takes"
     later_s = now_s + PATIENCE_S + 0.001
-    saved = decoding(later_s - 0.048, 2)
-    assert MIN_PREFILL < pace.prefill_budget(load, 0, [saved], 256, later_s, {}) < 32, (
+    saved = decoding(later_s - 0.0508, 2)
+    assert MIN_PREFILL < pace.prefill_budget(load, 0, [saved], 256, later_s, {}) < WORTH_A_STEP, (
         "but not long"
     )
     near = decoding(now_s - 0.02, 2)
-    assert pace.prefill_budget(load, 0, [near], 256, now_s, {}) + load.rows >= 2 * MIN_ROWS
-    assert pace.prefill_budget(StepLoad(rows=20), 0, [near], 256, now_s, {}) >= 2 * MIN_ROWS - 20
+    assert pace.prefill_budget(load, 0, [near], 256, now_s, {}) >= WORTH_A_STEP
     tight = decoding(now_s - 0.004, 2, tpot_s=0.02)  # no gap of 34 ms has room for 40 tokens
     assert MIN_PREFILL <= pace.prefill_budget(StepLoad(), 0, [tight], 256, now_s, {}) < 30
-
-
-def test_no_slack_is_saved_where_no_step_goes_in_two_parts(pace):
-    pace.note_prefill(now_s := 100.0)
-    load, near = StepLoad(rows=8, keys=800), decoding(now_s - 0.048, 2)
-    assert pace.prefill_budget(load, 0, [near], 256, now_s, {}) == 0
-    colocated = Pace(num_lanes=1, cuts_steps=False)
-    colocated.model.calibrate(CALIBRATION)
-    colocated.note_prefill(now_s)
-    assert MIN_PREFILL < colocated.prefill_budget(load, 0, [near], 256, now_s, {}) < 32
-    late = decoding(now_s - 0.08, 2)
-    assert colocated.prefill_budget(load, 0, [late], 256, now_s, {}) == 0
-
-
-def test_a_gap_has_room_for_two_parts_where_fewer_tokens_would_take_longer():
-    """One part of 47 tokens takes 75 ms here, two parts of 48 take 55; a gap may be of 85."""
-    pace = Pace(num_lanes=1)
-    costly = (StepLoad(prefill=47, prefill_keys=1104), 0.078)
-    pace.model.calibrate([CALIBRATION[0], CALIBRATION[1], costly, *CALIBRATION[3:]] * 3)
-    ahead = decoding(99.0, 200)
-    assert 48 <= pace.prefill_budget(StepLoad(), 0, [ahead], 256, 100.0, {}) < 80
-    tight = decoding(99.0, 200, tpot_s=0.035)
-    assert MIN_PREFILL < pace.prefill_budget(StepLoad(), 0, [tight], 256, 100.0, {}) < 40
-    assert pace.prefill_budget(StepLoad(), 0, [ahead], 40, 100.0, {}) == 40
 
 
 def test_whose_token_another_lane_is_about_to_bring_may_wait_for_the_next_one(pace):

@@ -1,7 +1,9 @@
 """The step-time model finds the costs of a machine from noisy steps, and follows it."""
 
 import random
+from collections import Counter
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
@@ -22,12 +24,10 @@ def true_s(load: StepLoad, speed: float = 1.0) -> float:
         + 1.5e-7 * load.keys
         + 0.0009 * load.prefill
         + 1e-7 * load.prefill_keys
-        + 0.0003 * load.uncut
         + 0.004 * load.others
         + 0.0004 * load.other_rows
         + 0.0005 * load.other_prefill
         + 0.8e-7 * load.other_prefill_keys
-        + 0.0002 * load.other_uncut
     )
 
 
@@ -74,13 +74,15 @@ def test_a_machine_that_becomes_slower_is_followed():
 
 
 def test_quantiles_hold_for_steps_to_come():
-    rng, model = random.Random(4), StepTimeModel()
-    teach(model, rng, 500, noise=0.2)
-    loads = [some_load(rng) for _ in range(1000)]
-    for quantile in (0.5, 0.9):
-        times = [(true_s(load) * rng.lognormvariate(0, 0.2), load) for load in loads]
-        held = sum(seconds <= model.predict(load, quantile) for seconds, load in times)
-        assert held / 1000 == pytest.approx(quantile, abs=0.07)
+    held = Counter()
+    for seed in range(4):
+        rng, model = random.Random(seed), StepTimeModel()
+        teach(model, rng, 500, noise=0.2)
+        for quantile, load in product((0.5, 0.9), [some_load(rng) for _ in range(500)]):
+            seconds = true_s(load) * rng.lognormvariate(0, 0.2)
+            held[quantile] += seconds <= model.predict(load, quantile)
+    assert held[0.5] / 2000 == pytest.approx(0.5, abs=0.05)
+    assert held[0.9] / 2000 == pytest.approx(0.9, abs=0.05)
 
 
 def test_a_steady_load_says_nothing_of_others_but_more_work_never_takes_less():
@@ -103,7 +105,6 @@ def test_a_steady_load_says_nothing_of_others_but_more_work_never_takes_less():
 def test_before_the_first_step_the_prediction_is_the_prior():
     assert StepTimeModel().predict(StepLoad()) == pytest.approx(0.01)
     assert StepTimeModel().predict(StepLoad(prefill=128)) == pytest.approx(0.10)
-    assert StepTimeModel().predict(StepLoad(prefill=32)) == pytest.approx(0.04), "in one part"
 
 
 CALIBRATION = (

@@ -21,32 +21,29 @@ from afd_server.workload.report import RequestRecord, summarise
 from afd_server.workload.search import RateSearch, missed_targets
 
 TARGETS = SLO(ttft_s=4.0, tpot_s=0.05)
-IN_ONE_PART = 0.35  # more; measured on two Zen 4 cores: 0.63 and 0.48 ms a token, beside 0.49, 0.34
 CALIBRATION = (
     StepLoad(rows=1, keys=200),
     StepLoad(rows=16, keys=3200),
-    StepLoad(prefill=47, prefill_keys=1104),
-    StepLoad(prefill=128, prefill_keys=8192),
-    StepLoad(prefill=128, prefill_keys=128 * 1024),
+    StepLoad(prefill=32, prefill_keys=512),
+    StepLoad(prefill=96, prefill_keys=4608),
+    StepLoad(prefill=32, prefill_keys=128 * 1024),
     StepLoad(rows=2, keys=400, others=1, other_rows=2),
     StepLoad(rows=8, keys=1600, others=1, other_rows=8),
 )
 
 
 def nominal_s(load: StepLoad) -> float:
-    """Return about what a 1A1F server of SmolLM2-135M takes on two cores, in two lanes.
-
-    Few tokens of a prompt cost more each, as a small step does not go in two parts.
-    """
+    """Return about what a 1A1F server of SmolLM2-135M takes on two Zen 4 cores, in two parts."""
     return (
         0.0085
         + 0.0009 * load.rows
-        + 1.2e-6 * load.keys
-        + 0.00095 * (load.prefill + IN_ONE_PART * load.uncut)
+        + 0.8e-6 * load.keys
+        + 0.003 * (load.prefill > 0)
+        + 0.00043 * load.prefill
         + 2e-8 * load.prefill_keys
         + 0.004 * load.others
         + 0.0003 * load.other_rows
-        + 0.0004 * (load.other_prefill + IN_ONE_PART * load.other_uncut)
+        + 0.0003 * load.other_prefill
     )
 
 
@@ -64,7 +61,7 @@ def simulation(
             "max_model_len": 8192,
             "max_num_seqs": 64,
             "max_batch_tokens": 256,
-            "num_lanes": 2,
+            "num_lanes": 1,
             "num_blocks": 4000,
             "block_size": 16,
             "prefix_caching": True,
@@ -108,13 +105,17 @@ def record_of(outcome: Outcome) -> RequestRecord:
     return RequestRecord(at_s, at_s, times_s[-1], times_s, num_prompt, len(times_s))
 
 
-def highest_rate(seed=1) -> float:
+def highest_rate(seeds=(1, 2, 3)) -> float:
     """Return the requests a second that are held, as `bench --find-goodput` finds them."""
-    search = RateSearch(2.0)
-    while (rate := search.next_rate()) is not None:
+
+    def holds(rate, seed):
         outcomes = simulation(seed).run(poisson(rate, 0, 60, random.Random(f"{seed} {rate}")))
         report = summarise([record_of(outcome) for outcome in outcomes], TARGETS)
-        search.note(rate, holds=not list(missed_targets(report)))
+        return not list(missed_targets(report))
+
+    search = RateSearch(2.0)
+    while (rate := search.next_rate()) is not None:
+        search.note(rate, holds=all(holds(rate, seed) for seed in seeds))
     assert search.best is not None, "no rate is held"
     return search.best
 
@@ -146,14 +147,14 @@ def test_at_every_load_admitted_requests_are_on_time_and_overload_costs_no_goodp
 
 
 def test_without_control_the_same_overload_serves_nobody_on_time():
-    arrivals = poisson(6.4, 0, 30, random.Random(1))
+    arrivals = poisson(7.4, 0, 30, random.Random(1))
     free = [replace(arrival, slo=SLO()) for arrival in arrivals]
     outcomes = simulation(1, mode="off").run(free)
     assert goodput(outcomes, 30) < 0.3 * goodput(simulation(1).run(arrivals), 30)
 
 
 def test_best_effort_refuses_nobody_and_lets_prompts_wait_for_those_who_decode():
-    arrivals = poisson(6.4, 0, 20, random.Random(11))
+    arrivals = poisson(7.4, 0, 20, random.Random(11))
     outcomes = simulation(11, mode="best-effort").run(arrivals)
     free = simulation(11, mode="off").run([replace(arrival, slo=SLO()) for arrival in arrivals])
     assert len(begun(outcomes)) == len(begun(free)) == len(arrivals)
@@ -167,9 +168,10 @@ def test_no_cap_on_concurrency_does_better_in_the_same_time():
         """Count those that were on time in both respects."""
         return sum(o.ttft_s <= 4.0 and (o.tpot_s or 0) <= 0.05 for o in begun(outcomes))
 
-    arrivals = poisson(4.0, 0, 45, random.Random(2))
+    arrivals = poisson(4.5, 0, 45, random.Random(2))
     free = [replace(arrival, slo=SLO()) for arrival in arrivals]
-    capped = [within(simulation(2, mode="off", max_num_seqs=cap).run(free)) for cap in (10, 14, 18)]
+    caps = (12, 16, 20, 24)
+    capped = [within(simulation(2, mode="off", max_num_seqs=cap).run(free)) for cap in caps]
     assert within(simulation(2).run(arrivals)) >= max(capped)
 
 
@@ -190,7 +192,7 @@ class Limited(ServingSimulation):
 
 
 def test_a_limit_on_concurrency_that_follows_missed_targets_does_no_better():
-    arrivals = poisson(6.4, 0, 90, random.Random(9))
+    arrivals = poisson(7.4, 0, 90, random.Random(9))
     ours = simulation(9).run(arrivals)
     plain = simulation(9, mode="off")
     limited = Limited(plain.scheduler._config, plain._admission, plain._step_s)
@@ -204,7 +206,7 @@ def test_a_limit_on_concurrency_that_follows_missed_targets_does_no_better():
 def test_a_burst_is_survived_and_over_soon_after():
     rng = random.Random(3)
     arrivals = [
-        *poisson(2.2, 0, 40, rng), *poisson(9.6, 40, 70, rng), *poisson(2.2, 70, 110, rng)
+        *poisson(2.5, 0, 40, rng), *poisson(10.8, 40, 70, rng), *poisson(2.5, 70, 110, rng)
     ]  # fmt: skip
     outcomes = simulation(3).run(arrivals)
     assert attainment(outcomes) >= 0.99
@@ -224,9 +226,9 @@ def test_a_long_prompt_among_decoding_streams_costs_them_no_target():
 
 
 def test_answers_of_a_few_tokens_are_on_time_too():
-    for tokens, rate in ((2, 2.0), (4, 6.0), (8, 20.0)):
+    for tokens, rate in ((2, 2.0), (4, 6.0), (8, 16.0)):
         outcomes = []
-        for seed in (4, 5, 6):
+        for seed in range(4, 12):
             arrivals = poisson(rate, 0, 30, random.Random(seed))
             short = [replace(arrival, num_output=2 + n % (tokens - 1))
                      for n, arrival in enumerate(arrivals)]  # fmt: skip
@@ -262,7 +264,7 @@ def test_those_with_loose_targets_leave_time_for_the_prompts_of_others():
 
 
 def test_requests_of_a_lost_worker_go_on_without_harm_to_those_of_the_one_that_is_left():
-    streams = [Arrival(0.2 * i, 32, 700, TARGETS) for i in range(30)]
+    streams = [Arrival(0.2 * i, 32, 700, TARGETS) for i in range(28)]
     moved = [Arrival(8.0, 32, 400, TARGETS, num_emitted=10) for _ in range(40)]
     outcomes = simulation(10).run([*streams, *moved])
     assert attainment(outcomes) == 1.0
@@ -317,7 +319,7 @@ def test_few_streams_share_a_lane_and_many_have_all_of_them():
 
     def tpot_s(num_streams, fewest_lanes):
         streams = [Arrival(0.0, 32, 200, SLO(60.0)) for _ in range(num_streams)]
-        outcomes = simulation(num_streams, fewest_lanes=fewest_lanes).run(streams)
+        outcomes = simulation(num_streams, fewest_lanes=fewest_lanes, num_lanes=2).run(streams)
         return sum(outcome.tpot_s for outcome in outcomes) / num_streams
 
     assert tpot_s(2, fewest_lanes=1) < 0.85 * tpot_s(2, fewest_lanes=2)

@@ -22,7 +22,7 @@ from support.experts import tiny_routed
 from support.pools import Pools, ipc_links
 
 NUM_LAYERS = 3
-ALONE = 3 * NUM_ROUNDS + 5  # steps: three sizes that decode, and parts of prompts
+ALONE = 4 * NUM_ROUNDS + 5  # steps: three sizes that decode, one in two parts too; and of prompts
 
 
 def requests(count=4, num_output=6):
@@ -117,9 +117,25 @@ def test_it_leaves_no_block_no_row_and_nothing_cached():
     assert [(e.step, e.rows) for e in steps] == [
         (number, rows)
         for number, rows in enumerate(
-            [2, 4, 16, 47, 2, 4, 16, 47, 96, 47, 2, 4, 16, 47] + [2, 4, 16] * (NUM_ROUNDS - 3), 1
+            [2, 4, 16, 16, 32, 2, 4, 16, 16, 32, 96, 32, 2, 4, 16, 16, 32]
+            + [2, 4, 16, 16] * (NUM_ROUNDS - 3),
+            1,
         )
     ]
+
+
+def test_what_goes_in_two_parts_is_learned_so_and_its_stages_are_those_of_one(monkeypatch):
+    monkeypatch.setattr(calibration, "LONGEST_S", 1e9)
+    learned, chosen_by = [], []
+    pools = Pools(tiny_llama()[0], num_lanes=None)
+    worker = pools.workers[pools.attention()]
+    made = worker._calibration
+    monkeypatch.setattr(made, "_note_stages", chosen_by.append)
+    monkeypatch.setattr(worker._scheduler.pace.model, "calibrate", learned.extend)
+    calibrate(pools)
+    assert Counter(chosen_by) == {2: NUM_ROUNDS - 1, 4: NUM_ROUNDS - 1, 16: NUM_ROUNDS - 1}
+    assert sorted(load.rows for load, _ in learned if load.rows) == [2, 4, 16]
+    assert {len(made._seconds[load]) for load, _ in learned if load.rows} == {NUM_ROUNDS - 1}
 
 
 def test_lanes_are_timed_beside_each_other_and_leave_nothing_behind_either(monkeypatch):
@@ -213,12 +229,13 @@ def test_a_network_that_loses_and_repeats_frames_changes_no_token(seed):
     assert pools.run(requests()) == Pools(tiny_llama()[0], num_ffn=2).run(requests())
 
 
-def test_where_every_step_is_disturbed_there_are_two_lanes_and_a_warning(caplog):
+def test_where_every_step_is_disturbed_two_micro_batches_are_in_flight(caplog):
     pools = Pools(tiny_llama()[0], num_lanes=None, faults=Faults(1, drop=0.4), resend_s=0.1)
-    calibrate(pools, turns=20_000)
+    (worker,) = calibrate(pools, turns=20_000)
     (record,) = [r for r in caplog.records if "lanes" in r.getMessage()]
     assert record.levelno == logging.WARNING
-    assert record.getMessage().startswith("lanes: 2, uncalibrated")
+    assert record.getMessage().startswith("lanes for 2 micro-batches, uncalibrated")
+    assert len(worker._lanes) == 1, "whose steps go in two parts"
 
 
 def test_every_step_has_a_number_of_its_own():

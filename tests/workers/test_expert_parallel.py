@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from afd_server.core.request import Request, SamplingParams
+from afd_server.core.stage import AHEAD
 from afd_server.core.topology import FFNParallel, Role
 from afd_server.models.routing import RoutedRows, join
+from afd_server.telemetry.timeline import EventKind, read_events
 from afd_server.transport.codec import Envelope
 from afd_server.transport.endpoint import Received
 from afd_server.transport.inproc import Faults
@@ -259,7 +261,18 @@ def test_gates_count_every_choice_once_whatever_is_sent_again(name, num_experts,
     pools.run(requests)
     worker = pools.workers[pools.attention()]
     counts = memoryview(worker.expert_load().tokens.data).cast("q", (3, num_experts)).tolist()
-    assert [sum(row) for row in counts] == [count * worker.load(0).rows for count in choices]
+    report = worker.load(0)
+    events = list(read_events(report.events.data))
+    sampled = {(e.step, e.lane) for e in events if e.kind == EventKind.SAMPLE}
+    unasked = sum(  # what goes ahead of a prompt's rest ends with the last layer's attention
+        e.rows
+        for e in events
+        if e.kind == EventKind.ATTENTION and e.layer == 2 and e.lane >= AHEAD
+        if (e.step, e.lane) not in sampled
+    )
+    rows = [report.rows, report.rows, report.rows - unasked]
+    expected = [count * num_rows for count, num_rows in zip(choices, rows, strict=True)]
+    assert [sum(row) for row in counts] == expected
 
 
 def test_a_model_without_experts_reports_none():

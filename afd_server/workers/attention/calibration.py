@@ -29,27 +29,29 @@ log = logging.getLogger(__name__)
 FEW = 2  # rows of the smallest steps
 NUM_ROUNDS = 6  # one step of each size in a round; the first one warms up
 TOGETHER_ROUNDS = 7  # of each size, beside other lanes; the outer ones are not beside their like
-UNCUT_TOKENS = 2 * MIN_ROWS - 1  # of a prompt, in a step that does not go in two parts
-CUT_TOKENS = 4 * MIN_ROWS
+PREFILL_TOKENS = (4 * MIN_ROWS, 12 * MIN_ROWS)  # of a prompt in a step
 LONGEST_S = 1.5  # no further step after this, once each size was timed; again for lanes together
-UNMEASURED_LANES = 2  # one computes while the other is away
+UNMEASURED = 2  # micro-batches: one computes while the other is away
 
 Tables = tuple[tuple[int, ...], ...]  # of blocks, for each KV group
 
 
 class _Step(NamedTuple):
-    """What to compute, and whether it is worth knowing how long it takes."""
+    """What to compute, whether it is worth knowing how long it takes, and whether in one part."""
 
     sequences: tuple[PlannedSequence, ...]
     counts: bool
+    is_whole: bool = False
 
 
 class Calibration:
     """Plans steps of few rows and of many, in turns, and chooses lanes by what they took.
 
     The sequences are as many as the worker takes at most, all decoding; in other steps one reads a
-    part of a prompt, near its beginning and far from it. When the lanes are open, they run beside
-    each other, with few rows and then with many. The scheduler learns what all these took.
+    part of a prompt, near its beginning and far from it. What a stage takes is seen in steps that
+    go in one part; where those of requests go in two, these are timed as well. When the lanes are
+    open, they run beside each other, with few rows and then with many. The scheduler learns what
+    all these took, but for those that requests have in two parts only.
 
     Blocks come from the pool and go back to it, zeroed; nothing of them is entered into the
     prefix index, and the steps have numbers of their own, so that a late answer to one is never
@@ -105,7 +107,7 @@ class Calibration:
         ]
         every_block = tuple(block for table in self._tables for block in table)
         longest = min(len(every_block) * pool.block_size, max_model_len)
-        few, many = min(UNCUT_TOKENS, longest), min(CUT_TOKENS, longest)
+        few, many = (min(tokens, longest) for tokens in PREFILL_TOKENS)
         prefilling = [  # the first tokens of a prompt, and those at the end of the longest one
             (_made_up((0,) * count, start, (every_block,) * groups),)
             for start, count in sorted({(0, few), (longest - few, few), (0, many)})
@@ -113,11 +115,13 @@ class Calibration:
         sizes = sorted({min(FEW, self._num_streams), -(-self._num_streams // 4), self._num_streams})
         decoding = [tuple(self._sequences[:size]) for size in sizes]
         self._sizes = sizes
-        warming = [*decoding, prefilling[0]]
-        needed = [*decoding, *prefilling]  # however long they take
-        further = [*warming, *decoding * (NUM_ROUNDS - 3)]
-        counted = [_Step(step, True) for step in [*needed, *further]]
-        self._queues = {0: deque([*(_Step(step, False) for step in warming), *counted])}
+        whole = [_Step(step, True, is_whole=True) for step in decoding]
+        cut = [_Step(step, True) for step in decoding if self._goes_in_two(len(step))]
+        reading = [_Step(step, True) for step in prefilling]
+        warming = [step._replace(counts=False) for step in [*whole, *cut, reading[0]]]
+        needed = [*whole, *cut, *reading]  # however long they take
+        further = [*whole, *cut, reading[0], *[*whole, *cut] * (NUM_ROUNDS - 3)]
+        self._queues = {0: deque([*warming, *needed, *further])}
         self._num_needed = len(warming) + len(needed)
         self._late_s: float | None = None
         self._is_open = False
@@ -146,8 +150,9 @@ class Calibration:
             queue.clear()
         if not queue:
             return None
-        sequences, counts = queue.popleft()
-        plan = StepPlan(self._scheduler.number_step(), lane, sequences)
+        sequences, counts, is_whole = queue.popleft()
+        may_be_cut = self._scheduler.cuts_steps and not is_whole
+        plan = StepPlan(self._scheduler.number_step(), lane, sequences, may_be_cut)
         load = load_of(plan, (load for load, _ in self._in_flight.values()))
         is_beside_its_like = load.other_rows == load.rows * (len(self._queues) - 1)
         self._in_flight[lane] = (load, counts and is_beside_its_like)
@@ -157,10 +162,10 @@ class Calibration:
     def commit(self, plan: StepPlan, seconds: float) -> None:
         """Take in a finished step: how long it took, and what the timeline says of its stages."""
         load, counts = self._in_flight.pop(plan.lane)
-        if counts:
+        if counts and (plan.may_be_cut or not self._goes_in_two(plan.num_tokens)):
             self._seconds[load].append(seconds)
-            if not self._is_open and load.prefill == 0:
-                self._note_stages(len(plan.sequences))
+        if counts and load.prefill == 0 and not (plan.may_be_cut or self._is_open):
+            self._note_stages(len(plan.sequences))
         self._num_steps += 1
 
     def open_lanes(self, num_attention: int) -> int:
@@ -186,6 +191,9 @@ class Calibration:
         self._scheduler.pace.model.calibrate(typical.items())
         log.debug("steps take, in seconds: %s", typical)
 
+    def _goes_in_two(self, num_rows: int) -> bool:
+        return self._scheduler.cuts_steps and num_rows >= 2 * MIN_ROWS
+
     def _note_stages(self, num_rows: int) -> None:
         events = list(read_events(self._timeline.since(self._num_recorded)))
         is_whole = len(events) == self._timeline.num_recorded - self._num_recorded
@@ -197,18 +205,23 @@ class Calibration:
         """Return the number of lanes for each of so many attention workers, and log why."""
         if len(self._measured) < len(self._sizes):
             log.warning(
-                "lanes: %d, uncalibrated: calls had to be sent again, or their transfers are more "
-                "than the timeline holds",
-                UNMEASURED_LANES,
+                "lanes for %d micro-batches, uncalibrated: calls had to be sent again, or their "
+                "transfers are more than the timeline holds",
+                UNMEASURED,
             )
-            return min(UNMEASURED_LANES, self._num_streams)
+            return self._lanes_of(min(UNMEASURED, self._num_streams))
         few, many = min(self._measured), max(self._measured)
         measured = MeasuredStages(
             few, quickest(self._measured[few]), many, quickest(self._measured[many])
         )
         choice = choose_lanes(measured, self._num_streams, num_attention / self._num_replicas)
-        log.info("%s", _sentence(measured, choice, self._num_streams))
-        return choice.num_lanes
+        num_lanes = self._lanes_of(choice.num_lanes)
+        log.info("%s", _sentence(num_lanes, measured, choice, self._num_streams))
+        return num_lanes
+
+    def _lanes_of(self, num_micro_batches: int) -> int:
+        """Return how many lanes have so many in flight: one has two where steps are cut."""
+        return -(-num_micro_batches // 2) if self._scheduler.cuts_steps else num_micro_batches
 
 
 def layer_times(events: Iterable[Event], num_layers: int) -> LayerTimes | None:
@@ -254,7 +267,9 @@ def _made_up(token_ids: tuple[int, ...], start: int, tables: Tables) -> PlannedS
     return PlannedSequence(0, 0, token_ids, start, tables, True, sampling)
 
 
-def _sentence(measured: MeasuredStages, choice: LaneChoice, num_streams: int) -> str:
+def _sentence(
+    num_lanes: int, measured: MeasuredStages, choice: LaneChoice, num_streams: int
+) -> str:
     def shown(rows: int, times: StageTimes) -> str:
         return (
             f"{rows} rows: T_a {times.attention_s * 1e6:.0f}, T_f {times.ffn_s * 1e6:.0f}, "
@@ -263,7 +278,7 @@ def _sentence(measured: MeasuredStages, choice: LaneChoice, num_streams: int) ->
 
     expected = ", ".join(f"{seconds * 1e6:.0f}" for seconds in choice.layer_s)
     return (
-        f"lanes: {choice.num_lanes} ({shown(measured.few_rows, measured.few)}; "
+        f"lanes: {num_lanes} ({shown(measured.few_rows, measured.few)}; "
         f"{shown(measured.many_rows, measured.many)}; {num_streams} streams through a layer "
-        f"with 1, 2, … lanes: {expected} µs)"
+        f"as 1, 2, … micro-batches: {expected} µs)"
     )

@@ -13,8 +13,9 @@ from afd_server.workers.attention.kv_store import KVStore
 from afd_server.workers.attention.sampler import Sampler
 from afd_server.workers.tensors import micro_batch
 
-# Of a stage: the next call, or none where nothing depends on it; or the step's end.
-Outcome = tuple[StageId, FFNCall | None] | StepResult
+# Of a stage: the next call, or none where nothing depends on it. Behind the last one: the step's
+# result, or none while its other part is under way.
+Outcome = tuple[StageId, FFNCall | None] | StepResult | None
 
 
 class Part:
@@ -23,16 +24,20 @@ class Part:
     Attributes:
         lane: whose step it is.
         index: what stands for the lane in its stages.
+        step: the number of that step.
         num_rows: of the micro-batch.
+        num_samples: new tokens that it gives.
         is_held: it could go on, but for the part that goes ahead.
     """
 
     def __init__(self, lane: "Lane", index: int) -> None:
         self.lane = lane
         self.index = index
+        self.step = 0
         self.num_rows = 0
+        self.num_samples = 0
         self.is_held = False
-        self._step = 0
+        self._plan: StepPlan | None = None
         self._attended = ctypes.c_int64()  # native code counts on
         self._last_layer: int | None = None  # where a part ends that nothing is sampled from
         self._forward: Forward | None = None
@@ -52,8 +57,11 @@ class Part:
     ) -> None:
         """Take a micro-batch, which may follow that of another part in each layer."""
         assert self._forward is None, f"part {self.index} is busy"
-        self._step, self.num_rows, self._attended.value = plan.step, plan.num_tokens, 0
-        self._last_layer = model.num_layers - 1 if self.index >= AHEAD else None
+        self._plan, self.step, self.num_rows = plan, plan.step, plan.num_tokens
+        self.num_samples = sum(planned.samples for planned in plan.sequences)
+        self._attended.value = 0
+        ends_early = self.index >= AHEAD and self.num_samples == 0
+        self._last_layer = model.num_layers - 1 if ends_early else None
         batch = micro_batch(plan, kv.layers, kv.group_of, kv.block_size)
         progress = Progress(
             attended=ctypes.addressof(self._attended),
@@ -64,14 +72,14 @@ class Part:
 
     def resume(self, answer: Tensor | Reached | None) -> Outcome:
         """Go on with the answer to its latest call, or begin without one."""
-        assert self._forward is not None, f"part {self.index} has no micro-batch"
+        assert self._forward is not None and self._plan is not None, f"part {self.index} is over"
         try:
             call = next(self._forward) if answer is None else self._forward.send(answer)
         except StopIteration as stop:
             self._forward = None
-            return self.lane.finish(stop.value)
+            return self.lane.take(self._plan, stop.value)
         self._attended.value = call.layer + 1
-        stage = StageId(self._step, self.index, call.layer)
+        stage = StageId(self.step, self.index, call.layer)
         if call.layer == self._last_layer:
             self._forward = None
             return stage, None
@@ -81,22 +89,21 @@ class Part:
 class Lane:
     """Carries one step through all layers; never waits for another lane.
 
-    A step with much prefill goes in two parts, and one is computed while the other is away.
+    A step of many rows goes in two parts, and one is computed while the other is away.
 
     Args:
         index: of the lane.
         sampler: turns logits into tokens.
-        cuts_steps: whether steps may go in two parts.
     """
 
-    def __init__(self, index: int, sampler: Sampler, cuts_steps: bool) -> None:
+    def __init__(self, index: int, sampler: Sampler) -> None:
         self.index = index
         self.begun_s = 0.0  # when its latest step began
         self.rest = Part(self, index)  # the whole step, if nothing goes ahead
         self._ahead = Part(self, AHEAD + index)
         self._sampler = sampler
-        self._cuts_steps = cuts_steps
         self._plan: StepPlan | None = None
+        self._sampled: list[tuple[PlannedSequence, Sampled]] = []  # as the parts gave them
 
     @property
     def is_idle(self) -> bool:
@@ -119,7 +126,7 @@ class Lane:
         assert self._plan is None, f"lane {self.index} is busy"
         self._plan = plan
         self.begun_s = begin_s
-        plans = go_ahead(plan) if self._cuts_steps else None
+        plans = go_ahead(plan)
         if plans is None:
             self.rest.start(plan, model, kv)
             return [self.rest]
@@ -127,18 +134,23 @@ class Lane:
         self.rest.start(plans[1], model, kv, self._ahead)
         return [self._ahead, self.rest]
 
-    def finish(self, logits: Tensor | None) -> StepResult:
-        """End the step with the logits of the rows that asked for them, [rows, vocab]."""
-        assert self._plan is not None and self._ahead.is_over, f"lane {self.index} is not done"
-        plan, self._plan = self._plan, None
-        return StepResult(plan, self._sample_all(plan, logits))
+    def take(self, part: StepPlan, logits: Tensor | None) -> StepResult | None:
+        """Take the logits of the rows of a part that asked for them, [rows, vocab].
 
-    def _sample_all(self, plan: StepPlan, logits: Tensor | None) -> tuple[Sampled, ...]:
-        """Sample each row of [rows, vocab] for the sequence that asked for it, in plan order."""
-        if logits is None:
-            return ()
-        sampling = [planned for planned in plan.sequences if planned.samples]
-        return tuple(map(self._sample, logits, sampling))
+        Returns:
+            The result of the step; None while its other part is under way.
+        """
+        assert self._plan is not None, f"lane {self.index} has no step"
+        sampling = [planned for planned in part.sequences if planned.samples]
+        if logits is not None:
+            self._sampled += zip(sampling, map(self._sample, logits, sampling), strict=True)
+        if not (self.rest.is_over and self._ahead.is_over):
+            return None
+        place = {planned.key: at for at, planned in enumerate(self._plan.sequences)}
+        self._sampled.sort(key=lambda sampled: place[sampled[0].key])
+        result = StepResult(self._plan, tuple(token for _, token in self._sampled))
+        self._plan, self._sampled = None, []
+        return result
 
     def _sample(self, logits: Tensor, planned: PlannedSequence) -> Sampled:
         params, position = planned.sampling, planned.start + len(planned.token_ids)

@@ -102,7 +102,7 @@ class AttentionWorker:
         self._sampler = sampler
         self._calibration = calibration
         num_open = num_lanes if calibration is None else 1
-        self._lanes = [Lane(index, sampler, scheduler.cuts_steps) for index in range(num_open)]
+        self._lanes = [Lane(index, sampler) for index in range(num_open)]
         self._idle: list[Lane] = list(self._lanes)
         self._runnable: deque[Part] = deque()  # of an idle lane, not begun, or with their sum in
         self._owners: dict[tuple[int, int], str] = {}  # (key, attempt) → gateway
@@ -249,17 +249,17 @@ class AttentionWorker:
     def _open_lanes(self, calibration: Calibration) -> None:
         """Go on with as many lanes as there should be."""
         num_lanes = calibration.open_lanes(len(self._endpoint.topology.pool(Role.ATTENTION)))
-        indices, cuts_steps = range(len(self._lanes), num_lanes), self._scheduler.cuts_steps
-        opened = [Lane(index, self._sampler, cuts_steps) for index in indices]
+        opened = [Lane(index, self._sampler) for index in range(len(self._lanes), num_lanes)]
         self._lanes += opened
         self._runnable += [lane.rest for lane in opened]
 
     def _go_on(self, part: Part, begin_s: float, outcome: Outcome) -> None:
-        """Send a part's call and run on while sums are there at once; or end its lane's step."""
-        while not isinstance(outcome, StepResult):
+        """Send a part's call and run on while sums are there at once; or end it."""
+        record = self._timeline.record
+        while isinstance(outcome, tuple):
             stage, call = outcome
             rows = part.num_rows if call is None else call.rows.shape[0]
-            self._timeline.record(EventKind.ATTENTION, begin_s, self._clock.now(), stage, rows)
+            record(EventKind.ATTENTION, begin_s, self._clock.now(), stage, rows)
             is_complete = call is not None and self._dispatch(stage, call)
             follower = part.lane.rest
             if follower.is_held and not part.lane.must_wait(follower):
@@ -272,7 +272,10 @@ class AttentionWorker:
                 return
             begin_s = self._clock.now()
             outcome = part.resume(self._ffn.take(part.index))
-        self._finish(part.lane, begin_s, outcome)
+        stage = StageId(part.step, part.index, 0)
+        record(EventKind.SAMPLE, begin_s, self._clock.now(), stage, part.num_samples)
+        if outcome is not None:
+            self._finish(part.lane, outcome)
 
     def _dispatch(self, stage: StageId, call: FFNCall) -> bool:
         """Send a call; tell whether its sum is there already."""
@@ -281,11 +284,10 @@ class AttentionWorker:
             self._expert_counts.count(call)
         return self._ffn.dispatch(stage, call, self._live_since_s)
 
-    def _finish(self, lane: Lane, begin_s: float, result: StepResult) -> None:
-        """Commit and report a step whose sampling began at `begin_s`."""
+    def _finish(self, lane: Lane, result: StepResult) -> None:
+        """Commit and report a step."""
         plan, record = result.plan, self._timeline.record
         stage = StageId(plan.step, lane.index, 0)
-        record(EventKind.SAMPLE, begin_s, self._clock.now(), stage, len(result.tokens))
         self._ffn.note_events()
         end_s = self._clock.now()
         if self._calibration is not None:
