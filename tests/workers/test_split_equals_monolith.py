@@ -12,12 +12,14 @@ import torch
 
 from afd_server.core.model_spec import read_model_spec
 from afd_server.core.request import FinishReason, Request, SamplingParams
+from afd_server.core.stage import AHEAD
 from afd_server.core.topology import FFNParallel, Role
 from afd_server.kernels.reference import PagedRun, plan_paged_rows
 from afd_server.models.base import FFNShare, MicroBatch
 from afd_server.models.catalogue import ARCHITECTURES
 from afd_server.models.head import Held
 from afd_server.models.monolith import run_monolith
+from afd_server.telemetry.timeline import EventKind, read_events
 from afd_server.transport.inproc import Faults
 from afd_server.transport.messages import DType, Payload, submit_of
 from afd_server.weights.checkpoint import Checkpoint
@@ -244,6 +246,28 @@ def test_preemption_changes_no_token(monolith):
     pools = Pools(tiny_llama()[0], kv_cache_bytes=10 * 16 * 768, max_model_len=128)
     assert pools.run(requests) == [monolith.generate(request)[0] for request in requests]
     assert pools.workers[pools.attention()].load(0).preemptions > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("lm_head", [Role.ATTENTION, Role.FFN])
+def test_both_parts_of_a_step_give_tokens_whichever_ends_first(lm_head, seed):
+    """Twenty decode in one lane, ten of them ahead; answers overtake each other on the wire."""
+    requests = make_requests(20, temperature=0.8, num_output=24)
+    pools = Pools(
+        tiny_llama()[0],
+        num_lanes=1,
+        lm_head=lm_head,
+        max_num_seqs=24,
+        max_batch_tokens=64,
+        faults=Faults(seed, max_delay=8),
+    )
+    results = pools.run(requests)
+    (attention,) = [w for n, w in pools.workers.items() if n == pools.attention()]
+    ahead = [e for e in read_events(attention.load(0).events.data) if e.lane >= AHEAD]
+    sampled = sum(e.rows for e in ahead if e.kind == EventKind.SAMPLE)
+    assert sampled > 100, "those ahead have their tokens from their own part"
+    expected = Pools(tiny_llama()[0]).run(requests)
+    assert results == expected
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -39,6 +39,7 @@ class Part:
         self.is_held = False
         self._plan: StepPlan | None = None
         self._attended = ctypes.c_int64()  # native code counts on
+        self._num_layers = 0
         self._last_layer: int | None = None  # where a part ends that nothing is sampled from
         self._forward: Forward | None = None
 
@@ -46,6 +47,11 @@ class Part:
     def num_stages(self) -> int:
         """Return the stages behind it; 0 if it has not begun."""
         return self._attended.value
+
+    @property
+    def needs_keys(self) -> bool:
+        """Tell whether it goes on with a layer: behind the last one, keys do not matter."""
+        return self.num_stages < self._num_layers
 
     @property
     def is_over(self) -> bool:
@@ -59,7 +65,7 @@ class Part:
         assert self._forward is None, f"part {self.index} is busy"
         self._plan, self.step, self.num_rows = plan, plan.step, plan.num_tokens
         self.num_samples = sum(planned.samples for planned in plan.sequences)
-        self._attended.value = 0
+        self._attended.value, self._num_layers = 0, model.num_layers
         ends_early = self.index >= AHEAD and self.num_samples == 0
         self._last_layer = model.num_layers - 1 if ends_early else None
         batch = micro_batch(plan, kv.layers, kv.group_of, kv.block_size)
@@ -117,7 +123,9 @@ class Lane:
     def must_wait(self, part: Part) -> bool:
         """Tell whether a part's next layer needs keys that are not written yet."""
         ahead = self._ahead
-        return part is self.rest and not ahead.is_over and ahead.num_stages <= part.num_stages
+        if part is not self.rest or ahead.is_over or not part.needs_keys:
+            return False
+        return ahead.num_stages <= part.num_stages
 
     def start(
         self, plan: StepPlan, model: AttentionHalf, kv: KVStore, begin_s: float
